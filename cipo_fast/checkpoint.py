@@ -1,0 +1,91 @@
+"""Save, exact resume, Hugging Face export.
+
+A checkpoint is a folder `checkpoints/step-N/`: torch.distributed.checkpoint's shards of weights and optimiser, and
+state.json. Nothing else is needed: every random choice is a function of seed and step. It is written beside its final
+name and renamed when whole, so a folder with that name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cipo_fast.cipo.replay import ReplayState
+from cipo_fast.distributed import is_main
+from cipo_fast.errors import UserError
+from cipo_fast.learner import Learner
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop carries from step to step, besides weights and optimiser."""
+
+    step: int  # steps done
+    replay: ReplayState
+    skipped: int = 0  # non-finite updates so far
+    skipped_in_a_row: int = 0
+    before: dict[str, float | None] | None = None  # the evaluation before training
+    seconds: float = 0.0  # of training, over all of the run's processes
+
+
+def save(folder: Path, learner: Learner, progress: Progress, keep: int) -> Path:
+    """Write `folder/step-N`, then remove all but the newest `keep`. A collective."""
+    final = folder / f"step-{progress.step}"
+    part = folder / f"step-{progress.step}.part"
+    if is_main():
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=part)
+    if is_main():
+        (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        for old in saved(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def saved(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if re.fullmatch(r"step-\d+", p.name)), key=lambda p: int(p.name[5:]))
+
+
+def load_newest(folder: Path, learner: Learner) -> Progress:
+    """Restore weights and optimiser from the newest checkpoint; raises UserError where there is none. A collective."""
+    found = saved(folder)
+    if not found:
+        raise UserError(f"checkpoint.resume=true, but {folder} holds no checkpoint: start without it")
+    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    try:
+        dcp.load(state, checkpoint_id=found[-1])
+        record = json.loads((found[-1] / "state.json").read_text())
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise UserError(
+            f"{found[-1]}: cannot be loaded into this model ({reason}); was it saved by another config?"
+        ) from None
+    set_state_dict(
+        learner.policy, learner.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    return Progress(**{**record, "replay": ReplayState(**record["replay"])})
+
+
+def export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what `AutoModelForCausalLM.from_pretrained(folder)` loads; `model` holds whole weights (an engine's copy)."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,71 @@
+"""What a step tells about its rollouts and corrections (ALGORITHM section 6). None where there was nothing to count."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cipo_fast.cipo.advantages import no_variance
+from cipo_fast.cipo.anchors import AnchorCounts
+from cipo_fast.records import Anchor, Group, Rollout
+
+Metrics = dict[str, float | int | None]
+
+
+def batch_metrics(groups: list[Group], anchors: list[Anchor], counts: AnchorCounts | None) -> Metrics:
+    rollouts = [r for group in groups for r in group.rollouts]
+    metrics: Metrics = {
+        "rollout/accuracy": _mean([r.reward for r in rollouts]),
+        "rollout/no_variance": _no_variance([group.rollouts for group in groups]),
+        **_shape("rollout", rollouts),
+    }
+    corrections = [r for anchor in anchors for r in anchor.corrections]
+    right = [r.reward for anchor in anchors if anchor.right for r in anchor.corrections]
+    wrong = [r.reward for anchor in anchors if not anchor.right for r in anchor.corrections]
+    retention, wrong_to_right = _mean(right), _mean(wrong)
+    metrics |= {
+        "correction/wrong_to_right": wrong_to_right,
+        "correction/right_to_wrong": None if retention is None else 1 - retention,
+        "correction/retention": retention,
+        "correction/gap": correction_gap(groups, anchors),
+        "correction/no_variance": _no_variance([anchor.corrections for anchor in anchors]),
+        "correction/verbatim_copy": _mean(
+            [float(r.text.strip() == anchor.rollout.text.strip()) for anchor in anchors for r in anchor.corrections]
+        ),
+        **_shape("correction", corrections),
+    }
+    if counts is not None:
+        metrics |= {
+            "anchors/right_wanted": counts.right_wanted,
+            "anchors/right": counts.right,
+            "anchors/wrong_wanted": counts.wrong_wanted,
+            "anchors/wrong": counts.wrong,
+            "anchors/dropped": counts.dropped,
+        }
+    return metrics
+
+
+def correction_gap(groups: list[Group], anchors: list[Anchor]) -> float | None:
+    """Does showing a wrong attempt help more than trying afresh? Wrong-to-right rate minus the pass rate of the other
+    rollouts (leave one out) of the same anchors' prompts."""
+    gaps = []
+    for anchor in anchors:
+        if not anchor.right:
+            rewards = [r.reward for r in groups[anchor.group].rollouts]
+            fresh = sum(rewards) / (len(rewards) - 1)  # the anchor's own reward is 0
+            gaps.append(sum(r.reward for r in anchor.corrections) / len(anchor.corrections) - fresh)
+    return _mean(gaps)
+
+
+def _shape(stream: str, rollouts: list[Rollout]) -> Metrics:
+    return {
+        f"{stream}/length": _mean([len(r.token_ids) for r in rollouts]),
+        f"{stream}/truncated": _mean([float(r.truncated) for r in rollouts]),
+    }
+
+
+def _no_variance(groups: list[list[Rollout]]) -> float | None:
+    return float(no_variance(np.array([[r.reward for r in group] for group in groups])).mean()) if groups else None
+
+
+def _mean(values: list[float] | list[int]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,393 @@
+"""Every setting, with its default, range and source; nothing else defines a default.
+
+Sources: [paper] arXiv 2605.14539 as published in summary, [f2f] the form Fail2Fix-RL uses, [ours] our decision,
+or the work named. Three layers are merged, later ones win: YAML files in the order given, then `key.path=value`.
+When `model.path` is `embedded` (the default), `configs/embedded.yaml` lies under all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cipo_fast.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+
+class EmbeddedModel(Section):
+    """Shape and warm start of the tiny Qwen3 built when `model.path=embedded` [ours]."""
+
+    layers: Positive = 2
+    hidden: Annotated[int, Field(ge=8, multiple_of=8)] = 128
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    mlp: Positive = 320
+    warm_accuracy: Share = 0.42
+    """Supervised steps stop at this greedy accuracy on training problems."""
+    warm_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """... or after this many seconds, whichever comes first."""
+    warm_lr: Annotated[float, Field(gt=0)] = 2e-3
+    warm_batch: Positive = 64
+    """Conversations a supervised step."""
+
+
+class ModelConfig(Section):
+    path: str = "embedded"
+    """`embedded`, a local folder or a hub name; anything `AutoModelForCausalLM` loads and that has a chat template."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the forward and backward pass. Weights, their gradients and the optimiser are float32 in either case."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    embedded: EmbeddedModel = EmbeddedModel()
+
+
+class DataConfig(Section):
+    task: Literal["sort", "add"] = "sort"
+    """Embedded task, used when `data.train` is not given."""
+    train: Path | None = None
+    """JSONL file: one object a line with `prompt` (text) or `messages` (chat), and `answer` (exact match, stripped)."""
+    eval: Path | None = None
+    """JSONL file of held-out problems. Without it `eval.problems` (a tenth at most) are held out of `data.train`."""
+    max_prompt_tokens: Positive = 2048
+    """Longer prompts are dropped and counted."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["local"] = "local"
+    prompts_per_step: Positive = 32
+    """B [ThinkTwice]. With G it rules the batch; all else is derived."""
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """G [f2f]. Also Gc, the corrections an anchor, unless `correction.samples_per_anchor` is given."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """[f2f]. Log-probs and ratios are taken at this temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """[f2f]. Below 1 the sampled distribution is not the one the ratio assumes (biased)."""
+    max_tokens: Positive = 4096
+    """Longest answer in training, for rollouts and corrections [f2f]."""
+    batch_sequences: Positive = 512
+    """Sequences the local engine generates at once."""
+
+
+class CorrectionConfig(Section):
+    lambda_corr: Weight = 1.0
+    """Weight of the correction stream [f2f]. 0 is GRPO: no correction is sampled."""
+    anchors_per_prompt: Annotated[float, Field(gt=0)] = 1.0
+    """phi: a step has round(phi * B) anchors [f2f]."""
+    max_anchors_per_prompt: Positive = 2
+    """[f2f]"""
+    samples_per_anchor: Annotated[int, Field(ge=2)] | None = None
+    """Gc; None means G [f2f]."""
+    preference: Literal["tier", "soft", "uniform"] = "tier"
+    """Which prompts give anchors first: medium pass rate [f2f], weight (p(1-p)+0.01)^kappa [ours], or any (control)."""
+    tier_low: Share = 3 / 8
+    """Lower pass rate of the preferred tier [f2f]."""
+    tier_high: Share = 6 / 8
+    """Upper pass rate of the preferred tier [f2f]."""
+    kappa: Weight = 1.0
+    """Exponent of preference=soft [ours]."""
+    lambda_risk: Weight = 1.0
+    """Penalty for turning a right attempt into a wrong answer [paper; value f2f]."""
+    risk_norm: Literal["literal", "raw_std", "pooled"] = "raw_std"
+    """How shaped rewards become advantages: [f2f] (the penalty cancels out: a control), [ours], [ours]."""
+    loss: Literal["rl", "ce", "both"] = "rl"
+    """Correction objective: the RLVR loss [paper], cross-entropy on verified corrections, or rl + mu * ce [ours]."""
+    mu: Weight = 0.1
+    """Weight of the cross-entropy in loss=both [ours]."""
+    max_ce_per_anchor: Positive = 2
+    """Verified corrections an anchor that the cross-entropy uses [ours]."""
+    context: Literal["anchor", "bare"] = "anchor"
+    """What a cross-entropy target is conditioned on: the correction prompt, or the bare prompt [ours]."""
+    layout: Literal["followup", "quoted"] = "followup"
+    """The conversation goes on after the attempt, token for token [ours], or one turn quotes it [f2f]."""
+    verdict: Literal["hidden", "shown"] = "hidden"
+    """`shown` tells the model whether its attempt was right: a control, it makes keeping a right one trivial."""
+    followup: Annotated[str, Field(min_length=1)] = (
+        "Check the answer above. It may or may not be right. Think again, then give your final answer."
+    )
+    """The user turn after the attempt; in layout=quoted it follows the quotation [ours]."""
+    max_prompt_tokens: Positive = 8192
+    """An anchor whose correction prompt is longer is dropped and counted, never cut."""
+
+
+class ReplayConfig(Section):
+    """The controller of rho, the share of right anchors [paper; formulas and values f2f, smoothing ours]."""
+
+    adaptive: bool = True
+    """False keeps rho at rho0 (control)."""
+    rho0: Share = 0.3
+    rho_min: Share = 0.2
+    rho_max: Share = 0.8
+    tau: Share = 0.8
+    """Retention aimed at."""
+    w1: Weight = 0.8
+    """Weight of tau - retention."""
+    w2: Weight = 0.3
+    """Weight of the drop in retention since the last step."""
+    w3: Weight = 0.05
+    """Weight of the steps in a row below tau, counted to 3."""
+    n_min: Positive = 16
+    """Fewest corrections of right anchors that move rho [ours]; 1 is the f2f form."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.7
+    """Smoothing of retention [ours]; 0 is the f2f form."""
+
+
+class LossConfig(Section):
+    eps_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Lower clip of the ratio [DAPO]."""
+    eps_high: Annotated[float, Field(gt=0)] = 0.28
+    """Upper clip of the ratio [DAPO]."""
+    beta: Weight = 0.0
+    """Weight of KL_k3(pi || pi_ref) [DAPO: 0; f2f: 1e-4]. Above 0 a frozen copy of the first policy is held."""
+    entropy_coef: Weight = 0.0
+    """Weight of the entropy bonus [ours]."""
+    is_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    """Cap of the importance weight exp(old_logp - sampler_logp) between trainer and engine [ours]; null for none."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio a token, or one a sequence (GSPO)."""
+    normalize: Literal["tokens", "sequences"] = "tokens"
+    """A stream's Z: all its tokens (DAPO), or its sequences, then each one's tokens (GRPO)."""
+    scale_advantages: bool = True
+    """Divide advantages by the group's standard deviation; False is Dr.GRPO."""
+    advantage_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """eps of the standard deviation [ours]."""
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate of AdamW [f2f, ThinkTwice]."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    weight_decay: Weight = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; linear and cosine end at 0."""
+    warmup_steps: NonNegative = 0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainConfig(Section):
+    steps: NonNegative = 500
+    """[paper]"""
+    updates_per_step: Positive = 1
+    """Optimiser steps a batch, each on its share of the prompts. With 1 the ratio is 1 and no old_logp pass runs."""
+    packing: Literal["tree", "rows"] = "tree"
+    """`rows` feeds one row a conversation, nothing shared: the control the speed-up is measured against."""
+    pack_tokens: Positive = 16384
+    """Capacity of a pack (one forward and backward pass), in tokens."""
+
+
+class EvalConfig(Section):
+    problems: Positive = 400
+    """Held-out problems."""
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Answers a problem at T=1, for accuracy and pass@k [k = this]."""
+    every: NonNegative = 0
+    """Evaluate every so many steps, too; 0 means before and after only."""
+    max_tokens: Positive = 8192
+    """[f2f]"""
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = 50
+    """Save every so many steps, and at the end; 0 means at the end only."""
+    keep: Positive = 2
+    """Checkpoints kept, newest first."""
+    resume: bool = False
+    """Go on from the newest checkpoint of `run.dir`, bit for bit. Without it a run starts anew and sets an earlier
+    run's files aside under `previous/`."""
+    export: bool = True
+    """At the end write `model/`, which `AutoModelForCausalLM.from_pretrained` loads."""
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "cipo"
+    dir: Path | None = None
+    """Where everything is written; None means `runs/<name>`."""
+    view: Literal["auto", "live", "plain"] = "auto"
+    """`live` redraws one terminal view, `plain` prints a line a step; auto asks the terminal."""
+    tensorboard: bool = True
+    save_rollouts_every: NonNegative = 1
+    """Write rollouts and corrections as JSONL every so many steps; 0 never."""
+
+
+class Config(Section):
+    seed: NonNegative = 0
+    """Every random choice is a function of this seed, the step and its purpose."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    replay: ReplayConfig = ReplayConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir or Path("runs") / self.run.name
+
+    @property
+    def anchors_per_step(self) -> int:
+        """N = round(phi * B); 0 when the correction stream is off."""
+        if self.correction.lambda_corr == 0:
+            return 0
+        return round(self.correction.anchors_per_prompt * self.rollout.prompts_per_step)
+
+    @property
+    def samples_per_anchor(self) -> int:
+        return self.correction.samples_per_anchor or self.rollout.samples_per_prompt
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def configs_dir() -> Path:
+    """The recipes: beside the package in a checkout, inside it in an installed wheel."""
+    here = Path(__file__).parent
+    inside = here / "configs"
+    return inside if inside.is_dir() else here.parent / "configs"
+
+
+def load_config(files: list[str], overrides: list[str]) -> Config:
+    """Merge YAML `files` and `key.path=value` `overrides` into a checked Config; raises UserError."""
+    given: dict[str, Any] = {}
+    for name in files:
+        _merge(given, _read_yaml(_find_file(name)))
+    for text in overrides:
+        _merge(given, _parse_override(text))
+    merged: dict[str, Any] = {}
+    model = given.get("model")
+    if not isinstance(model, dict) or model.get("path", "embedded") == "embedded":
+        merged = _read_yaml(configs_dir() / "embedded.yaml")
+    _merge(merged, given)
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """What one field's range cannot say."""
+    c, r = config.correction, config.replay
+    if c.tier_low > c.tier_high:
+        raise UserError(f"correction.tier_low={c.tier_low:g} is above correction.tier_high={c.tier_high:g}")
+    if not r.rho_min <= r.rho0 <= r.rho_max and r.adaptive:
+        raise UserError(
+            f"replay.rho0={r.rho0:g} is outside [replay.rho_min, replay.rho_max]=[{r.rho_min:g}, {r.rho_max:g}]"
+        )
+    if config.train.updates_per_step > config.rollout.prompts_per_step:
+        raise UserError("train.updates_per_step is above rollout.prompts_per_step: an update needs a prompt at least")
+    if config.correction.lambda_corr > 0 and config.anchors_per_step == 0:
+        raise UserError(
+            "correction.anchors_per_prompt gives no anchor a step: raise it, or set correction.lambda_corr=0"
+        )
+    longest = (
+        max(config.data.max_prompt_tokens, c.max_prompt_tokens if c.lambda_corr > 0 else 0) + config.rollout.max_tokens
+    )
+    if longest > config.train.pack_tokens:
+        raise UserError(
+            f"train.pack_tokens={config.train.pack_tokens} cannot hold one conversation: the longest prompt plus "
+            f"rollout.max_tokens is {longest} tokens"
+        )
+    e = config.model.embedded
+    if e.hidden % (2 * e.heads) or e.heads % e.kv_heads:
+        raise UserError("model.embedded: hidden must be a multiple of 2*heads, and heads of kv_heads")
+    for key in ("train", "eval"):
+        path = getattr(config.data, key)
+        if path is not None and not path.is_file():
+            raise UserError(f"data.{key}: no file {path}")
+    if config.data.eval is not None and config.data.train is None:
+        raise UserError("data.eval is given without data.train: name the training file too")
+
+
+def _find_file(name: str) -> Path:
+    for path in (Path(name), configs_dir() / Path(name).name):
+        if path.is_file():
+            return path
+    raise UserError(f"config file {name}: not found (nor {Path(name).name} in {configs_dir()})")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values at the top level, got {type(content).__name__}")
+    return content
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"argument {text!r}: expected key.path=value, a .yaml file or --dry-run")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise UserError(f"argument {text!r}: the value is not valid YAML; quote it") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every key as a dotted path, sections included."""
+    keys = []
+    for name, info in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += known_keys(info.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem, in one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = _nearest(key)
+        return f"unknown key {key!r}" + (f": did you mean {near!r}?" if near else "")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+
+
+def _nearest(key: str) -> str | None:
+    """The known key most like `key`: by its whole path, else by its last part in any section."""
+    keys = known_keys()
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    last = {k.rsplit(".", 1)[-1]: k for k in keys}
+    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.6)
+    return last[close[0]] if close else None

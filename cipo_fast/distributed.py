@@ -1,0 +1,53 @@
+"""Process group, and the two collectives the loop needs. One process is a group of one: the same code runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # a rank may wait this long for another one's longest rollout
+
+
+@contextmanager
+def process_group() -> Iterator[DeviceMesh]:
+    """The mesh of all ranks, from torchrun's environment or a group of one; closed at the end."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    try:
+        yield init_device_mesh("cuda" if cuda else "cpu", (dist.get_world_size(),))
+    finally:
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    return dist.get_rank() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share of `items`; `gather` undoes it."""
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def gather(mine: list[T]) -> list[T]:
+    """All ranks' shares, in the order `share` took them from."""
+    world = dist.get_world_size()
+    if world == 1:
+        return mine
+    parts: list[list[T]] = [[] for _ in range(world)]
+    dist.all_gather_object(parts, mine)
+    total = sum(len(part) for part in parts)
+    return [parts[i % world][i // world] for i in range(total)]

@@ -1,0 +1,9 @@
+"""Errors whose message is all a user needs."""
+
+
+class UserError(Exception):
+    """Bad input: one line that says what, where and what to do. The command prints it and exits with code 2."""
+
+
+class TrainingStopped(Exception):
+    """The run cannot go on (three non-finite steps in a row, say). State is saved; exits with code 1."""

@@ -1,0 +1,155 @@
+"""One optimiser step from packs: forward, fused loss and backward a pack, clipping, AdamW; and what it saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from cipo_kernels import k3
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from cipo_fast.config import OptimConfig
+from cipo_fast.packing import Pack
+from cipo_fast.policy import Policy
+
+STREAMS = ("rollout", "correction")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimiser step did. `streams[name]` holds entropy, clip_fraction, ratio_max, approx_kl, and the trainer's
+    log-probs against the sampler's: sampler_gap (mean |difference|) and sampler_gap_max."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    applied: bool  # False: the loss or a gradient was not finite, nothing changed
+    streams: dict[str, dict[str, float]]
+    bad_pack: Pack | None = None  # this rank's pack that was not finite
+
+
+class Learner:
+    def __init__(self, policy: Policy, config: OptimConfig, total_updates: int, reference: Policy | None = None):
+        self.policy = policy
+        self.reference = reference
+        self.config = config
+        self.total_updates = total_updates
+        self.device = next(policy.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        )
+
+    def update(self, packs: Sequence[Pack], step: int) -> Update:
+        """One optimiser step on this rank's packs; `step` counts optimiser steps from 0 and sets the learning rate.
+        Every rank must bring equally many packs: a pack is a collective."""
+        lr = learning_rate(self.config, step, self.total_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        losses, stats = [], _Stats(self.device)
+        for pack in packs:
+            pack = pack.to(self.device)
+            output = self.policy(pack)
+            output.loss.backward()
+            losses.append(output.loss.detach())
+            stats.add(output.logp, output.entropy, output.ratio, output.clipped, pack)
+        norm = self._clip_gradients()
+        loss = _reduce(torch.stack(losses).sum(), dist.ReduceOp.SUM).item()
+        applied = math.isfinite(loss) and math.isfinite(norm)
+        bad_pack = None
+        if applied:
+            self.optimizer.step()
+        else:
+            self.optimizer.zero_grad()
+            bad_pack = self._find_bad(packs)
+        self.optimizer.zero_grad()
+        return Update(loss, norm, lr, applied, stats.result(), bad_pack)
+
+    def with_log_probs(self, packs: Sequence[Pack], need_old: bool) -> list[Pack]:
+        """The packs with old_logp (when the batch gets more than one update) and ref_logp (when there is a reference)."""
+        filled = []
+        for pack in packs:
+            moved = pack.to(self.device)
+            with torch.no_grad():
+                old = self.policy(moved, "logp") if need_old else None
+                ref = self.reference(moved, "logp") if self.reference is not None else None
+            filled.append(dataclasses.replace(moved, old_logp=old, ref_logp=ref))
+        return filled
+
+    def _clip_gradients(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def _find_bad(self, packs: Sequence[Pack]) -> Pack | None:
+        """The first pack whose own gradients are not finite; every rank walks through all of its packs."""
+        found = None
+        for pack in packs:
+            output = self.policy(pack.to(self.device))
+            output.loss.backward()
+            finite = output.loss.isfinite() & torch.tensor(math.isfinite(self._clip_gradients()), device=self.device)
+            self.optimizer.zero_grad()
+            if found is None and not finite:
+                found = pack
+        return found
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """Linear warm-up, then constant, linear or cosine to 0 at `total`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    return config.lr * (1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class _Stats:
+    """Sums and maxima over targets, a stream each, added up over packs and ranks without a sync."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(len(STREAMS), 6, dtype=torch.float64, device=device)
+        self.maxima = torch.zeros(len(STREAMS), 2, dtype=torch.float64, device=device)
+
+    def add(self, logp: Tensor, entropy: Tensor, ratio: Tensor, clipped: Tensor, pack: Pack) -> None:
+        if not pack.conversations:
+            return
+        of_conversation = torch.tensor([STREAMS.index(c.stream) for c in pack.conversations], device=logp.device)
+        stream = of_conversation[pack.conversation]
+        old = logp if pack.old_logp is None else pack.old_logp
+        gap = (old - pack.sampler_logp).abs()
+        sampled = ~gap.isnan()
+        gap = gap.nan_to_num(0.0)
+        ones = torch.ones_like(logp)
+        columns = torch.stack(
+            [ones, entropy, clipped.to(logp.dtype), k3(logp, old), sampled.to(logp.dtype), gap], dim=1
+        )
+        self.sums.index_add_(0, stream, columns.double())
+        peaks = torch.stack([ratio, gap], dim=1).double()
+        self.maxima = self.maxima.scatter_reduce(0, stream[:, None].expand_as(peaks), peaks, "amax")
+
+    def result(self) -> dict[str, dict[str, float]]:
+        sums, maxima = _reduce(self.sums, dist.ReduceOp.SUM).tolist(), _reduce(self.maxima, dist.ReduceOp.MAX).tolist()
+        found = {}
+        for name, (n, entropy, clipped, kl, n_sampled, gap), (ratio_max, gap_max) in zip(
+            STREAMS, sums, maxima, strict=True
+        ):
+            if n:
+                found[name] = {
+                    "entropy": entropy / n,
+                    "clip_fraction": clipped / n,
+                    "approx_kl": kl / n,
+                    "ratio_max": ratio_max,
+                    "sampler_gap": gap / n_sampled if n_sampled else 0.0,
+                    "sampler_gap_max": gap_max,
+                }
+        return found
+
+
+def _reduce(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value, op)
+    return value

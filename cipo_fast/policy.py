@@ -1,0 +1,164 @@
+"""The policy: a Hugging Face causal LM, tree attention in place of its own, the loss inside the FSDP2 root.
+
+Stock attention with tree positions is silently wrong (a rollout would see its siblings, or lose its prompt), so
+`Policy` runs with `cipo_tree` attention only, and refuses models whose attention it would change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from cipo_kernels import LossOutput, TreeLayout, fused_linear_cipo_loss, fused_linear_logprob, tree_attention
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from cipo_fast.config import Config, LossConfig
+from cipo_fast.errors import UserError
+from cipo_fast.packing import CostModel, Pack
+
+ATTENTION = "cipo_tree"
+
+
+def cipo_tree_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, T, D]
+    key: Tensor,  # [1, Hkv, T, D]
+    value: Tensor,  # [1, Hkv, T, D]
+    attention_mask: Tensor | None,
+    *,
+    tree: TreeLayout | None = None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function transformers calls in every layer; returns ([1, T, Hq, D], None)."""
+    if tree is None or attention_mask is not None or query.shape[0] != 1:
+        raise ValueError("cipo_tree attention takes one packed stream and its TreeLayout, and no attention mask")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return tree_attention(q, k, v, tree, scale=scaling)[None], None
+
+
+# No mask function is registered under this name: transformers then builds no mask.
+AttentionInterface.register(ATTENTION, cipo_tree_attention)
+
+
+class Policy(nn.Module):
+    """`policy(pack) -> LossOutput`, `policy(pack, "logp") -> logp [N] fp32`.
+
+    Both run in `forward`, inside the FSDP root, so that its hooks unshard the head once for the fused loss.
+    """
+
+    def __init__(self, model: PreTrainedModel, loss: LossConfig, temperature: float):
+        super().__init__()
+        refuse_unsupported(model)
+        self.model = model
+        self.loss = loss
+        self.temperature = temperature
+        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.train()
+
+    def forward(self, pack: Pack, what: str = "loss") -> LossOutput | Tensor:
+        hidden = self.model.base_model(
+            input_ids=pack.input_ids[None],
+            position_ids=pack.layout.position_ids[None],
+            tree=pack.layout,
+            use_cache=False,
+        ).last_hidden_state[0]  # [T, H]
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        inputs = (hidden, head.weight, pack.pred_index, pack.target_id)
+        if what == "logp":
+            return fused_linear_logprob(*inputs, bias=bias, softcap=self.softcap, temperature=self.temperature)
+        return fused_linear_cipo_loss(
+            *inputs,
+            old_logp=pack.old_logp,
+            advantage=pack.advantage,
+            rl_weight=pack.rl_weight,
+            ce_weight=pack.ce_weight,
+            ref_logp=pack.ref_logp,
+            sampler_logp=pack.sampler_logp,
+            eps_low=self.loss.eps_low,
+            eps_high=self.loss.eps_high,
+            beta=self.loss.beta,
+            entropy_coef=self.loss.entropy_coef,
+            is_cap=self.loss.is_cap,
+            ratio=self.loss.ratio,
+            row_id=pack.conversation,
+            temperature=self.temperature,
+            bias=bias,
+            softcap=self.softcap,
+        )
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every parameter, gathered one at a time; a collective under FSDP."""
+        for name, parameter in self.model.named_parameters():
+            data = parameter.detach()
+            yield name, data.full_tensor() if isinstance(data, DTensor) else data
+
+
+def build_policy(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Policy:
+    """Shard `model` (FSDP2) and wrap it. Parameters, gradients and optimiser state stay fp32."""
+    if config.model.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, config.loss, config.rollout.temperature)
+    # Without cast_forward_inputs=False FSDP2 would rebuild the pack and cast its fp32 log-probs.
+    precision = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, config.model.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    for module in policy.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            # The loss weights hold the global normalisers: gradients of ranks add up, they are not averaged.
+            module.set_gradient_divide_factor(1.0)
+    return policy
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(f"model.path: {type(model).__name__} has no decoder layers where they are expected (.layers)")
+    return layers
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """UserError for a model whose numbers tree attention would silently change."""
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if model.config._attn_implementation != ATTENTION:
+        raise ValueError(
+            f"{name} runs {model.config._attn_implementation} attention; it must be loaded with {ATTENTION}"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"model.path: {name} has {', '.join(sorted(kinds))} layers; only attention layers can share a prefix"
+        )
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in kinds or (window and "layer_types" not in config.to_dict()):
+        raise UserError(f"model.path: {name} has a sliding attention window ({window}); tree attention has none")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UserError(f"model.path: {name} caps its attention logits; tree attention does not")
+    for key in ("logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise UserError(f"model.path: {name} scales its logits ({key}); the fused loss does not")
+    if getattr(config, "attention_dropout", 0) or any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
+        raise UserError(f"model.path: {name} has dropout; set it to 0 in its config.json")
+
+
+def cost_model(config: PretrainedConfig, num_parameters: int) -> CostModel:
+    """FLOPs of forward and backward from the shape: 6 a weight and token, and 4 + 10 (D a head) a visible pair."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head = text.vocab_size * text.hidden_size
+    tables = head if text.tie_word_embeddings else 2 * head
+    return CostModel(
+        per_token=6.0 * (num_parameters - tables),
+        per_pair=14.0 * text.num_hidden_layers * text.num_attention_heads * head_dim,
+        per_target=6.0 * head,
+    )

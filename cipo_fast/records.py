@@ -1,0 +1,104 @@
+"""What flows through a step: Problem -> Rollout -> Anchor -> correction Rollouts (ALGORITHM terms, section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question and what its verifier needs. `answer` is the exact text a right answer has, once stripped."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str
+    source: str
+
+    @property
+    def content(self) -> tuple[tuple[str, str], ...]:
+        """What is asked, in a form that can be compared: (role, text) of each message."""
+        return tuple((m["role"], m["content"]) for m in self.messages)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer as the engine made it.
+
+    token_ids include the end-of-turn token unless `truncated`; logps are the engine's own log-probs of those ids,
+    at the sampling temperature, natural log.
+    """
+
+    token_ids: list[int]
+    logps: list[float]
+    truncated: bool
+    policy_version: int
+
+
+@dataclass
+class Rollout:
+    """A verified completion of `prompt_ids`. A correction is a rollout whose prompt is a correction prompt."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    token_ids: list[int]
+    sampler_logps: list[float]
+    text: str
+    reward: float
+    truncated: bool
+    policy_version: int
+
+
+@dataclass
+class Group:
+    """G rollouts of one problem."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    rollouts: list[Rollout]
+
+    @property
+    def pass_rate(self) -> float:
+        return sum(r.reward for r in self.rollouts) / len(self.rollouts)
+
+
+@dataclass
+class Anchor:
+    """A rollout shown back to the policy. `glue_ids` follow the attempt in layout=followup; in layout=quoted the
+    attempt is inside `prompt_ids` and `glue_ids` is None."""
+
+    rollout: Rollout
+    group: int  # index of its group in the step's batch
+    index: int  # index of the rollout in its group
+    prompt_ids: list[int]
+    glue_ids: list[int] | None
+    corrections: list[Rollout] = field(default_factory=list)
+
+    @property
+    def right(self) -> bool:
+        return self.rollout.reward > 0
+
+
+@dataclass(eq=False)
+class Segment:
+    """A run of tokens that conversations may share. Sharing is by identity, never by content: two equal rollouts
+    stay two segments."""
+
+    token_ids: list[int]
+
+
+@dataclass(eq=False)
+class Conversation:
+    """One sampled answer to learn from: `segments[:-1]` is its context, `segments[-1]` the sampled tokens, its targets.
+
+    advantage, rl_weight and ce_weight hold for each of the targets; the weights already hold every normaliser, so a
+    loss is a plain sum over targets.
+    """
+
+    segments: tuple[Segment, ...]
+    sampler_logps: list[float] | None  # None: not sampled by an engine (supervised)
+    stream: str  # "rollout" or "correction"
+    advantage: float
+    rl_weight: float
+    ce_weight: float

@@ -1,0 +1,98 @@
+"""Engine and verifier together: problems -> groups of verified rollouts, anchors -> verified corrections."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from cipo_fast.distributed import gather, share
+from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
+from cipo_fast.rollout import Engine, Sampling
+from cipo_fast.tasks import verify
+
+
+def seed_for(seed: int, step: int, purpose: str, rank: int = 0) -> int:
+    """A seed for one purpose of one step: with no generator carried from step to step, a resumed run is the same."""
+    words = [seed, step, rank, *purpose.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem and its prompt, as the policy sees it."""
+
+    problem: Problem
+    token_ids: list[int]
+
+
+@dataclass
+class Sampler:
+    """Samples and verifies; work is shared between ranks, and every rank gets all of the result."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    generate_s: float = field(default=0.0, init=False)  # seconds since `take_times`
+    verify_s: float = field(default=0.0, init=False)
+
+    def groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, step: int, purpose: str) -> list[Group]:
+        mine = share(prompts)
+        sampled = self._generate([p.token_ids for p in mine], n, sampling, step, purpose)
+        return gather(
+            [
+                Group(p.problem, p.token_ids, [self._verified(p.problem, p.token_ids, c) for c in completions])
+                for p, completions in zip(mine, sampled, strict=True)
+            ]
+        )
+
+    def correct(self, anchors: list[Anchor], n: int, sampling: Sampling, step: int, purpose: str) -> None:
+        """Give every anchor its `n` corrections."""
+        mine = share(anchors)
+        contexts = [
+            a.prompt_ids if a.glue_ids is None else a.prompt_ids + a.rollout.token_ids + a.glue_ids for a in mine
+        ]
+        sampled = self._generate(contexts, n, sampling, step, purpose)
+        corrections = gather(
+            [
+                [self._verified(a.rollout.problem, context, c) for c in completions]
+                for a, context, completions in zip(mine, contexts, sampled, strict=True)
+            ]
+        )
+        for anchor, found in zip(anchors, corrections, strict=True):
+            anchor.corrections = found
+
+    def take_times(self) -> tuple[float, float]:
+        """(generate, verify) seconds since the last call."""
+        times = self.generate_s, self.verify_s
+        self.generate_s = self.verify_s = 0.0
+        return times
+
+    def _generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, step: int, purpose: str
+    ) -> list[list[Completion]]:
+        started = time.perf_counter()
+        seed = seed_for(self.seed, step, purpose, dist.get_rank())
+        completions = self.engine.generate(prompts, n, sampling, seed)
+        self.generate_s += time.perf_counter() - started
+        return completions
+
+    def _verified(self, problem: Problem, prompt_ids: list[int], completion: Completion) -> Rollout:
+        started = time.perf_counter()
+        text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        reward = 0.0 if completion.truncated else verify(problem, text)
+        self.verify_s += time.perf_counter() - started
+        return Rollout(
+            problem,
+            prompt_ids,
+            completion.token_ids,
+            completion.logps,
+            text,
+            reward,
+            completion.truncated,
+            completion.policy_version,
+        )

@@ -1,0 +1,355 @@
+"""CIPO, reconstructed from the published descriptions of arXiv 2605.14539: `torchrun cipo_fast/train.py`.
+
+    torchrun cipo_fast/train.py [configs/x.yaml ...] [key.path=value ...] [--dry-run]
+
+Without arguments it trains the embedded model on the embedded task, on whatever device there is.
+"""
+
+import sys
+
+if __package__ in (None, ""):
+    sys.path.pop(0)  # run as a file: this folder's names (config, evaluate...) must not hide installed packages
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from cipo_fast import checkpoint
+from cipo_fast.checkpoint import Progress
+from cipo_fast.cipo.anchors import select_anchors
+from cipo_fast.cipo.metrics import Metrics, batch_metrics
+from cipo_fast.cipo.objective import conversations
+from cipo_fast.cipo.prompts import CorrectionPrompts, chat_ids
+from cipo_fast.cipo.replay import ReplayState, update_replay
+from cipo_fast.config import Config, load_config
+from cipo_fast.distributed import is_main, process_group
+from cipo_fast.errors import TrainingStopped, UserError
+from cipo_fast.evaluate import evaluate
+from cipo_fast.learner import Learner, Update
+from cipo_fast.model import eos_ids, load_model, load_tokenizer
+from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
+from cipo_fast.policy import ATTENTION, build_policy, cost_model
+from cipo_fast.recorder import Recorder
+from cipo_fast.records import Anchor, Conversation, Group, Problem
+from cipo_fast.rollout import Sampling
+from cipo_fast.rollout.local import LocalEngine
+from cipo_fast.sampling import Prompt, Sampler, seed_for
+from cipo_fast.tasks import load_dataset
+from cipo_fast.view import View, summary_table
+from cipo_fast.warm_start import cache_file, load_weights, warm_start
+
+MAX_SKIPS = 3  # non-finite updates in a row that stop a run
+
+
+@dataclass
+class Run:
+    """What the loop works with; built once by `build`."""
+
+    config: Config
+    train: list[Prompt]
+    held_out: list[Prompt]
+    correct: CorrectionPrompts
+    sampler: Sampler
+    learner: Learner
+    cost: CostModel
+    sampling: Sampling
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        config = parse(args)
+        if "--dry-run" in args:
+            from cipo_fast.dry_run import describe
+
+            print(describe(config))
+            return 0
+        with process_group() as mesh:
+            train(config, mesh)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingStopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(args: Sequence[str]) -> Config:
+    """The Config of a command line."""
+    words = [a for a in args if a != "--dry-run"]
+    unknown = [a for a in words if a.startswith("-")]
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}: expected .yaml files, key.path=value, --dry-run")
+    files = [a for a in words if "=" not in a and a.endswith((".yaml", ".yml"))]
+    return load_config(files, [a for a in words if a not in files])
+
+
+def train(config: Config, mesh: DeviceMesh) -> None:
+    """The whole job: build, warm up, evaluate, loop, evaluate, export."""
+    title = (
+        f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
+    )
+    with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view:
+        run, progress = build(config, mesh, view)
+        checkpoints = config.run_dir / "checkpoints"
+        recorder = Recorder(config, progress.step if config.checkpoint.resume else None) if is_main() else None
+        if progress.before is None:
+            progress = replace(progress, before=timed_evaluation(run, view, "before training"))
+        while progress.step < config.train.steps:
+            metrics, groups, anchors, progress = cipo_step(run, progress)
+            view.step(metrics)
+            if recorder is not None:
+                recorder.step(metrics, groups, anchors)
+            if progress.skipped_in_a_row == MAX_SKIPS:
+                where = checkpoint.save(checkpoints, run.learner, progress, config.checkpoint.keep)
+                raise TrainingStopped(
+                    f"{MAX_SKIPS} updates in a row were not finite; {where} holds the weights from before them, "
+                    f"{config.run_dir / 'failed'} the packs"
+                )
+            if due(progress.step, config.checkpoint.every) or progress.step == config.train.steps:
+                checkpoint.save(checkpoints, run.learner, progress, config.checkpoint.keep)
+            if due(progress.step, config.eval.every) and progress.step < config.train.steps:
+                result = timed_evaluation(run, view, f"at step {progress.step}")
+                if recorder is not None:
+                    recorder.evaluation(result, progress.step)
+        after = timed_evaluation(run, view, "after training")
+        if recorder is not None:
+            finish(run, recorder, view, progress, after)
+
+
+# ------------------------------------------------------------------------------------------------------- one step
+
+
+def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, list[Group], list[Anchor], Progress]:
+    """One step of ALGORITHM section 3: sample, choose anchors, correct, learn, sync, adapt rho."""
+    config, step, started = run.config, progress.step + 1, time.perf_counter()
+    rng = np.random.default_rng(seed_for(config.seed, step, "anchors"))
+
+    prompts = prompts_of_step(run.train, config, step)
+    groups = run.sampler.groups(prompts, config.rollout.samples_per_prompt, run.sampling, step, "rollout")
+    anchors, counts = select_anchors(
+        groups, config.anchors_per_step, progress.replay.rho, config.correction, run.correct, rng
+    )
+    run.sampler.correct(anchors, config.samples_per_anchor, run.sampling, step, "correction")
+    sampled = time.perf_counter()
+
+    updates, tokens, old_logp_s = learn(run, groups, anchors, step)
+    learned = time.perf_counter()
+
+    sync = run.sampler.engine.sync(run.learner.policy.full_weights(), step)
+    kept = [r.reward for anchor in anchors if anchor.right for r in anchor.corrections]
+    replay = update_replay(progress.replay, kept, config.replay)
+
+    generate_s, verify_s = run.sampler.take_times()
+    step_s = time.perf_counter() - started
+    train_s = learned - sampled - old_logp_s
+    metrics: Metrics = {
+        "step": step,
+        "seed": config.seed,
+        **batch_metrics(groups, anchors, counts),
+        "replay/rho": progress.replay.rho,
+        "replay/retention": replay.retention,
+        **update_metrics(updates),
+        **tokens,
+        "time/generate_s": generate_s,
+        "time/verify_s": verify_s,
+        "time/old_logp_s": old_logp_s,
+        "time/train_s": train_s,
+        "time/sync_s": sync.seconds,
+        "time/idle_s": step_s - generate_s - verify_s - old_logp_s - train_s - sync.seconds,
+        "time/step_s": step_s,
+    }
+    skipped = sum(not update.applied for update in updates)
+    return (
+        metrics,
+        groups,
+        anchors,
+        replace(
+            progress,
+            step=step,
+            replay=replay,
+            skipped=progress.skipped + skipped,
+            skipped_in_a_row=progress.skipped_in_a_row + skipped if not updates[-1].applied else 0,
+            seconds=progress.seconds + step_s,
+        ),
+    )
+
+
+def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
+    """B prompts: every epoch is a permutation of its own, and a step's place in it follows from its number."""
+    b = config.rollout.prompts_per_step
+    found = []
+    for i in range((step - 1) * b, step * b):
+        epoch, place = divmod(i, len(prompts))
+        if not found or place == 0:
+            order = np.random.default_rng(seed_for(config.seed, epoch, "order")).permutation(len(prompts))
+        found.append(prompts[order[place]])
+    return found
+
+
+def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tuple[list[Update], Metrics, float]:
+    """The step's optimiser updates: (updates, token counts, seconds for old and reference log-probs)."""
+    n = run.config.train.updates_per_step
+    batches = []
+    forwarded = rows = 0
+    for part in range(n):
+        members = [replace(a, group=a.group // n) for a in anchors if a.group % n == part]
+        batch = conversations(groups[part::n], members, run.config)
+        packs, tokens = make_packs(batch, run)
+        batches.append(packs)
+        forwarded += tokens
+        rows += row_tokens(batch)
+    old_logp_s = 0.0
+    if n > 1 or run.learner.reference is not None:
+        started = time.perf_counter()
+        batches = [run.learner.with_log_probs(packs, need_old=n > 1) for packs in batches]
+        old_logp_s = time.perf_counter() - started
+    updates = []
+    for part, packs in enumerate(batches):
+        updates.append(run.learner.update(packs, (step - 1) * n + part))
+        if updates[-1].bad_pack is not None:
+            keep_bad_pack(run, updates[-1].bad_pack, step)
+    saved = 1 - forwarded / rows if rows else None
+    return updates, {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}, old_logp_s
+
+
+def make_packs(batch: Sequence[Conversation], run: Run) -> tuple[list[Pack], int]:
+    """This rank's packs of a batch, and the tokens of all ranks' packs."""
+    trees = build_trees(batch, run.config.train.packing)
+    ranks = pack_trees(trees, run.config.train.pack_tokens, run.cost, dist.get_world_size())
+    tokens = sum(tree.num_tokens for packs in ranks for members in packs for tree in members)
+    return [make_pack(members) for members in ranks[dist.get_rank()]], tokens
+
+
+def update_metrics(updates: list[Update]) -> Metrics:
+    """The step's updates as metrics; a value that is not finite becomes None."""
+    metrics: Metrics = {
+        "loss/total": sum(u.loss for u in updates) / len(updates),
+        "grad/norm": max(u.grad_norm for u in updates),
+        "optim/lr": updates[-1].lr,
+        "train/skipped": sum(not u.applied for u in updates),
+    }
+    for stream in ("rollout", "correction"):
+        found = [u.streams[stream] for u in updates if stream in u.streams]
+        for key in found[0] if found else ():
+            values = [f[key] for f in found]
+            metrics[f"{stream}/{key}"] = max(values) if key.endswith("max") else sum(values) / len(values)
+    # The first update's old log-probs are those of the weights the engine sampled with.
+    metrics["sync/parity_max_abs"] = max((s["sampler_gap_max"] for s in updates[0].streams.values()), default=None)
+    return {k: v if v is None or math.isfinite(v) else None for k, v in metrics.items()}
+
+
+# ----------------------------------------------------------------------------------------------- before and after
+
+
+def build(config: Config, mesh: DeviceMesh, view: View) -> tuple[Run, Progress]:
+    """Load, shard, warm start or resume; everything that can be refused is refused here."""
+    tokenizer = load_tokenizer(config)
+    correct = CorrectionPrompts(tokenizer, config.correction)
+    dataset = load_dataset(config)
+    limit = config.data.max_prompt_tokens
+    train_prompts = encode(dataset.train, tokenizer, limit, "data.train", view)
+    held_out = encode(dataset.held_out, tokenizer, limit, "held-out problems", view)
+    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
+        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
+
+    model = load_model(config, ATTENTION).to(mesh.device_type)
+    view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")
+    cost = cost_model(model.config, model.num_parameters())
+    twin = copy.deepcopy(model).to(getattr(torch, config.model.dtype))
+    twin.set_attn_implementation("sdpa")
+    engine = LocalEngine(twin, eos_ids(model, tokenizer), tokenizer.pad_token_id or 0, config.rollout.batch_sequences)
+    reference_model = copy.deepcopy(model) if config.loss.beta > 0 else None
+    policy = build_policy(model, config, mesh)
+    sampler = Sampler(engine, tokenizer, config.seed)
+    if config.model.path == "embedded":
+        warm_start(
+            policy, train_prompts, correct, sampler, config, cost, cache_file(config.run_dir, config),
+            lambda n, accuracy, s: view.note(f"warm start: {n} supervised steps, greedy accuracy {accuracy:.3f}, {s:.0f}s"),
+        )  # fmt: skip
+    reference = None
+    if reference_model is not None:
+        reference = build_policy(reference_model, config, mesh)
+        load_weights(reference, dict(policy.full_weights()))
+    updates = config.train.steps * config.train.updates_per_step
+    learner = Learner(policy, config.optim, updates, reference)
+    progress = Progress(0, ReplayState(config.replay.rho0))
+    if config.checkpoint.resume:
+        progress = checkpoint.load_newest(config.run_dir / "checkpoints", learner)
+        view.say(f"resumed after step {progress.step}")
+    engine.sync(policy.full_weights(), progress.step)
+    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
+    return Run(config, train_prompts, held_out, correct, sampler, learner, cost, sampling), progress
+
+
+def encode(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, limit: int, what: str, view: View
+) -> list[Prompt]:
+    """Prompts of at most `limit` tokens; longer ones are dropped and counted, all of them being longer is an error."""
+    prompts = [Prompt(problem, chat_ids(tokenizer, problem.messages)) for problem in problems]
+    kept = [p for p in prompts if len(p.token_ids) <= limit]
+    if not kept:
+        shortest = min(len(p.token_ids) for p in prompts)
+        raise UserError(
+            f"{what}: every prompt is longer than data.max_prompt_tokens={limit} (the shortest has {shortest})"
+        )
+    if len(kept) < len(prompts):
+        view.say(
+            f"{what}: {len(prompts) - len(kept)} of {len(prompts)} prompts dropped, longer than data.max_prompt_tokens={limit}"
+        )
+    return kept
+
+
+def timed_evaluation(run: Run, view: View, when: str) -> dict[str, float | None]:
+    started = time.perf_counter()
+    result = evaluate(run.sampler, run.held_out, run.correct, run.config)
+    view.say(f"{when}: greedy {result['greedy']:.3f}, T=1 {result['t1']:.3f} ({time.perf_counter() - started:.1f}s)")
+    return result
+
+
+def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: dict[str, float | None]) -> None:
+    """Summary, export, table."""
+    config = run.config
+    assert progress.before is not None
+    saved = recorder.tokens_saved()
+    recorder.summary(
+        {
+            "before": progress.before,
+            "after": after,
+            "tokens_saved": saved,
+            "steps": progress.step,
+            "skipped": progress.skipped,
+            "seconds": progress.seconds,
+            "config": config.model_dump(mode="json"),
+        }
+    )
+    if config.checkpoint.export:
+        checkpoint.export(config.run_dir / "model", run.sampler.engine.model, run.sampler.tokenizer)
+    recorder.close()
+    view.say("")
+    view.console.print(summary_table(progress.before, after, saved))
+    view.say(f"{progress.step} steps in {progress.seconds:.0f}s; everything is in {config.run_dir}/")
+
+
+def keep_bad_pack(run: Run, pack: Pack, step: int) -> None:
+    folder = run.config.run_dir / "failed"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(pack, folder / f"step-{step}-rank-{dist.get_rank()}.pt")
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What a run shows while it runs: one live view in a terminal, a line a step elsewhere; and the table at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from cipo_fast.cipo.metrics import Metrics
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+PHASES = ("generate", "verify", "old_logp", "train", "sync", "idle")
+COLORS = {
+    "generate": "cyan",
+    "verify": "yellow",
+    "old_logp": "magenta",
+    "train": "green",
+    "sync": "blue",
+    "idle": "grey50",
+}
+
+
+class View:
+    """`mode` is live, plain or auto (live in a terminal). Quiet on every rank but the first."""
+
+    def __init__(self, mode: str, steps: int, title: str, quiet: bool):
+        self.console = Console(quiet=quiet, highlight=False)
+        self.title = title
+        self.history: list[float] = []
+        self.latest: Metrics = {}
+        self.message = ""
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), expand=True,
+        )  # fmt: skip
+        self.task = self.progress.add_task("steps", total=steps)
+        live = mode == "live" or (mode == "auto" and self.console.is_terminal)
+        self.live = (
+            Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+            if live and not quiet
+            else None
+        )
+
+    def __enter__(self) -> View:
+        if self.live:
+            self.live.start()
+        else:
+            self.console.print(self.title, soft_wrap=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line that is replaced by the next in the live view."""
+        self.message = text
+        if not self.live:
+            self.console.print(text, soft_wrap=True)
+
+    def step(self, metrics: Metrics) -> None:
+        self.latest = metrics
+        self.message = ""
+        self.history.append(float(metrics["rollout/accuracy"] or 0))
+        self.progress.update(self.task, completed=metrics["step"])
+        if not self.live:
+            self.console.print(step_line(metrics, int(self.progress.tasks[0].total or 0)), soft_wrap=True)
+
+    def _render(self) -> Panel:
+        parts: list[Any] = [self.progress]
+        if self.latest:
+            parts += [Text(), _columns(self.latest, self.history)]
+        if self.message:
+            parts.append(Text(self.message, style="dim"))
+        return Panel(Group(*parts), title=self.title, title_align="left", border_style="blue")
+
+
+def step_line(m: Metrics, total: int) -> str:
+    """One step on one line."""
+    parts = [f"step {m['step']:>4}/{total}", f"accuracy {_share(m['rollout/accuracy'])}"]
+    if m.get("correction/wrong_to_right") is not None or m.get("correction/retention") is not None:
+        parts += [
+            f"wrong>right {_share(m['correction/wrong_to_right'])}",
+            f"right>wrong {_share(m['correction/right_to_wrong'])}",
+            f"gap {_share(m['correction/gap'], sign=True)}",
+            f"rho {_share(m['replay/rho'])}",
+        ]
+    parts += [
+        f"loss {m['loss/total']:+.4f}",
+        f"{m['time/step_s']:.2f}s (generate {m['time/generate_s']:.2f} train {m['time/train_s']:.2f})",
+    ]
+    return "  ".join(parts)
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The whole history in `width` characters, 0 to 1."""
+    if not values:
+        return ""
+    n = min(width, len(values))
+    edges = [round(i * len(values) / n) for i in range(n + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return "".join(BLOCKS[round(min(max(v, 0.0), 1.0) * (len(BLOCKS) - 1))] for v in means)
+
+
+def summary_table(before: dict[str, float | None], after: dict[str, float | None], saved: float | None) -> Table:
+    """Before and after, on held-out problems."""
+    table = Table(title="held-out problems", title_justify="left", title_style="bold")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    names = {
+        "greedy": "accuracy, greedy",
+        "t1": "accuracy, T=1",
+        "wrong_to_right": "correction of wrong attempts: right",
+        "right_to_wrong": "correction of right attempts: broken",
+        "correction_gap": "correction gap (over a fresh retry)",
+    }
+    for key in after:
+        label = names.get(key, key.replace("pass_at_", "pass@"))
+        b, a = before.get(key), after[key]
+        change = "" if a is None or b is None else f"{a - b:+.3f}"
+        table.add_row(label, "-" if b is None else f"{b:.3f}", "-" if a is None else f"{a:.3f}", change)
+    if saved is not None:
+        table.add_section()
+        table.add_row("tokens saved by sharing", "", f"{saved:.1%}", "")
+    return table
+
+
+def _columns(m: Metrics, history: list[float]) -> Table:
+    left = Table.grid(padding=(0, 2))
+    left.add_row("accuracy", _share(m["rollout/accuracy"]), Text(sparkline(history, 36), style="green"))
+    if m.get("correction/retention") is not None or m.get("correction/wrong_to_right") is not None:
+        left.add_row(
+            "wrong > right", _share(m["correction/wrong_to_right"]), f"gap {_share(m['correction/gap'], sign=True)}"
+        )
+        left.add_row("right > wrong", _share(m["correction/right_to_wrong"]), f"rho {_share(m['replay/rho'])}")
+    left.add_row("loss", f"{m['loss/total']:+.4f}", f"grad norm {m['grad/norm']:.3f}")
+    left.add_row("tokens", f"{m['tokens/forwarded']:,}", f"one row each: {m['tokens/rows']:,}")
+    right = Table.grid(padding=(0, 1))
+    total = float(m["time/step_s"] or 1)
+    for phase in PHASES:
+        seconds = float(m[f"time/{phase}_s"] or 0)
+        bar = "█" * round(18 * seconds / total)
+        right.add_row(phase, f"{seconds:.2f}s", Text(bar, style=COLORS[phase]))
+    columns = Table.grid(padding=(0, 6))
+    columns.add_row(left, right)
+    return columns
+
+
+def _share(value: Any, sign: bool = False) -> str:
+    if value is None:
+        return "  -  "
+    return f"{value:+.3f}" if sign else f"{value:.3f}"

@@ -1,0 +1,154 @@
+"""Supervised first steps for the embedded model: enough for RL to have right and wrong attempts to learn from.
+
+The same packs, fused loss and optimiser step as RL, with a cross-entropy weight on every target. The result is cached
+in the run directory, so a second run starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import string
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cipo_fast.cipo.prompts import CorrectionPrompts
+from cipo_fast.config import Config, OptimConfig
+from cipo_fast.distributed import is_main
+from cipo_fast.learner import Learner
+from cipo_fast.packing import CostModel, build_trees, make_pack, pack_trees
+from cipo_fast.policy import Policy
+from cipo_fast.records import Conversation, Rollout, Segment
+from cipo_fast.rollout import Sampling
+from cipo_fast.sampling import Prompt, Sampler, seed_for
+
+CHECK_EVERY = 10
+CHECK_PROBLEMS = 256
+Report = Callable[[int, float, float], None]  # steps done, greedy accuracy, seconds
+
+
+def warm_start(
+    policy: Policy,
+    prompts: list[Prompt],
+    correct: CorrectionPrompts,
+    sampler: Sampler,
+    config: Config,
+    cost: CostModel,
+    cache: Path,
+    report: Report,
+) -> None:
+    """Bring `policy` to `warm_accuracy` greedy accuracy (or `warm_seconds`), or load where an earlier run got to."""
+    if cache.is_file():
+        load_weights(policy, load_file(cache))
+        return
+    shape = config.model.embedded
+    examples = Examples(prompts[CHECK_PROBLEMS:] or prompts, correct, config.seed)
+    optim = OptimConfig(lr=shape.warm_lr, warmup_steps=20)
+    learner = Learner(policy, optim, total_updates=10**6)
+    started = time.perf_counter()
+    step, accuracy, elapsed = 0, 0.0, 0.0
+    while accuracy < shape.warm_accuracy and elapsed < shape.warm_seconds:
+        for _ in range(CHECK_EVERY if accuracy < shape.warm_accuracy / 2 else CHECK_EVERY // 3):
+            trees = build_trees(examples.batch(shape.warm_batch, step))
+            bins = pack_trees(trees, config.train.pack_tokens, cost, dist.get_world_size())
+            learner.update([make_pack(members) for members in bins[dist.get_rank()]], step)
+            step += 1
+        sampler.engine.sync(policy.full_weights(), 0)
+        greedy = sampler.groups(prompts[:CHECK_PROBLEMS], 1, Sampling(0.0, 1.0, config.rollout.max_tokens), 0, "warm")
+        accuracy = float(np.mean([g.rollouts[0].reward for g in greedy]))
+        elapsed = _same_on_all_ranks(time.perf_counter() - started)
+        report(step, accuracy, elapsed)
+    weights = {name: tensor.clone() for name, tensor in policy.full_weights()}
+    if is_main():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cache.with_suffix(".part")
+        save_file(weights, unfinished)
+        unfinished.rename(cache)
+
+
+class Examples:
+    """Supervised batches: half plain problems, half corrections of an attempt made by corrupting the answer (one in
+    four attempts is left right). Targets are right answers."""
+
+    def __init__(self, prompts: list[Prompt], correct: CorrectionPrompts, seed: int):
+        self.prompts = prompts
+        self.correct = correct
+        self.seed = seed
+
+    def batch(self, n: int, step: int) -> list[Conversation]:
+        rng = np.random.default_rng(seed_for(self.seed, step, "warm"))
+        chosen = [self.prompts[i] for i in rng.integers(len(self.prompts), size=n)]
+        contexts = [
+            (Segment(p.token_ids),) if i % 2 == 0 else self._correction_context(p, rng) for i, p in enumerate(chosen)
+        ]
+        answers = [self._answer_ids(p.problem.answer) for p in chosen]
+        weight = 1.0 / sum(map(len, answers))
+        return [
+            Conversation((*context, Segment(answer)), None, "rollout", 0.0, 0.0, weight)
+            for context, answer in zip(contexts, answers, strict=True)
+        ]
+
+    def _correction_context(self, prompt: Prompt, rng: np.random.Generator) -> tuple[Segment, ...]:
+        text = corrupt(prompt.problem.answer, rng) if rng.random() < 0.75 else prompt.problem.answer
+        reward = float(text == prompt.problem.answer)
+        ids = self._answer_ids(text)
+        attempt = Rollout(prompt.problem, prompt.token_ids, ids, [], text, reward, False, 0)
+        shown = self.correct(attempt)
+        if shown is None:  # too long to be corrected: a plain problem then
+            return (Segment(prompt.token_ids),)
+        prompt_ids, glue_ids = shown
+        return (Segment(prompt_ids),) if glue_ids is None else (Segment(prompt_ids), Segment(ids), Segment(glue_ids))
+
+    def _answer_ids(self, text: str) -> list[int]:
+        tokenizer = self.correct.tokenizer
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def corrupt(answer: str, rng: np.random.Generator) -> str:
+    """One or two edits: two characters swapped, or one replaced by one of its kind."""
+    characters = list(answer)
+    for _ in range(rng.integers(1, 3)):
+        i, j = rng.integers(len(characters), size=2)
+        if rng.random() < 0.5:
+            characters[i], characters[j] = characters[j], characters[i]
+        else:
+            kind = string.digits if characters[i].isdigit() else string.ascii_lowercase
+            characters[i] = kind[rng.integers(len(kind))]
+    return "".join(characters)
+
+
+def load_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
+    """Copy whole tensors into the (sharded) parameters."""
+    for name, parameter in policy.model.named_parameters():
+        value = weights[name].to(parameter.device)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+def _same_on_all_ranks(seconds: float) -> float:
+    value = torch.tensor(seconds)
+    dist.broadcast(value, 0)
+    return value.item()
+
+
+def cache_file(run_dir: Path, config: Config) -> Path:
+    """Named by all that the warm-started weights depend on."""
+    key = [
+        config.model.embedded,
+        config.data,
+        config.correction.layout,
+        config.correction.followup,
+        config.correction.verdict,
+        config.seed,
+    ]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    return run_dir / "warm_start" / f"{digest}.safetensors"

@@ -1,0 +1,279 @@
+"""Log-probs and entropies of targets under a linear LM head, without an [N, V] tensor.
+
+    x = hidden[pred_index]                                                # [N, H]
+    z = softcap * tanh((x W^T + b) / softcap) / temperature               # [N, V], in chunks of targets
+    logp = z[target] - lse(z),   H = -sum_v p_v log p_v,   p = softmax(z)
+
+`fused_linear_logprob_reference` is the definition. `ChunkedHead` computes the same, and its gradients, one chunk
+of targets at a time; the log-prob op here and the loss in fused_linear_cipo_loss.py both run on it.
+Log-probs and gradient accumulators are fp32 (fp64 when an input is fp64), whatever the inputs are.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import implementation
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """fp32, or fp64 when either input is fp64."""
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+def linear_logits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Logits z [n, V] of x [n, H], weight [V, H], bias [V]; temperature a number or [n, 1]; every step in `out`."""
+    z = torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)  # [n, V]
+    if softcap is not None:
+        z = torch.mul(torch.tanh(torch.div(z, softcap, out=out), out=out), softcap, out=out)
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        z = torch.div(z, temperature, out=out)
+    return z
+
+
+def logp_and_entropy(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of target [n] under logits z [n, V], and the entropy, both [n] in z's dtype."""
+    logp_v = torch.log_softmax(z, dim=-1)  # [n, V]
+    return logp_v.gather(-1, target[:, None])[:, 0], -(logp_v.exp() * logp_v).sum(-1)
+
+
+def fused_linear_logprob_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    pred_index: Tensor,
+    target_id: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(logp [N], entropy [N]) as eager torch under plain autograd: the definition."""
+    dtype = compute_dtype(hidden, weight)
+    x = hidden[pred_index].to(dtype)  # [N, H]
+    b = None if bias is None else bias.to(dtype)
+    t = temperature[:, None].to(dtype) if isinstance(temperature, Tensor) else temperature
+    return logp_and_entropy(linear_logits(x, weight.to(dtype), b, t, softcap), target_id)
+
+
+class Chunk(NamedTuple):
+    """One chunk of n targets after `ChunkedHead.forward`; z and e are the head's buffers: the next overwrites."""
+
+    rows: Tensor  # [n] pred_index
+    target: Tensor  # [n, 1]
+    temperature: float | Tensor  # or [n, 1]
+    x: Tensor  # [n, H]
+    z: Tensor  # [n, V] logits less their row's maximum
+    z_max: Tensor  # [n, 1]
+    e: Tensor  # [n, V] exp(z)
+    s: Tensor  # [n, 1] sum_v e
+    logp: Tensor  # [n]
+    entropy: Tensor  # [n]
+
+
+class ChunkedHead:
+    """Forward and backward of the head for one chunk of targets at a time, in three [chunk, V] buffers.
+
+    A bf16 head is upcast once, so its products are those of fp32 operands: exact inputs, fp32 accumulation.
+    `needs_grad` says which gradients of (hidden, weight, bias) `backward` accumulates; `gradients` hands them out.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs_grad: Sequence[bool],
+        pred_index: Tensor,
+        target_id: Tensor,
+        temperature: float | Tensor,
+        softcap: float | None,
+        chunk_targets: int,
+    ) -> None:
+        dtype = compute_dtype(hidden, weight)
+        self.hidden, self.weight = hidden, weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.pred_index, self.target_id = pred_index, target_id
+        self.temperature = temperature.to(dtype) if isinstance(temperature, Tensor) else temperature
+        self.softcap = softcap
+        rows = min(chunk_targets, pred_index.numel())
+        self.buffers = self.weight.new_empty(3, rows, weight.shape[0])  # z, e and scratch
+        self.parameters = (hidden, weight, bias)
+        self.accumulators = [
+            torch.zeros_like(p, dtype=dtype) if needed and p is not None else None
+            for p, needed in zip(self.parameters, needs_grad, strict=True)
+        ]
+
+    def forward(self, start: int, end: int) -> Chunk:
+        """Targets start:end: one GEMM, then log-probs and entropies from z less its maximum (no cancellation)."""
+        buffer_z, buffer_e, scratch = self.buffers[:, : end - start]
+        rows, target = self.pred_index[start:end], self.target_id[start:end, None]
+        t = self.temperature[start:end, None] if isinstance(self.temperature, Tensor) else self.temperature
+        x = self.hidden.index_select(0, rows).to(self.weight.dtype)  # [n, H]
+        z = linear_logits(x, self.weight, self.bias, t, self.softcap, out=buffer_z)  # [n, V]
+        z_max = z.amax(1, keepdim=True)
+        z.sub_(z_max)
+        e = torch.exp(z, out=buffer_e)
+        s = e.sum(1, keepdim=True)
+        logp = z.gather(1, target) - s.log()
+        entropy = s.log() - torch.mul(e, z, out=scratch).sum(1, keepdim=True) / s
+        return Chunk(rows, target, t, x, z, z_max, e, s, logp[:, 0], entropy[:, 0])
+
+    def backward(self, chunk: Chunk, g_logp: Tensor, g_entropy: Tensor | None) -> None:
+        """Add the chunk's gradients, given d loss/d logp and d loss/d entropy [n]. Overwrites the chunk.
+
+        dz = g_logp * (onehot - p) - g_entropy * p * (log p + H), then through temperature and softcap.
+        """
+        rows, target, t, x, z, z_max, dz, s, _, entropy = chunk  # dz starts as e = s * p
+        if self.softcap is not None:  # tanh' = 1 - tanh^2, where tanh = z * temperature / softcap
+            tanh = torch.add(z, z_max, out=self.buffers[2, : len(z)]).mul_(t / self.softcap)
+            slope = tanh.square_().neg_().add_(1)
+        g = g_logp[:, None] / t
+        if g_entropy is None:
+            dz.mul_(-g / s)
+        else:
+            z.add_(entropy[:, None] - s.log()).mul_(g_entropy[:, None] / t).add_(g)
+            dz.mul_(z).mul_(-1 / s)
+        dz.scatter_add_(1, target, g)
+        if self.softcap is not None:
+            dz.mul_(slope)
+        d_hidden, d_weight, d_bias = self.accumulators
+        if d_hidden is not None:
+            d_hidden.index_add_(0, rows, dz @ self.weight)  # a branch point repeats its hidden row
+        if d_weight is not None:
+            d_weight.addmm_(dz.T, x)
+        if d_bias is not None:
+            d_bias.add_(dz.sum(0))
+
+    def gradients(self) -> list[Tensor | None]:
+        """Gradients of (hidden, weight, bias) in their own dtypes; None where not asked for."""
+        pairs = zip(self.accumulators, self.parameters, strict=True)
+        return [None if d is None or p is None else d.to(p.dtype) for d, p in pairs]
+
+
+class _FusedLinearLogprob(torch.autograd.Function):
+    """2NHV FLOPs forward, 6NHV backward: the chunk logits are recomputed, nothing [n, V] is saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pred_index: Tensor,
+        target_id: Tensor,
+        *options: Any,  # temperature, softcap, chunk_targets
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # an unused entropy then has gradient None, and costs nothing
+        ctx.save_for_backward(hidden, weight, bias, pred_index, target_id)
+        ctx.options = options
+        head = ChunkedHead(hidden, weight, bias, (False, False, False), pred_index, target_id, *options)
+        logp, entropy = head.weight.new_empty(2, pred_index.numel()).unbind()
+        for start, end in chunk_ranges(pred_index.numel(), options[-1]):
+            chunk = head.forward(start, end)
+            logp[start:end], entropy[start:end] = chunk.logp, chunk.entropy
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("fused_linear_logprob")
+        hidden, weight, bias, *targets = ctx.saved_tensors
+        head = ChunkedHead(hidden, weight, bias, ctx.needs_input_grad[:3], *targets, *ctx.options)
+        n = head.target_id.numel()
+        g_logp = head.weight.new_zeros(n) if g_logp is None else g_logp
+        for start, end in chunk_ranges(n, ctx.options[-1]):
+            g_h = None if g_entropy is None else g_entropy[start:end]
+            head.backward(head.forward(start, end), g_logp[start:end], g_h)
+        return *head.gradients(), None, None, None, None, None
+
+
+def fused_linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    pred_index: Tensor,
+    target_id: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    chunk_targets: int | Literal["auto"] = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-prob of each target, differentiable in hidden, weight and bias. Formulas: this file's docstring.
+
+    hidden [T, H], weight [V, H], bias [V]: floating; pred_index, target_id [N] int64: target n is the token
+    target_id[n], predicted from hidden[pred_index[n]] (rows may repeat). temperature: a number, or [N]. softcap: in
+    logits, before the temperature. Logits must be finite. Without grad only the forward runs (2NHV FLOPs);
+    the backward recomputes the logits.
+
+    Returns logp [N] in nats, fp32 (fp64 for fp64 inputs), and the entropy [N] if `return_entropy`.
+    Raises ValueError for shapes and dtypes that do not fit. Source: ours; the chunking is common practice.
+    """
+    check_inputs(hidden, weight, pred_index, target_id, bias, temperature, softcap)
+    if implementation(hidden) == "reference":
+        logp, entropy = fused_linear_logprob_reference(
+            hidden, weight, pred_index, target_id, bias=bias, temperature=temperature, softcap=softcap
+        )
+    else:
+        size = resolve_chunk_targets(chunk_targets, weight)
+        logp, entropy = _FusedLinearLogprob.apply(
+            hidden, weight, bias, pred_index, target_id, temperature, softcap, size
+        )
+    return (logp, entropy) if return_entropy else logp
+
+
+def refuse_create_graph(op: str) -> None:
+    """For a backward whose own gradient is not implemented; once_differentiable misses a constant incoming gradient."""
+    if torch.is_grad_enabled():  # in a backward: create_graph=True
+        raise RuntimeError(f"{op} can be differentiated once: backward with create_graph=True is not supported")
+
+
+def chunk_ranges(n: int, chunk_targets: int) -> list[tuple[int, int]]:
+    """[start, end) of each chunk of n targets; only the last is short."""
+    return [(start, min(start + chunk_targets, n)) for start in range(0, n, chunk_targets)]
+
+
+def resolve_chunk_targets(chunk_targets: int | Literal["auto"], weight: Tensor) -> int:
+    """Targets a chunk; "auto": 2^23 logits on CPU, 2^27 on a GPU (32 and 512 MiB a buffer), at least 64 targets."""
+    if chunk_targets == "auto":
+        return max(64, 2 ** (27 if weight.is_cuda else 23) // weight.shape[0])
+    if not isinstance(chunk_targets, int) or chunk_targets < 1:
+        raise ValueError(f'chunk_targets={chunk_targets!r}: expected "auto" or a positive integer')
+    return chunk_targets
+
+
+def check_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    pred_index: Tensor,
+    target_id: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> None:
+    """ValueError, one sentence, for what the head cannot take. Values on the device are not looked at: no sync."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)}: expected [T, H] and [V, H]")
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: both must be floating point")
+    n, vocab = pred_index.shape[:1], weight.shape[:1]
+    for name, index in (("pred_index", pred_index), ("target_id", target_id)):
+        if index.shape != n or index.dim() != 1 or index.dtype != torch.int64:
+            raise ValueError(f"{name} is {index.dtype} {list(index.shape)}: expected int64 [N], one per target")
+    if bias is not None and bias.shape != vocab:
+        raise ValueError(f"bias is {list(bias.shape)}: expected [V] = {list(vocab)}")
+    if isinstance(temperature, Tensor):
+        if temperature.shape != n:
+            raise ValueError(f"temperature is {list(temperature.shape)}: expected a number or [N] = {list(n)}")
+    elif not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}: must be positive, or None for no softcap")
