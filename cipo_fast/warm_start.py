@@ -86,7 +86,7 @@ class Examples:
         rng = np.random.default_rng(seed_for(self.seed, step, "warm"))
         chosen = [self.prompts[i] for i in rng.integers(len(self.prompts), size=n)]
         contexts = [
-            (Segment(p.token_ids),) if i % 2 == 0 else self._correction_context(p, rng) for i, p in enumerate(chosen)
+            (Segment(p.token_ids),) if i % 3 == 0 else self._correction_context(p, rng) for i, p in enumerate(chosen)
         ]
         answers = [self._answer_ids(p.problem.answer) for p in chosen]
         weight = 1.0 / sum(map(len, answers))

@@ -65,16 +65,15 @@ def fused_linear_logprob_reference(
 
 
 class Chunk(NamedTuple):
-    """One chunk of n targets after `ChunkedHead.forward`; z and e are the head's buffers: the next overwrites."""
+    """One chunk of n targets after `ChunkedHead.forward`; the [n, V] are the head's buffers: the next overwrites."""
 
     rows: Tensor  # [n] pred_index
     target: Tensor  # [n, 1]
     temperature: float | Tensor  # or [n, 1]
     x: Tensor  # [n, H]
-    z: Tensor  # [n, V] logits less their row's maximum
-    z_max: Tensor  # [n, 1]
-    e: Tensor  # [n, V] exp(z)
-    s: Tensor  # [n, 1] sum_v e
+    logp_v: Tensor  # [n, V] log p
+    p: Tensor  # [n, V]
+    lse: Tensor  # [n, 1]: z = logp_v + lse
     logp: Tensor  # [n]
     entropy: Tensor  # [n]
 
@@ -105,7 +104,7 @@ class ChunkedHead:
         self.temperature = temperature.to(dtype) if isinstance(temperature, Tensor) else temperature
         self.softcap = softcap
         rows = min(chunk_targets, pred_index.numel())
-        self.buffers = self.weight.new_empty(3, rows, weight.shape[0])  # z, e and scratch
+        self.buffers = self.weight.new_empty(3, rows, weight.shape[0])  # z then p, log p, scratch
         self.parameters = (hidden, weight, bias)
         self.accumulators = [
             torch.zeros_like(p, dtype=dtype) if needed and p is not None else None
@@ -113,35 +112,33 @@ class ChunkedHead:
         ]
 
     def forward(self, start: int, end: int) -> Chunk:
-        """Targets start:end: one GEMM, then log-probs and entropies from z less its maximum (no cancellation)."""
-        buffer_z, buffer_e, scratch = self.buffers[:, : end - start]
+        """Targets start:end: one GEMM, then their log-probs and entropies."""
+        buffer_z, buffer_logp, scratch = self.buffers[:, : end - start]
         rows, target = self.pred_index[start:end], self.target_id[start:end, None]
         t = self.temperature[start:end, None] if isinstance(self.temperature, Tensor) else self.temperature
         x = self.hidden.index_select(0, rows).to(self.weight.dtype)  # [n, H]
         z = linear_logits(x, self.weight, self.bias, t, self.softcap, out=buffer_z)  # [n, V]
-        z_max = z.amax(1, keepdim=True)
-        z.sub_(z_max)
-        e = torch.exp(z, out=buffer_e)
-        s = e.sum(1, keepdim=True)
-        logp = z.gather(1, target) - s.log()
-        entropy = s.log() - torch.mul(e, z, out=scratch).sum(1, keepdim=True) / s
-        return Chunk(rows, target, t, x, z, z_max, e, s, logp[:, 0], entropy[:, 0])
+        logp_v = torch.log_softmax(z, 1, out=buffer_logp)
+        logp = logp_v.gather(1, target)
+        lse = z.gather(1, target) - logp
+        p = torch.exp(logp_v, out=z)
+        entropy = -torch.mul(p, logp_v, out=scratch).sum(1)
+        return Chunk(rows, target, t, x, logp_v, p, lse, logp[:, 0], entropy)
 
     def backward(self, chunk: Chunk, g_logp: Tensor, g_entropy: Tensor | None) -> None:
         """Add the chunk's gradients, given d loss/d logp and d loss/d entropy [n]. Overwrites the chunk.
 
         dz = g_logp * (onehot - p) - g_entropy * p * (log p + H), then through temperature and softcap.
         """
-        rows, target, t, x, z, z_max, dz, s, _, entropy = chunk  # dz starts as e = s * p
+        rows, target, t, x, logp_v, p, lse, _, entropy = chunk
         if self.softcap is not None:  # tanh' = 1 - tanh^2, where tanh = z * temperature / softcap
-            tanh = torch.add(z, z_max, out=self.buffers[2, : len(z)]).mul_(t / self.softcap)
+            tanh = torch.add(logp_v, lse, out=self.buffers[2, : len(p)]).mul_(t / self.softcap)
             slope = tanh.square_().neg_().add_(1)
         g = g_logp[:, None] / t
         if g_entropy is None:
-            dz.mul_(-g / s)
+            dz = p.mul_(-g)
         else:
-            z.add_(entropy[:, None] - s.log()).mul_(g_entropy[:, None] / t).add_(g)
-            dz.mul_(z).mul_(-1 / s)
+            dz = p.mul_(logp_v.add_(entropy[:, None]).mul_(-g_entropy[:, None] / t).sub_(g))
         dz.scatter_add_(1, target, g)
         if self.softcap is not None:
             dz.mul_(slope)

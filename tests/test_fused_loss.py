@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cipo_kernels.fused_linear_cipo_loss import LossOutput, fused_linear_cipo_loss, k3, target_loss
-from cipo_kernels.fused_linear_logprob import fused_linear_logprob, fused_linear_logprob_reference
+from cipo_kernels.fused_linear_logprob import ChunkedHead, fused_linear_logprob, fused_linear_logprob_reference
 
 CHUNK = 16
 
@@ -312,7 +312,7 @@ def test_without_grad_no_gradient_is_computed(monkeypatch):
     (hidden, weight, bias), pred_index, target_id = make_inputs()
     kwargs = make_terms((hidden, weight, bias), pred_index, target_id) | {"bias": bias, "chunk_targets": CHUNK}
     expected = fused_linear_cipo_loss(hidden, weight, pred_index, target_id, **kwargs)
-    monkeypatch.setattr("cipo_kernels.fused_linear_logprob.ChunkedHead.backward", None)  # a call would raise
+    monkeypatch.setattr(ChunkedHead, "backward", None)  # a call would raise
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out = fused_linear_cipo_loss(hidden, weight, pred_index, target_id, **kwargs)
