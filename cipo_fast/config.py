@@ -32,15 +32,21 @@ class EmbeddedModel(Section):
     """Shape and warm start of the tiny Qwen3 built when `model.path=embedded` [ours]."""
 
     layers: Positive = 2
+    """Decoder layers."""
     hidden: Annotated[int, Field(ge=8, multiple_of=8)] = 128
+    """Hidden size; a head has hidden / heads."""
     heads: Positive = 4
+    """Query heads."""
     kv_heads: Positive = 2
+    """Key and value heads (GQA)."""
     mlp: Positive = 320
+    """Inner size of the feed-forward part."""
     warm_accuracy: Share = 0.42
     """Supervised steps stop at this greedy accuracy on training problems."""
     warm_seconds: Annotated[float, Field(gt=0)] = 60.0
     """... or after this many seconds, whichever comes first."""
     warm_lr: Annotated[float, Field(gt=0)] = 2e-3
+    """Learning rate of the supervised steps."""
     warm_batch: Positive = 64
     """Conversations a supervised step."""
 
@@ -53,6 +59,7 @@ class ModelConfig(Section):
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     embedded: EmbeddedModel = EmbeddedModel()
+    """Shape and warm start of the embedded model."""
 
 
 class DataConfig(Section):
@@ -68,6 +75,7 @@ class DataConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["local"] = "local"
+    """Who samples: `local` is transformers' generate in this process [ours]."""
     prompts_per_step: Positive = 32
     """B [ThinkTwice]. With G it rules the batch; all else is derived."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
@@ -79,7 +87,7 @@ class RolloutConfig(Section):
     max_tokens: Positive = 4096
     """Longest answer in training, for rollouts and corrections [f2f]."""
     batch_sequences: Positive = 512
-    """Sequences the local engine generates at once."""
+    """Sequences the local engine generates at once [ours]."""
 
 
 class CorrectionConfig(Section):
@@ -88,7 +96,7 @@ class CorrectionConfig(Section):
     anchors_per_prompt: Annotated[float, Field(gt=0)] = 1.0
     """phi: a step has round(phi * B) anchors [f2f]."""
     max_anchors_per_prompt: Positive = 2
-    """[f2f]"""
+    """Most anchors from one prompt [f2f]."""
     samples_per_anchor: Annotated[int, Field(ge=2)] | None = None
     """Gc; None means G [f2f]."""
     preference: Literal["tier", "soft", "uniform"] = "tier"
@@ -114,31 +122,34 @@ class CorrectionConfig(Section):
     layout: Literal["followup", "quoted"] = "followup"
     """The conversation goes on after the attempt, token for token [ours], or one turn quotes it [f2f]."""
     verdict: Literal["hidden", "shown"] = "hidden"
-    """`shown` tells the model whether its attempt was right: a control, it makes keeping a right one trivial."""
+    """`shown` tells the model whether its attempt was right: a control, it makes keeping a right one trivial [f2f, ours]."""
     followup: Annotated[str, Field(min_length=1)] = (
         "Check the answer above. It may or may not be right. Think again, then give your final answer."
     )
     """The user turn after the attempt; in layout=quoted it follows the quotation [ours]."""
     max_prompt_tokens: Positive = 8192
-    """An anchor whose correction prompt is longer is dropped and counted, never cut."""
+    """An anchor whose correction prompt is longer is dropped and counted, never cut [ours]."""
 
 
 class ReplayConfig(Section):
     """The controller of rho, the share of right anchors [paper; formulas and values f2f, smoothing ours]."""
 
     adaptive: bool = True
-    """False keeps rho at rho0 (control)."""
+    """False keeps rho at rho0 (a control) [paper]."""
     rho0: Share = 0.3
+    """rho at the start [f2f]."""
     rho_min: Share = 0.2
+    """Smallest rho [f2f]."""
     rho_max: Share = 0.8
+    """Largest rho [f2f]."""
     tau: Share = 0.8
-    """Retention aimed at."""
+    """Retention aimed at [f2f]."""
     w1: Weight = 0.8
-    """Weight of tau - retention."""
+    """Weight of tau - retention [f2f]."""
     w2: Weight = 0.3
-    """Weight of the drop in retention since the last step."""
+    """Weight of the drop in retention since the last step [f2f]."""
     w3: Weight = 0.05
-    """Weight of the steps in a row below tau, counted to 3."""
+    """Weight of the steps in a row below tau, counted to 3 [f2f]."""
     n_min: Positive = 16
     """Fewest corrections of right anchors that move rho [ours]; 1 is the f2f form."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.7
@@ -157,11 +168,11 @@ class LossConfig(Section):
     is_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """Cap of the importance weight exp(old_logp - sampler_logp) between trainer and engine [ours]; null for none."""
     ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio a token, or one a sequence (GSPO)."""
+    """Importance ratio a token, or one a sequence [GSPO]."""
     normalize: Literal["tokens", "sequences"] = "tokens"
-    """A stream's Z: all its tokens (DAPO), or its sequences, then each one's tokens (GRPO)."""
+    """A stream's Z: all its tokens [DAPO], or its sequences, then each one's tokens [GRPO]."""
     scale_advantages: bool = True
-    """Divide advantages by the group's standard deviation; False is Dr.GRPO."""
+    """Divide advantages by the group's standard deviation [GRPO]; False is [Dr.GRPO]."""
     advantage_eps: Annotated[float, Field(gt=0)] = 1e-6
     """eps of the standard deviation [ours]."""
 
@@ -170,17 +181,22 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate of AdamW [f2f, ThinkTwice]."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's decay of the second moment."""
     weight_decay: Weight = 0.0
+    """AdamW's decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up; linear and cosine end at 0."""
     warmup_steps: NonNegative = 0
+    """Optimiser steps of linear warm-up."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
 
 
 class TrainConfig(Section):
     steps: NonNegative = 500
-    """[paper]"""
+    """Steps of the loop [paper]."""
     updates_per_step: Positive = 1
     """Optimiser steps a batch, each on its share of the prompts. With 1 the ratio is 1 and no old_logp pass runs."""
     packing: Literal["tree", "rows"] = "tree"
@@ -197,7 +213,7 @@ class EvalConfig(Section):
     every: NonNegative = 0
     """Evaluate every so many steps, too; 0 means before and after only."""
     max_tokens: Positive = 8192
-    """[f2f]"""
+    """Longest answer in evaluation [f2f]."""
 
 
 class CheckpointConfig(Section):
@@ -214,11 +230,13 @@ class CheckpointConfig(Section):
 
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "cipo"
+    """Name of the run."""
     dir: Path | None = None
     """Where everything is written; None means `runs/<name>`."""
     view: Literal["auto", "live", "plain"] = "auto"
     """`live` redraws one terminal view, `plain` prints a line a step; auto asks the terminal."""
     tensorboard: bool = True
+    """Write TensorBoard scalars too."""
     save_rollouts_every: NonNegative = 1
     """Write rollouts and corrections as JSONL every so many steps; 0 never."""
 

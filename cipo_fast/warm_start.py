@@ -74,8 +74,8 @@ def warm_start(
 
 
 class Examples:
-    """Supervised batches: half plain problems, half corrections of an attempt made by corrupting the answer (one in
-    four attempts is left right). Targets are right answers."""
+    """Supervised batches: one plain problem in four, else the correction of an attempt made by corrupting the answer
+    (one attempt in four is left right). Targets are right answers."""
 
     def __init__(self, prompts: list[Prompt], correct: CorrectionPrompts, seed: int):
         self.prompts = prompts
@@ -86,7 +86,7 @@ class Examples:
         rng = np.random.default_rng(seed_for(self.seed, step, "warm"))
         chosen = [self.prompts[i] for i in rng.integers(len(self.prompts), size=n)]
         contexts = [
-            (Segment(p.token_ids),) if i % 3 == 0 else self._correction_context(p, rng) for i, p in enumerate(chosen)
+            (Segment(p.token_ids),) if i % 4 == 0 else self._correction_context(p, rng) for i, p in enumerate(chosen)
         ]
         answers = [self._answer_ids(p.problem.answer) for p in chosen]
         weight = 1.0 / sum(map(len, answers))
@@ -112,15 +112,21 @@ class Examples:
 
 
 def corrupt(answer: str, rng: np.random.Generator) -> str:
-    """One or two edits: two characters swapped, or one replaced by one of its kind."""
+    """One to six edits, such as a half-trained model makes: two characters swapped, one replaced by one of its kind,
+    or one lost and another doubled. Few edits alone would teach to copy the attempt."""
     characters = list(answer)
-    for _ in range(rng.integers(1, 3)):
+    for _ in range(rng.integers(1, 7)):
         i, j = rng.integers(len(characters), size=2)
-        if rng.random() < 0.5:
+        edit = rng.integers(3)
+        if edit == 0:
             characters[i], characters[j] = characters[j], characters[i]
-        else:
+        elif edit == 1:
             kind = string.digits if characters[i].isdigit() else string.ascii_lowercase
             characters[i] = kind[rng.integers(len(kind))]
+        else:
+            doubled = characters[j]
+            del characters[i]
+            characters.insert(min(j, len(characters)), doubled)
     return "".join(characters)
 
 

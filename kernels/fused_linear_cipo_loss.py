@@ -6,11 +6,12 @@ With logp, H as in fused_linear_logprob.py and q = exp(logp - old_logp):
                                  + beta * k3(ref_logp, logp) - entropy_coef * H) - ce_weight[n] * logp
     is[n] = min(exp(old_logp - sampler_logp), is_cap), a constant
 
-The chunked implementation takes the gradients of hidden, weight and bias in the forward pass. A chunk of n targets
-is one GEMM to the logits, `target_loss` and its derivative on [n] vectors, d(logits) in place of the logits, and
-two GEMMs: 6NHV FLOPs, nothing recomputed, no [N, V] tensor.
+The gradients of hidden, weight and bias are taken in the forward pass. A chunk of n targets is one GEMM to the
+logits, `target_loss` and its derivative on [n] vectors, d(logits) in place of the logits, and two GEMMs: 6NHV
+FLOPs, nothing recomputed, no [N, V] tensor. On Triton all between the GEMMs is one kernel when q is a token's.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,12 +20,16 @@ from torch import Tensor
 from .dispatch import implementation
 from .fused_linear_logprob import (
     ChunkedHead,
+    check_chunk_targets,
     check_inputs,
     chunk_ranges,
     compute_dtype,
+    fake_gradients,
     fused_linear_logprob_reference,
+    head_class,
+    needed_gradients,
+    per_target,
     refuse_create_graph,
-    resolve_chunk_targets,
 )
 
 PER_TARGET = ("old_logp", "advantage", "rl_weight", "ce_weight", "ref_logp", "sampler_logp", "row_id")
@@ -83,7 +88,7 @@ def target_loss(
     free, bounded = q * a, q.clamp(1 - eps_low, 1 + eps_high) * a
     policy = torch.minimum(free, bounded)
     if sampler_logp is not None and is_cap is not None:
-        policy = policy * (old - torch.where(rl, sampler_logp, 0.0)).exp().clamp(max=is_cap)
+        policy = policy * _importance(old, torch.where(rl, sampler_logp, 0.0), is_cap)
     loss = -policy
     if beta != 0:
         assert ref_logp is not None
@@ -92,6 +97,10 @@ def target_loss(
         loss = loss - entropy_coef * torch.where(rl, entropy, 0.0)
     loss = rl_weight * loss - ce_weight * torch.where(ce_weight != 0, logp, 0.0)
     return loss, q.detach(), bounded.detach() < free.detach()
+
+
+def _importance(old_logp: Tensor, sampler_logp: Tensor, is_cap: float) -> Tensor:
+    return (old_logp - sampler_logp).exp().clamp(max=is_cap)
 
 
 def _row_mean(value: Tensor, mask: Tensor, row_id: Tensor) -> Tensor:
@@ -103,58 +112,147 @@ def _row_mean(value: Tensor, mask: Tensor, row_id: Tensor) -> Tensor:
     return torch.where(mask, (total / count.clamp(min=1))[row], 0.0)
 
 
-class _FusedLinearCipoLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head_options: tuple[Any, ...],  # pred_index, target_id, temperature, softcap, chunk_targets
-        groups: list[list[tuple[int, int]]],  # chunks; a group's loss is known once all its log-probs are
-        grad_enabled: bool,  # under no_grad, ctx.needs_input_grad still says which inputs require grad
-        terms: dict[str, Any],
-    ) -> tuple[Tensor, ...]:
-        needs_grad = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        head = ChunkedHead(hidden, weight, bias, needs_grad, *head_options)
-        loss, logp, entropy, ratio = head.weight.new_empty(4, head.target_id.numel()).unbind()
-        clipped = torch.empty_like(head.target_id, dtype=torch.bool)
-        for group in groups:
-            for start, end in group:
-                chunk = head.forward(start, end)
-                logp[start:end], entropy[start:end] = chunk.logp, chunk.entropy
-            first, last = group[0][0], group[-1][1]
-            g = slice(first, last)
-            local: dict[str, Any] = {k: v[g] if isinstance(v, Tensor) else v for k, v in terms.items()}
-            if not any(needs_grad):
-                loss[g], ratio[g], clipped[g] = target_loss(logp[g], entropy[g], **local)
-                continue
-            (loss[g], ratio[g], clipped[g]), g_logp, g_entropy = _value_and_grad(logp[g], entropy[g], local)
-            for start, end in group:
-                if len(group) > 1:  # a row longer than a chunk: its logits again, now that its ratio is known
-                    chunk = head.forward(start, end)
-                part = slice(start - first, end - first)
-                head.backward(chunk, g_logp[part], None if g_entropy is None else g_entropy[part])
-        ctx.save_for_backward(*head.gradients())
-        ctx.mark_non_differentiable(logp, entropy, ratio, clipped)
-        return loss.sum(), logp, entropy, ratio, clipped
+def target_loss_gradient(
+    logp: Tensor, q: Tensor, clipped: Tensor, terms: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """d sum(target_loss) / d logp and / d entropy, [n]; None without an entropy bonus. q, clipped: target_loss's.
 
-    @staticmethod
-    def backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_create_graph("fused_linear_cipo_loss")
-        grads = [None if d is None else d * g_loss.to(d.dtype) for d in ctx.saved_tensors]
-        return *grads, None, None, None, None
+    d/d logp = rl_weight * (-is * q A [not clipped] + beta * (1 - exp(ref_logp - logp))) - ce_weight, the first term
+    averaged over the row for a sequence's q: q is exp of a row mean, and that mean is its own adjoint.
+    """
+    rl = terms["rl_weight"] != 0
+    p = torch.where(rl, logp, 0.0)
+    g = -terms["rl_weight"] * torch.where(rl & ~clipped, q * terms["advantage"], 0.0)
+    if terms["sampler_logp"] is not None and terms["is_cap"] is not None:
+        old = torch.where(rl, logp if terms["old_logp"] is None else terms["old_logp"], 0.0)
+        g = g * _importance(old, torch.where(rl, terms["sampler_logp"], 0.0), terms["is_cap"])
+    if terms["ratio"] == "sequence":
+        g = _row_mean(g, rl, terms["row_id"])
+    if terms["beta"] != 0:
+        g = g - terms["beta"] * terms["rl_weight"] * torch.expm1(torch.where(rl, terms["ref_logp"], 0.0) - p)
+    g_entropy = -terms["entropy_coef"] * terms["rl_weight"] if terms["entropy_coef"] != 0 else None
+    return g - terms["ce_weight"], g_entropy
 
 
-def _value_and_grad(
-    logp: Tensor, entropy: Tensor, terms: dict[str, Any]
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
-    """`target_loss`, and its sum's derivative in logp and in entropy (None if the entropy has no part in it)."""
-    with torch.enable_grad():
-        logp, entropy = logp.detach().requires_grad_(), entropy.detach().requires_grad_()
-        values = target_loss(logp, entropy, **terms)
-        g_logp, g_entropy = torch.autograd.grad(values[0].sum(), (logp, entropy), allow_unused=True)
-    return values, g_logp, g_entropy
+class TargetOutputs(NamedTuple):
+    """What the op writes for each target, all [N]."""
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    clipped: Tensor  # bool
+
+
+def _group_loss(head: ChunkedHead, group: list[tuple[int, int]], terms: dict[str, Any], out: TargetOutputs) -> None:
+    """Losses of one group of chunks, and their gradients if the head accumulates any."""
+    for start, end in group:
+        chunk = head.forward(start, end)
+        out.logp[start:end], out.entropy[start:end] = chunk.logp, chunk.entropy
+    first, last = group[0][0], group[-1][1]
+    local = {k: v[first:last] if isinstance(v, Tensor) else v for k, v in terms.items()}
+    logp = out.logp[first:last]
+    loss, q, clipped = target_loss(logp, out.entropy[first:last], **local)
+    out.loss[first:last], out.ratio[first:last], out.clipped[first:last] = loss, q, clipped
+    if not any(head.needs_grad):
+        return
+    g_logp, g_entropy = target_loss_gradient(logp, q, clipped, local)
+    for start, end in group:
+        if len(group) > 1:  # a row longer than a chunk: its logits again, now that its ratio is known
+            chunk = head.forward(start, end)
+        part = slice(start - first, end - first)
+        head.backward(chunk, g_logp[part], None if g_entropy is None else g_entropy[part])
+
+
+@torch.library.custom_op("cipo_kernels::linear_cipo_loss", mutates_args=())
+def _linear_cipo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pred_index: Tensor,
+    target_id: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    chunk_targets: int | None,
+    needs_grad: Sequence[bool],
+    old_logp: Tensor | None,
+    advantage: Tensor,
+    rl_weight: Tensor,
+    ce_weight: Tensor,
+    ref_logp: Tensor | None,
+    sampler_logp: Tensor | None,
+    eps_low: float,
+    eps_high: float,
+    beta: float,
+    entropy_coef: float,
+    is_cap: float | None,
+    ratio: str,
+    row_id: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], logp, entropy, ratio, clipped [N], d_hidden, d_weight, d_bias); a gradient not asked for is empty."""
+    terms: dict[str, Any] = {
+        "old_logp": old_logp,
+        "advantage": advantage,
+        "rl_weight": rl_weight,
+        "ce_weight": ce_weight,
+        "ref_logp": ref_logp,
+        "sampler_logp": sampler_logp,
+        "eps_low": eps_low,
+        "eps_high": eps_high,
+        "beta": beta,
+        "entropy_coef": entropy_coef,
+        "is_cap": is_cap,
+        "ratio": ratio,
+        "row_id": row_id,
+    }
+    Head = head_class(hidden)
+    size = chunk_targets or Head.auto_chunk_targets(weight)
+    head = Head(hidden, weight, bias, needs_grad, pred_index, target_id, temperature, softcap, size)
+    clipped = torch.empty_like(head.target_id, dtype=torch.bool)
+    out = TargetOutputs(*(head.new_vector() for _ in range(4)), clipped)
+    group_loss: Callable[..., None] = _group_loss
+    if ratio == "sequence":
+        assert row_id is not None
+        groups = _row_groups(_row_lengths(row_id), size)
+    else:
+        groups = [[chunk] for chunk in chunk_ranges(pred_index.numel(), size)]
+        if implementation(hidden) == "triton":
+            from .fused_linear_cipo_loss_triton import token_loss
+
+            group_loss = token_loss
+    for group in groups:
+        group_loss(head, group, terms, out)
+    d_hidden, d_weight, d_bias = head.gradients()
+    return out.loss.sum(), out.logp, out.entropy, out.ratio, out.clipped, d_hidden, d_weight, d_bias
+
+
+@_linear_cipo_loss.register_fake
+def _(*args: Any, **_: Any) -> tuple[Tensor, ...]:
+    hidden, weight, bias, pred_index, _target_id, _temperature, _softcap, _chunk_targets, needs_grad, *_terms = args
+    vector = hidden.new_empty(pred_index.shape, dtype=compute_dtype(hidden, weight))
+    return (
+        vector.new_empty(()),
+        vector,
+        torch.empty_like(vector),
+        torch.empty_like(vector),
+        torch.empty_like(vector, dtype=torch.bool),
+        *fake_gradients(hidden, weight, bias, needs_grad),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # or autograd makes a zero gradient for each output, [V, H] ones included
+    ctx.save_for_backward(*output[5:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    refuse_create_graph("fused_linear_cipo_loss")
+    grads = [None if g_loss is None else d * g_loss.to(d.dtype) for d in ctx.saved_tensors]
+    return *needed_gradients(grads, ctx.needs_input_grad[:3]), *(None,) * 19
+
+
+_linear_cipo_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _row_lengths(row_id: Tensor) -> list[int]:
@@ -254,20 +352,25 @@ def fused_linear_cipo_loss(
     }
     _check_terms(pred_index.numel(), terms)
     dtype = compute_dtype(hidden, weight)
-    terms |= {k: terms[k].to(dtype) for k in PER_TARGET if k != "row_id" and terms[k] is not None}
-    row_lengths = _row_lengths(row_id) if ratio == "sequence" and row_id is not None else None
+    terms |= {k: terms[k].to(dtype).contiguous() for k in PER_TARGET if k != "row_id" and terms[k] is not None}
     if implementation(hidden) == "reference":
         return fused_linear_cipo_loss_reference(
             hidden, weight, pred_index, target_id, temperature=temperature, bias=bias, softcap=softcap, **terms
         )
-    size = resolve_chunk_targets(chunk_targets, weight)
-    if row_lengths is None:
-        groups = [[chunk] for chunk in chunk_ranges(pred_index.numel(), size)]
-    else:
-        groups = _row_groups(row_lengths, size)
-    head_options = (pred_index, target_id, temperature, softcap, size)
-    values = _FusedLinearCipoLoss.apply(hidden, weight, bias, head_options, groups, torch.is_grad_enabled(), terms)
-    return _loss_output(terms, *values)
+    needs_grad = [torch.is_grad_enabled() and p is not None and p.requires_grad for p in (hidden, weight, bias)]
+    loss, logp, entropy, q, clipped, *_ = _linear_cipo_loss(
+        hidden,
+        weight,
+        bias,
+        pred_index,
+        target_id,
+        per_target(temperature, pred_index),
+        softcap,
+        check_chunk_targets(chunk_targets),
+        needs_grad,
+        **terms,
+    )
+    return _loss_output(terms, loss, logp, entropy, q, clipped)
 
 
 def _loss_output(

@@ -5,7 +5,8 @@
     logp = z[target] - lse(z),   H = -sum_v p_v log p_v,   p = softmax(z)
 
 `fused_linear_logprob_reference` is the definition. `ChunkedHead` computes the same, and its gradients, one chunk
-of targets at a time; the log-prob op here and the loss in fused_linear_cipo_loss.py both run on it.
+of targets at a time; the log-prob op here and the loss in fused_linear_cipo_loss.py both run on it, or on its Triton
+form in fused_linear_cipo_loss_triton.py.
 Log-probs and gradient accumulators are fp32 (fp64 when an input is fp64), whatever the inputs are.
 """
 
@@ -93,30 +94,47 @@ class ChunkedHead:
         needs_grad: Sequence[bool],
         pred_index: Tensor,
         target_id: Tensor,
-        temperature: float | Tensor,
+        temperature: Tensor | None,
         softcap: float | None,
         chunk_targets: int,
     ) -> None:
-        dtype = compute_dtype(hidden, weight)
-        self.hidden, self.weight = hidden, weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self.pred_index, self.target_id = pred_index, target_id
-        self.temperature = temperature.to(dtype) if isinstance(temperature, Tensor) else temperature
+        self.dtype = compute_dtype(hidden, weight)
+        self.hidden, self.weight = hidden, weight.to(self.operand_dtype(hidden, weight))
+        self.bias = None if bias is None else bias.to(self.dtype).contiguous()
+        self.pred_index, self.target_id = pred_index.contiguous(), target_id.contiguous()
+        self.temperature = None if temperature is None else temperature.to(self.dtype).contiguous()
         self.softcap = softcap
-        rows = min(chunk_targets, pred_index.numel())
-        self.buffers = self.weight.new_empty(3, rows, weight.shape[0])  # z then p, log p, scratch
-        self.parameters = (hidden, weight, bias)
+        self.allocate(min(chunk_targets, pred_index.numel()))
+        self.parameters, self.needs_grad = (hidden, weight, bias), needs_grad
         self.accumulators = [
-            torch.zeros_like(p, dtype=dtype) if needed and p is not None else None
+            torch.zeros(p.shape, dtype=self.dtype, device=p.device) if needed and p is not None else None
             for p, needed in zip(self.parameters, needs_grad, strict=True)
         ]
 
-    def forward(self, start: int, end: int) -> Chunk:
-        """Targets start:end: one GEMM, then their log-probs and entropies."""
+    @staticmethod
+    def auto_chunk_targets(weight: Tensor) -> int:
+        """2^23 logits on CPU, 2^27 on a GPU (32 and 512 MiB a buffer), at least 64 targets."""
+        return max(64, 2 ** (27 if weight.is_cuda else 23) // weight.shape[0])
+
+    def operand_dtype(self, hidden: Tensor, weight: Tensor) -> torch.dtype:
+        """Of x, weight and d(logits) in the GEMMs."""
+        return self.dtype
+
+    def allocate(self, rows: int) -> None:
+        self.buffers = self.weight.new_empty(3, rows, self.weight.shape[0])  # z then p, log p, scratch
+
+    def new_vector(self) -> Tensor:
+        return torch.empty(self.target_id.shape, dtype=self.dtype, device=self.weight.device)  # [N]
+
+    def gather(self, start: int, end: int) -> Tensor:
+        return self.hidden.index_select(0, self.pred_index[start:end]).to(self.weight.dtype)  # [n, H]
+
+    def forward(self, start: int, end: int) -> Any:
+        """Targets start:end: one GEMM, then their log-probs and entropies. The chunk has them as `logp`, `entropy`."""
         buffer_z, buffer_logp, scratch = self.buffers[:, : end - start]
         rows, target = self.pred_index[start:end], self.target_id[start:end, None]
-        t = self.temperature[start:end, None] if isinstance(self.temperature, Tensor) else self.temperature
-        x = self.hidden.index_select(0, rows).to(self.weight.dtype)  # [n, H]
+        t = 1.0 if self.temperature is None else self.temperature[start:end, None]
+        x = self.gather(start, end)
         z = linear_logits(x, self.weight, self.bias, t, self.softcap, out=buffer_z)  # [n, V]
         logp_v = torch.log_softmax(z, 1, out=buffer_logp)
         logp = logp_v.gather(1, target)
@@ -125,7 +143,7 @@ class ChunkedHead:
         entropy = -torch.mul(p, logp_v, out=scratch).sum(1)
         return Chunk(rows, target, t, x, logp_v, p, lse, logp[:, 0], entropy)
 
-    def backward(self, chunk: Chunk, g_logp: Tensor, g_entropy: Tensor | None) -> None:
+    def backward(self, chunk: Any, g_logp: Tensor, g_entropy: Tensor | None) -> None:
         """Add the chunk's gradients, given d loss/d logp and d loss/d entropy [n]. Overwrites the chunk.
 
         dz = g_logp * (onehot - p) - g_entropy * p * (log p + H), then through temperature and softcap.
@@ -142,54 +160,135 @@ class ChunkedHead:
         dz.scatter_add_(1, target, g)
         if self.softcap is not None:
             dz.mul_(slope)
+        self.accumulate(rows, x, dz)
+
+    def accumulate(self, rows: Tensor, x: Tensor, dz: Tensor) -> None:
+        """Add to the gradients what d(logits) dz [n, V] gives, hidden rows [n] being x [n, H]."""
         d_hidden, d_weight, d_bias = self.accumulators
         if d_hidden is not None:
-            d_hidden.index_add_(0, rows, dz @ self.weight)  # a branch point repeats its hidden row
+            dx = gemm(torch.empty(x.shape, dtype=self.dtype, device=x.device), dz, self.weight)
+            d_hidden.index_add_(0, rows, dx)  # a branch point repeats its hidden row
         if d_weight is not None:
-            d_weight.addmm_(dz.T, x)
+            gemm(d_weight, dz.T, x, beta=1)
         if d_bias is not None:
-            d_bias.add_(dz.sum(0))
+            d_bias.add_(dz.sum(0, dtype=self.dtype))
 
-    def gradients(self) -> list[Tensor | None]:
-        """Gradients of (hidden, weight, bias) in their own dtypes; None where not asked for."""
+    def gradients(self) -> list[Tensor]:
+        """Gradients of (hidden, weight, bias) in their own dtypes; empty where not asked for."""
         pairs = zip(self.accumulators, self.parameters, strict=True)
-        return [None if d is None or p is None else d.to(p.dtype) for d, p in pairs]
+        return [self.weight.new_empty(0) if d is None or p is None else d.to(p.dtype) for d, p in pairs]
 
 
-class _FusedLinearLogprob(torch.autograd.Function):
-    """2NHV FLOPs forward, 6NHV backward: the chunk logits are recomputed, nothing [n, V] is saved."""
+def gemm(out: Tensor, a: Tensor, b: Tensor, beta: float = 0) -> Tensor:
+    """out = beta * out + a @ b, accumulated in out's dtype, which may be wider than that of a and b."""
+    if a.dtype == out.dtype:
+        return torch.addmm(out, a, b, beta=beta, out=out)
+    if out.is_cuda:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        pred_index: Tensor,
-        target_id: Tensor,
-        *options: Any,  # temperature, softcap, chunk_targets
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)  # an unused entropy then has gradient None, and costs nothing
-        ctx.save_for_backward(hidden, weight, bias, pred_index, target_id)
-        ctx.options = options
-        head = ChunkedHead(hidden, weight, bias, (False, False, False), pred_index, target_id, *options)
-        logp, entropy = head.weight.new_empty(2, pred_index.numel()).unbind()
-        for start, end in chunk_ranges(pred_index.numel(), options[-1]):
-            chunk = head.forward(start, end)
-            logp[start:end], entropy[start:end] = chunk.logp, chunk.entropy
-        return logp, entropy
 
-    @staticmethod
-    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_create_graph("fused_linear_logprob")
-        hidden, weight, bias, *targets = ctx.saved_tensors
-        head = ChunkedHead(hidden, weight, bias, ctx.needs_input_grad[:3], *targets, *ctx.options)
-        n = head.target_id.numel()
-        g_logp = head.weight.new_zeros(n) if g_logp is None else g_logp
-        for start, end in chunk_ranges(n, ctx.options[-1]):
-            g_h = None if g_entropy is None else g_entropy[start:end]
-            head.backward(head.forward(start, end), g_logp[start:end], g_h)
-        return *head.gradients(), None, None, None, None, None
+def head_class(hidden: Tensor) -> type[ChunkedHead]:
+    """What runs the head for a tensor on `hidden.device`."""
+    if implementation(hidden) != "triton":
+        return ChunkedHead
+    from .fused_linear_cipo_loss_triton import TritonHead  # here: only where it runs must triton be installed
+
+    return TritonHead
+
+
+@torch.library.custom_op("cipo_kernels::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pred_index: Tensor,
+    target_id: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    chunk_targets: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) [N]: 2NHV FLOPs, nothing [n, V] is kept."""
+    Head, no_grad = head_class(hidden), (False, False, False)
+    size = chunk_targets or Head.auto_chunk_targets(weight)
+    head = Head(hidden, weight, bias, no_grad, pred_index, target_id, temperature, softcap, size)
+    logp, entropy = head.new_vector(), head.new_vector()
+    for start, end in chunk_ranges(pred_index.numel(), size):
+        chunk = head.forward(start, end)
+        logp[start:end], entropy[start:end] = chunk.logp, chunk.entropy
+    return logp, entropy
+
+
+@_linear_logprob.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, pred_index: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    n, dtype = pred_index.shape, compute_dtype(hidden, weight)
+    return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
+
+
+@torch.library.custom_op("cipo_kernels::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pred_index: Tensor,
+    target_id: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    chunk_targets: int | None,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (hidden, weight, bias), empty where not asked for: 6NHV FLOPs, the logits are recomputed."""
+    Head = head_class(hidden)
+    size = chunk_targets or Head.auto_chunk_targets(weight)
+    head = Head(hidden, weight, bias, needs_grad, pred_index, target_id, temperature, softcap, size)
+    g_logp = torch.zeros_like(head.new_vector()) if g_logp is None else g_logp.contiguous()
+    g_entropy = None if g_entropy is None else g_entropy.contiguous()
+    for start, end in chunk_ranges(pred_index.numel(), size):
+        g_h = None if g_entropy is None else g_entropy[start:end]
+        head.backward(head.forward(start, end), g_logp[start:end], g_h)
+    d_hidden, d_weight, d_bias = head.gradients()
+    return d_hidden, d_weight, d_bias
+
+
+@_linear_logprob_backward.register_fake
+def _(
+    g_logp: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return fake_gradients(hidden, weight, bias, rest[-1])
+
+
+def fake_gradients(*parameters_and_needs_grad: Any) -> tuple[Tensor, ...]:
+    """What `ChunkedHead.gradients` returns, for torch's shape propagation."""
+    *parameters, needs_grad = parameters_and_needs_grad
+    empty = parameters[1].new_empty(0)
+    return tuple(
+        torch.empty_like(empty) if p is None or not needed else p.new_empty(p.shape)
+        for p, needed in zip(parameters, needs_grad, strict=True)
+    )
+
+
+def needed_gradients(gradients: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+    return [d if needed else None for d, needed in zip(gradients, needs_grad, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # an unused entropy then has gradient None, and costs nothing
+    *tensors, ctx.softcap, ctx.chunk_targets = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_create_graph("fused_linear_logprob")
+    needs_grad = list(ctx.needs_input_grad[:3])
+    gradients = _linear_logprob_backward(
+        g_logp, g_entropy, *ctx.saved_tensors, ctx.softcap, ctx.chunk_targets, needs_grad
+    )
+    return *needed_gradients(gradients, needs_grad), None, None, None, None, None
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
 def fused_linear_logprob(
@@ -220,10 +319,8 @@ def fused_linear_logprob(
             hidden, weight, pred_index, target_id, bias=bias, temperature=temperature, softcap=softcap
         )
     else:
-        size = resolve_chunk_targets(chunk_targets, weight)
-        logp, entropy = _FusedLinearLogprob.apply(
-            hidden, weight, bias, pred_index, target_id, temperature, softcap, size
-        )
+        t, size = per_target(temperature, pred_index), check_chunk_targets(chunk_targets)
+        logp, entropy = _linear_logprob(hidden, weight, bias, pred_index, target_id, t, softcap, size)
     return (logp, entropy) if return_entropy else logp
 
 
@@ -238,10 +335,18 @@ def chunk_ranges(n: int, chunk_targets: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk_targets, n)) for start in range(0, n, chunk_targets)]
 
 
-def resolve_chunk_targets(chunk_targets: int | Literal["auto"], weight: Tensor) -> int:
-    """Targets a chunk; "auto": 2^23 logits on CPU, 2^27 on a GPU (32 and 512 MiB a buffer), at least 64 targets."""
+def per_target(temperature: float | Tensor, pred_index: Tensor) -> Tensor | None:
+    """The temperature as [N], None for 1."""
+    if isinstance(temperature, Tensor):
+        return temperature
+    n = pred_index.shape
+    return None if temperature == 1.0 else torch.full(n, temperature, dtype=torch.float64, device=pred_index.device)
+
+
+def check_chunk_targets(chunk_targets: int | Literal["auto"]) -> int | None:
+    """None for "auto": the head's own choice."""
     if chunk_targets == "auto":
-        return max(64, 2 ** (27 if weight.is_cuda else 23) // weight.shape[0])
+        return None
     if not isinstance(chunk_targets, int) or chunk_targets < 1:
         raise ValueError(f'chunk_targets={chunk_targets!r}: expected "auto" or a positive integer')
     return chunk_targets

@@ -76,9 +76,10 @@ class _Pool:
         return anchors
 
     def _round_robin(self) -> Iterator[int]:
+        """Prompts tier by tier; within a tier those that have given fewer anchors first."""
         for tier in self.tiers:
-            for _ in range(self.cap):
-                yield from tier
+            for given in range(self.cap):
+                yield from (g for g in tier if self.taken[g] <= given)
 
     def _next_of(self, g: int, right: bool) -> Anchor | None:
         queue = self.eligible[right][g]

@@ -1,0 +1,283 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""The head and its loss on Triton: cuBLAS GEMMs around one kernel, a program a target, that owns its row of logits.
+
+For target n with raw logits r = x W^T, the formulas of fused_linear_logprob.py and fused_linear_cipo_loss.py:
+
+    z = softcap * tanh((r + bias) / softcap) / temperature
+    logp = z[target] - lse(z),   H = -sum_v p_v log p_v,   loss(logp, H)
+    dz_v = g_logp * (onehot_v - p_v) - g_H * p_v * (log p_v + H),   g = d loss / d logp, d loss / d H
+    dr_v = dz_v * (1 - tanh^2) / temperature
+
+`token_loss_kernel` sweeps the row twice: for logp and H (online log-sum-exp), then to write dr over r. Logits are
+fp32 from bf16 operands; dr is the next GEMMs' bf16 operand, packed in the first half of its own fp32 row. A row
+costs 4 + 4 + 2 bytes a logit in the kernel, 4 written and 2 x 2 read by the GEMMs.
+A sequence's ratio needs the whole row of targets first: `logp_kernel` and `gradient_kernel` are the two sweeps, with
+`target_loss` in torch between them. They are also fused_linear_logprob's forward and backward.
+
+Every target's logp is an output, so none is left out of the first GEMM; weights of 0 give gradients of exactly 0.
+Atomics: only in index_add_, where targets of one chunk share a hidden row. No host synchronisation.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fused_linear_logprob import ChunkedHead, gemm
+
+BLOCK_V = 4096  # columns a program reads at once
+NUM_WARPS = 8
+LOWEST = tl.constexpr(-1e30)  # a logit past the vocabulary: finite, for 0 * (z - max) has to be 0
+
+
+@triton.jit
+def _logits(row, bias, v, vocab, inv_t, softcap):
+    """z at columns v of the row of raw logits, and dz/dr. inv_t: 1 / temperature, correctly rounded by its maker."""
+    z = tl.load(row + v, mask=v < vocab, other=0.0)
+    slope = inv_t
+    if bias is not None:
+        z += tl.load(bias + v, mask=v < vocab, other=0.0)
+    if softcap is not None:
+        e = tl.exp(-2.0 * tl.abs(z) / softcap)
+        tanh = (1.0 - e) / (1.0 + e)
+        z = tl.where(z < 0, -tanh, tanh) * softcap
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e)) * inv_t  # 1 - tanh^2, without its cancellation
+    return tl.where(v < vocab, z * inv_t, LOWEST), slope
+
+
+@triton.jit
+def _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V: tl.constexpr):
+    """(m, log_s, logp, entropy) of a row: m = max z, s = sum exp(z - m), t = sum exp(z - m) (z - m)."""
+    dtype = row.dtype.element_ty
+    m = tl.full((), LOWEST, dtype)
+    s = tl.zeros((BLOCK_V,), dtype)  # a lane each, added up at the end
+    t = tl.zeros((BLOCK_V,), dtype)
+    for start in range(0, vocab, BLOCK_V):
+        z, _ = _logits(row, bias, start + tl.arange(0, BLOCK_V), vocab, inv_t, softcap)
+        new_m = tl.maximum(m, tl.max(z, 0))
+        scale = tl.exp(m - new_m)
+        e = tl.exp(z - new_m)
+        t = scale * (t + (m - new_m) * s) + e * (z - new_m)
+        s = scale * s + e
+        m = new_m
+    total = tl.sum(s, 0)
+    log_s = tl.log(total)
+    z_target, _ = _logits(row, bias, target, vocab, inv_t, softcap)
+    return m, log_s, z_target - m - log_s, log_s - tl.sum(t, 0) / total
+
+
+@triton.jit
+def _sweep_gradient(
+    row, d_row, bias, target, vocab, inv_t, softcap, m, log_s, entropy, g_logp, g_entropy,
+    WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Write dr to d_row, which may lie over row, packed: elements are no wider, and come to lie no further right."""
+    for start in range(0, vocab, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        z, slope = _logits(row, bias, v, vocab, inv_t, softcap)
+        logp_v = z - m - log_s
+        p = tl.exp(logp_v)
+        dz = g_logp * (tl.where(v == target, 1.0, 0.0) - p)
+        if WITH_ENTROPY:
+            dz -= g_entropy * p * (logp_v + entropy)
+        tl.debug_barrier()  # no warp may write over what another has yet to read of this block
+        tl.store(d_row + v, (dz * slope).to(d_row.dtype.element_ty), mask=v < vocab)
+
+
+@triton.jit
+def _load_or(pointer, n, value):
+    """pointer[n], or value without a pointer."""
+    if pointer is None:
+        return value
+    else:  # Triton would compile what follows a return
+        return tl.load(pointer + n)
+
+
+@triton.jit
+def _token_loss(
+    n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
+    eps_low, eps_high, beta, entropy_coef, is_cap,
+):  # fmt: skip
+    """(loss, q, clipped, g_logp, g_entropy) of target n: `target_loss` and `target_loss_gradient` of a token."""
+    rl, ce = tl.load(rl_weight + n), tl.load(ce_weight + n)
+    on = rl != 0
+    p = tl.where(on, logp, 0.0)
+    old = tl.where(on, _load_or(old_logp, n, logp), 0.0)
+    a = tl.where(on, tl.load(advantage + n), 0.0)
+    q = tl.exp(p - old)
+    free = q * a
+    bounded = tl.minimum(tl.maximum(q, 1.0 - eps_low), 1.0 + eps_high) * a
+    clipped = bounded < free
+    importance = 1.0
+    if sampler_logp is not None:
+        importance = tl.minimum(tl.exp(old - tl.where(on, tl.load(sampler_logp + n), 0.0)), is_cap)
+    loss = -importance * tl.minimum(free, bounded)
+    g = -importance * tl.where(clipped, 0.0, free)  # d/d logp; that of q is q
+    if ref_logp is not None:
+        d = tl.where(on, tl.load(ref_logp + n), 0.0) - p
+        loss += beta * (tl.exp(d) - d - 1.0)  # k3
+        g += beta * (1.0 - tl.exp(d))
+    g_entropy = 0.0
+    if entropy_coef is not None:
+        loss -= entropy_coef * tl.where(on, entropy, 0.0)
+        g_entropy = -entropy_coef * rl
+    loss = rl * loss - ce * tl.where(ce != 0, logp, 0.0)
+    return loss, q, clipped, rl * g - ce, g_entropy
+
+
+@triton.jit(do_not_specialize=["first"])
+def token_loss_kernel(
+    logits, d_logits, row_stride, d_row_stride, first, bias, target_id, inv_temperature,
+    old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
+    loss_out, logp_out, entropy_out, ratio_out, clipped_out,
+    vocab, softcap, eps_low, eps_high, beta, entropy_coef, is_cap,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Row i of logits belongs to target first + i. d_logits None: no gradient. Other None: a term that is not there."""
+    i = tl.program_id(0).to(tl.int64)
+    n = first + i
+    row, target, inv_t = logits + i * row_stride, tl.load(target_id + n), _load_or(inv_temperature, n, 1.0)
+    m, log_s, logp, entropy = _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V)
+    loss, q, clipped, g_logp, g_entropy = _token_loss(
+        n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
+        eps_low, eps_high, beta, entropy_coef, is_cap,
+    )  # fmt: skip
+    tl.store(loss_out + n, loss)
+    tl.store(logp_out + n, logp)
+    tl.store(entropy_out + n, entropy)
+    tl.store(ratio_out + n, q)
+    tl.store(clipped_out + n, clipped)
+    if d_logits is not None:
+        d_row = d_logits + i * d_row_stride
+        _sweep_gradient(
+            row, d_row, bias, target, vocab, inv_t, softcap, m, log_s, entropy, g_logp, g_entropy,
+            entropy_coef is not None, BLOCK_V,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first"])
+def logp_kernel(
+    logits, row_stride, first, bias, target_id, inv_temperature, m_out, log_s_out, logp_out, entropy_out,
+    vocab, softcap, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Row i of logits belongs to target first + i; outputs are the chunk's, at i."""
+    i = tl.program_id(0).to(tl.int64)
+    target, inv_t = tl.load(target_id + first + i), _load_or(inv_temperature, first + i, 1.0)
+    m, log_s, logp, entropy = _sweep_logp(logits + i * row_stride, bias, target, vocab, inv_t, softcap, BLOCK_V)
+    tl.store(m_out + i, m)
+    tl.store(log_s_out + i, log_s)
+    tl.store(logp_out + i, logp)
+    tl.store(entropy_out + i, entropy)
+
+
+@triton.jit(do_not_specialize=["first"])
+def gradient_kernel(
+    logits, d_logits, row_stride, d_row_stride, first, bias, target_id, inv_temperature,
+    m_in, log_s_in, entropy_in, g_logp_in, g_entropy_in,
+    vocab, softcap, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Row i of logits belongs to target first + i; the other inputs are the chunk's, at i."""
+    i = tl.program_id(0).to(tl.int64)
+    target, inv_t = tl.load(target_id + first + i), _load_or(inv_temperature, first + i, 1.0)
+    _sweep_gradient(
+        logits + i * row_stride, d_logits + i * d_row_stride, bias, target, vocab, inv_t, softcap,
+        tl.load(m_in + i), tl.load(log_s_in + i), tl.load(entropy_in + i), tl.load(g_logp_in + i),
+        _load_or(g_entropy_in, i, 0.0), g_entropy_in is not None, BLOCK_V,
+    )  # fmt: skip
+
+
+class TritonChunk(NamedTuple):
+    """A chunk of n targets after `TritonHead.forward`; its logits are in the head's buffer: the next overwrites."""
+
+    start: int
+    x: Tensor  # [n, H]
+    m: Tensor  # [n] max z
+    log_s: Tensor  # [n] log sum exp(z - m)
+    logp: Tensor  # [n]
+    entropy: Tensor  # [n]
+
+
+class TritonHead(ChunkedHead):
+    """bf16 operands stay bf16 and their logits are fp32; other dtypes compute in fp32, or fp64 if one is fp64.
+
+    One [chunk, V] buffer: d(logits) lies over the logits.
+    """
+
+    @staticmethod
+    def auto_chunk_targets(weight: Tensor) -> int:
+        if not weight.is_cuda:
+            return ChunkedHead.auto_chunk_targets(weight)
+        return gpu_chunk_targets(*weight.shape, torch.cuda.get_device_properties(weight.device).multi_processor_count)
+
+    def operand_dtype(self, hidden: Tensor, weight: Tensor) -> torch.dtype:
+        """fp16 is no operand: gradients of 1e-8 would be 0 in it."""
+        return torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else self.dtype
+
+    def allocate(self, rows: int) -> None:
+        vocab = self.weight.shape[0]
+        columns = triton.cdiv(vocab, 64) * 64  # aligned rows, whatever V
+        buffer = torch.empty(rows, columns, dtype=self.dtype, device=self.weight.device)
+        self.logits = buffer[:, :vocab]  # [chunk, V]
+        self.d_logits = buffer.view(self.weight.dtype)[:, :vocab]  # [chunk, V] in the same memory
+        self.inv_temperature = None if self.temperature is None else self.temperature.reciprocal()  # [N]
+
+    def compute_logits(self, start: int, end: int) -> Tensor:
+        """Targets start:end: their logits before bias, softcap and temperature, in the buffer. Returns x [n, H]."""
+        x = self.gather(start, end)
+        gemm(self.logits[: end - start], x, self.weight.T)
+        return x
+
+    def forward(self, start: int, end: int) -> TritonChunk:
+        x = self.compute_logits(start, end)
+        m, log_s, logp, entropy = torch.empty(4, end - start, dtype=self.dtype, device=x.device).unbind()
+        logp_kernel[(end - start,)](
+            self.logits, self.logits.stride(0), start, self.bias, self.target_id, self.inv_temperature,
+            m, log_s, logp, entropy, self.weight.shape[0], self.softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        return TritonChunk(start, x, m, log_s, logp, entropy)
+
+    def backward(self, chunk: TritonChunk, g_logp: Tensor, g_entropy: Tensor | None) -> None:
+        n = len(chunk.x)
+        gradient_kernel[(n,)](
+            self.logits, self.d_logits, self.logits.stride(0), self.d_logits.stride(0), chunk.start,
+            self.bias, self.target_id, self.inv_temperature, chunk.m, chunk.log_s, chunk.entropy, g_logp, g_entropy,
+            self.weight.shape[0], self.softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        self.accumulate(self.pred_index[chunk.start : chunk.start + n], chunk.x, self.d_logits[:n])
+
+
+def token_loss(head: TritonHead, group: list[tuple[int, int]], terms: dict[str, Any], out: Any) -> None:
+    """As fused_linear_cipo_loss.py's `_group_loss`, for a group of one chunk and the ratio of tokens."""
+    [(start, end)] = group
+    x = head.compute_logits(start, end)
+    needs_grad = any(head.needs_grad)
+    token_loss_kernel[(end - start,)](
+        head.logits, head.d_logits if needs_grad else None, head.logits.stride(0), head.d_logits.stride(0), start,
+        head.bias, head.target_id, head.inv_temperature,
+        terms["old_logp"], terms["advantage"], terms["rl_weight"], terms["ce_weight"],
+        terms["ref_logp"] if terms["beta"] != 0 else None,
+        terms["sampler_logp"] if terms["is_cap"] is not None else None,
+        out.loss, out.logp, out.entropy, out.ratio, out.clipped, head.weight.shape[0], head.softcap,
+        terms["eps_low"], terms["eps_high"], terms["beta"], terms["entropy_coef"] or None, terms["is_cap"],
+        BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    if needs_grad:
+        head.accumulate(head.pred_index[start:end], x, head.d_logits[: end - start])
+
+
+def gpu_chunk_targets(vocab: int, width: int, processors: int) -> int:
+    """A multiple of 128 whose fp32 logits take at most 2 GiB, at most 2^15.
+
+    Of those above half the most, the one whose d(hidden) GEMM [n, V] x [V, H] fills its last wave best: of the
+    three it has the fewest tiles, taken as 128 x 256. (Our model of cuBLAS, not measured.)
+    """
+    most = max(1, min(2**31 // (4 * 128 * vocab), 2**8))
+    tiles = triton.cdiv(width, 256)  # of 128 targets
+
+    def fill(blocks: int) -> float:
+        waves = triton.cdiv(blocks * tiles, processors)
+        return blocks * tiles / (waves * processors)
+
+    return 128 * max(range(most // 2 + 1, most + 1), key=lambda blocks: (fill(blocks), blocks))

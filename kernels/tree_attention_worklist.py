@@ -1,0 +1,157 @@
+"""What the programs of the Triton tree attention loop over, from the segment arrays alone.
+
+The stream is cut into tiles of at most TILE tokens. A segment of TILE tokens or more is cut on its own, so that
+its tiles see every earlier token of their root path in full; neighbours shorter than that share tiles. A program
+owns one tile and streams the tokens on the other side of the score matrix: first full tiles, where every pair is
+visible and no mask is computed, then masked ones, which test each pair. Ours.
+
+    forward, dQ: the tile's queries meet the root path of its first one, then the tile itself
+    dK, dV: the tile's keys meet the tile itself, then all queries up to the last `subtree_end`
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE = 128  # tokens at most of a program's own tile; tokens of a full tile
+MASKED_TILE = 64  # tokens at most of a masked tile; ranges to mask are merged across smaller gaps
+# dK/dV of a prompt meets the queries of its whole tree: no program takes more than this share of all the work, and
+# none is split below MIN_SPLIT masked tiles.
+MAX_SHARE, MIN_SPLIT = 1 / 64, 16
+
+
+class TileWork(NamedTuple):
+    """One item a program and head, longest first. `full` and `masked` hold the streamed tiles of all items.
+
+    An item: first and past the last token of its own tile, its range in `full`, its range in `masked`, and its
+    slot among the partial results, or -1 where it is alone on its tile.
+    """
+
+    item: Tensor  # int32 [n, 7]
+    full: Tensor  # int32 [n_full] first token
+    masked: Tensor  # int32 [n_masked, 2] first token, past the last token
+
+
+class TreeWork(NamedTuple):
+    """All a pack's launches need. `partial` has a row a slot: its tile's first token, past the last one, and the
+    number of partial results to add up from this slot on, 0 in all but a tile's first slot."""
+
+    by_query: TileWork
+    by_key: TileWork
+    partial: Tensor  # int32 [n_slots, 3]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.by_query, *self.by_key, self.partial]
+
+
+def tree_work(start: Tensor, end: Tensor, subtree_end: Tensor) -> TreeWork:
+    """The work of a layout with these segments, [S] each, in preorder; on their device, which should be the CPU."""
+    first, stop = _tiles(start, end)
+    by_key, partial = _split(_work(first, stop, *_query_ranges(first, stop, start, end, subtree_end)))
+    by_query = _longest_first(_work(first, stop, *_key_ranges(first, stop, start, end, subtree_end)))
+    return TreeWork(by_query, by_key, partial)
+
+
+def _tiles(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """First and past the last token of each tile: long segments alone, runs of short ones cut as one."""
+    short = end - start < TILE
+    opens = torch.ones_like(short)
+    opens[1:] = ~(short[1:] & short[:-1])
+    run_start = start[opens]
+    run_end = torch.cat((run_start[1:], end[-1:]))
+    n = _ceil_div(run_end - run_start, TILE)
+    first = _arange_each(run_start, n, TILE)
+    return first, (first + TILE).minimum(run_end.repeat_interleave(n))
+
+
+def _key_ranges(
+    first: Tensor, stop: Tensor, start: Tensor, end: Tensor, subtree_end: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(tile, lo, hi, is_full) of the ranges of keys each tile of queries meets, tile by tile, root first."""
+    f = first[:, None]
+    on_path = (start < f) & (f < subtree_end)  # [tiles, S] before the tile, and seen by its first query
+    on_path = torch.cat((on_path, torch.ones_like(f, dtype=torch.bool)), 1)  # and the tile itself
+    is_full = torch.cat((subtree_end >= stop[:, None], torch.zeros_like(f, dtype=torch.bool)), 1)[on_path]
+    lo = torch.cat((start.expand(len(first), -1), f), 1)[on_path]
+    hi = torch.cat((end.minimum(f), stop[:, None]), 1)[on_path]
+    tile = on_path.nonzero()[:, 0]
+
+    # What lies between two ranges of a path are finished branches: a mask hides them.
+    gap = torch.where(is_full, 0, MASKED_TILE - 1)
+    opens = torch.ones_like(is_full)
+    opens[1:] = (tile[1:] != tile[:-1]) | (is_full[1:] != is_full[:-1]) | (lo[1:] - hi[:-1] > gap[1:])
+    closes = torch.cat((opens[1:], opens[:1]))
+    return tile[opens], lo[opens], hi[closes], is_full[opens]
+
+
+def _query_ranges(
+    first: Tensor, stop: Tensor, start: Tensor, end: Tensor, subtree_end: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(tile, lo, hi, is_full) of the ranges of queries each tile of keys meets, tile by tile: itself, the queries
+    that see all its keys, the queries that see some."""
+    tile_of_token = torch.arange(len(first)).repeat_interleave(stop - first)
+    subtree_end_of_token = subtree_end.repeat_interleave(end - start)
+    all_end, any_end = (
+        torch.zeros_like(first).scatter_reduce(0, tile_of_token, subtree_end_of_token, reduce, include_self=False)
+        for reduce in ("amin", "amax")
+    )
+    some = all_end.maximum(stop)
+    lo = torch.stack((first, stop, some), 1).flatten()
+    hi = torch.stack((stop, all_end, any_end), 1).flatten()
+    tile = torch.arange(len(first)).repeat_interleave(3)
+    is_full = torch.tensor([False, True, False]).repeat(len(first))
+    keep = lo < hi
+    return tile[keep], lo[keep], hi[keep], is_full[keep]
+
+
+def _work(first: Tensor, stop: Tensor, tile: Tensor, lo: Tensor, hi: Tensor, is_full: Tensor) -> TileWork:
+    """One item a tile, in stream order. What is left of a full range after its full tiles is masked."""
+    n_full = torch.where(is_full, (hi - lo) // TILE, 0)
+    lo_masked = lo + n_full * TILE
+    n_masked = _ceil_div(hi - lo_masked, MASKED_TILE)
+    masked = _arange_each(lo_masked, n_masked, MASKED_TILE)
+    columns = [first, stop]
+    for n in (n_full, n_masked):
+        stop = torch.zeros_like(first).index_add(0, tile, n).cumsum(0)
+        columns += [torch.cat((torch.zeros_like(stop[:1]), stop[:-1])), stop]
+    return TileWork(
+        item=torch.stack((*columns, torch.full_like(first, -1)), 1).int(),
+        full=_arange_each(lo, n_full, TILE).int(),
+        masked=torch.stack((masked, (masked + MASKED_TILE).minimum(hi.repeat_interleave(n_masked))), 1).int(),
+    )
+
+
+def _cost(item: Tensor) -> Tensor:
+    """In masked tiles."""
+    return (item[:, 3] - item[:, 2]) * (TILE // MASKED_TILE) + item[:, 5] - item[:, 4]
+
+
+def _longest_first(work: TileWork) -> TileWork:
+    return work._replace(item=work.item[_cost(work.item).argsort(descending=True, stable=True)])
+
+
+def _split(work: TileWork) -> tuple[TileWork, Tensor]:
+    """Cuts items above MAX_SHARE of the work into equal parts, each with a slot; returns these slots too."""
+    cost = _cost(work.item)
+    n_parts = _ceil_div(cost, max(int(cost.sum() * MAX_SHARE), MIN_SPLIT)).long()
+    part = _arange_each(torch.zeros_like(n_parts), n_parts, 1)
+    item, n = work.item.repeat_interleave(n_parts, 0), n_parts.repeat_interleave(n_parts)
+    is_part = n > 1
+    for begin in (2, 4):
+        stream_start, length = item[:, begin].clone(), item[:, begin + 1] - item[:, begin]
+        item[:, begin] = stream_start + length * part // n
+        item[:, begin + 1] = stream_start + length * (part + 1) // n
+    item[is_part, 6] = torch.arange(int(is_part.sum()), dtype=torch.int32)
+    partial = torch.stack((item[:, 0], item[:, 1], torch.where(part == 0, n, 0)), 1)[is_part].int()
+    return _longest_first(work._replace(item=item)), partial
+
+
+def _arange_each(start: Tensor, n: Tensor, step: int) -> Tensor:
+    """start, start + step, ... n of them, for each of start and n, in a row."""
+    i = torch.arange(int(n.sum())) - (n.cumsum(0) - n).repeat_interleave(n)
+    return start.repeat_interleave(n) + i * step
+
+
+def _ceil_div(a: Tensor, b: int) -> Tensor:
+    return (a + b - 1) // b

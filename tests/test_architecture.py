@@ -1,0 +1,90 @@
+"""The walls of the house: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cipo_fast"
+# folder or file -> prefixes of what it may not import
+WALLS = {
+    "kernels": ["cipo_fast", "transformers", "liger_kernel"],
+    "cipo_fast/cipo": ["torch", "cipo_fast.rollout", "cipo_fast.packing", "cipo_fast.policy", "cipo_fast.distributed"],
+    "cipo_fast/tasks": ["torch", "transformers", "cipo_fast.rollout", "cipo_fast.policy", "cipo_fast.model"],
+    "cipo_fast/rollout": ["cipo_kernels", "cipo_fast.cipo", "cipo_fast.learner", "cipo_fast.policy", "cipo_fast.packing"],
+    "cipo_fast/packing.py": ["transformers", "cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.policy"],
+    "cipo_fast/policy.py": ["cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.tasks"],
+    "cipo_fast/learner.py": ["transformers", "cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.tasks"],
+}
+OPTIONAL = ["vllm", "liger_kernel", "flash_attn", "wandb", "trl"]
+
+
+def files(where: str) -> list[Path]:
+    path = ROOT / where
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def imports(path: Path, top_level_only: bool = False) -> list[str]:
+    """Absolute names a file imports; `if TYPE_CHECKING:` does not count."""
+    tree = ast.parse(path.read_text())
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("where", WALLS)
+def test_walls(where: str) -> None:
+    assert files(where)
+    broken = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files(where)
+        for name in imports(path)
+        for wall in WALLS[where]
+        if name == wall or name.startswith(wall + ".")
+    ]
+    assert broken == []
+
+
+def test_only_train_knows_everybody() -> None:
+    allowed = {"train.py"}
+    parts = ("cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.learner", "cipo_fast.packing", "cipo_fast.tasks")
+    for path in files("cipo_fast"):
+        known = {part for part in parts for name in imports(path) if name.startswith(part)}
+        assert path.name in allowed or len(known) < len(parts), f"{path.name} knows {sorted(known)}"
+
+
+def test_optional_packages_are_imported_where_used_only() -> None:
+    for path in files("cipo_fast") + files("kernels"):
+        heavy = [name for name in imports(path, top_level_only=True) if name.split(".")[0] in OPTIONAL]
+        assert heavy == [], path
+
+
+def test_kernels_need_torch_and_triton_alone() -> None:
+    """Imported in a process of their own, they load no transformers, pydantic or numpy-based trainer code."""
+    code = (
+        "import sys, cipo_kernels; "
+        "print([m for m in ('transformers', 'cipo_fast', 'pydantic', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_name_of_the_house_hides_an_installed_package() -> None:
+    """`torchrun cipo_fast/train.py` puts cipo_fast/ first on sys.path; train.py takes it off again."""
+    head = (PACKAGE / "train.py").read_text().split("from cipo_fast")[0]
+    assert "sys.path.pop(0)" in head

@@ -1,0 +1,308 @@
+"""The algorithm: the numeric checks of ALGORITHM section 3, anchors, prompts, weights, metrics."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cipo_fast.cipo.advantages import correction_advantages, group_advantages, shape_rewards
+from cipo_fast.cipo.anchors import order_prompts, select_anchors
+from cipo_fast.cipo.metrics import batch_metrics, correction_gap
+from cipo_fast.cipo.objective import conversations, verified_corrections
+from cipo_fast.cipo.prompts import CorrectionPrompts, chat_ids
+from cipo_fast.cipo.replay import ReplayState, update_replay
+from cipo_fast.config import Config, CorrectionConfig, ReplayConfig, load_config
+from cipo_fast.model import embedded_tokenizer
+from cipo_fast.records import Anchor, Group, Problem, Rollout
+
+F2F = ReplayConfig(ema_decay=0.0, n_min=1)
+TOKENIZER = embedded_tokenizer()
+
+
+def problem(i: int = 0) -> Problem:
+    return Problem(f"p{i}", ({"role": "user", "content": f"ask {i}"},), "yes", "test")
+
+
+def rollout(reward: float, text: str = "", p: Problem | None = None, truncated: bool = False, step: int = 0) -> Rollout:
+    p = p or problem()
+    text = text or ("yes" if reward else "no")
+    ids = [*TOKENIZER(text, add_special_tokens=False)["input_ids"], *([] if truncated else [TOKENIZER.eos_token_id])]
+    return Rollout(p, chat_ids(TOKENIZER, p.messages), ids, [-1.0] * len(ids), text, reward, truncated, step)
+
+
+def group(rewards: list[float], i: int = 0) -> Group:
+    p = problem(i)
+    rollouts = [rollout(r, f"{'yes' if r else 'no'}{n}", p) for n, r in enumerate(rewards)]
+    return Group(p, rollouts[0].prompt_ids, rollouts)
+
+
+def fits(r: Rollout) -> tuple[list[int], list[int]]:
+    return r.prompt_ids, [1, 2, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------- replay
+
+
+@pytest.mark.parametrize(
+    ("retention", "expected"),
+    [
+        (0.95, [0.264, 0.232, 0.204, 0.2]),
+        (0.70, [0.339, 0.400, 0.492, 0.605, 0.744, 0.8]),
+    ],
+)
+def test_rho_sequences(retention: float, expected: list[float]) -> None:
+    kept = [1.0] * round(100 * retention) + [0.0] * round(100 * (1 - retention))
+    state, found = ReplayState(0.3), []
+    for _ in expected:
+        state = update_replay(state, kept, F2F)
+        found.append(state.rho)
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_rho_holds_below_n_min_and_when_fixed() -> None:
+    state = ReplayState(0.3, 0.9, 1)
+    assert update_replay(state, [0.0] * 15, ReplayConfig()) == state
+    assert update_replay(state, [0.0] * 16, ReplayConfig()) != state
+    assert update_replay(state, [0.0] * 99, ReplayConfig(adaptive=False)) == state
+
+
+def test_retention_is_smoothed_and_a_drop_raises_rho() -> None:
+    state = update_replay(ReplayState(0.3, 1.0), [0.0] * 16, ReplayConfig(ema_decay=0.7))
+    assert state.retention == pytest.approx(0.7)
+    # f1 = 0.8 - 0.7, f2 = 1.0 - 0.7, f3 = 1
+    assert state.rho == pytest.approx(0.3 * (1 + 0.8 * 0.1 + 0.3 * 0.3 + 0.05))
+
+
+# ------------------------------------------------------------------------------------------------------ advantages
+
+
+def test_group_advantages_by_hand() -> None:
+    rewards = np.array([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    found = group_advantages(rewards, scale=True, eps=1e-12)
+    assert found[0] == pytest.approx([1.5, -0.5, -0.5, -0.5])  # std (n-1) of one in four is 1/2
+    assert (found[1] == 0).all()
+    assert (found[2] == 0).all()
+    assert found[3] == pytest.approx(np.array([0.5, 0.5, -0.5, -0.5]) / np.sqrt(1 / 3))
+    assert group_advantages(rewards, scale=False, eps=1e-12)[0] == pytest.approx([0.75, -0.25, -0.25, -0.25])
+
+
+def test_shaping_punishes_only_broken_right_anchors() -> None:
+    shaped = shape_rewards(np.array([[1.0, 0], [1, 0]]), np.array([True, False]), 0.5)
+    assert shaped.tolist() == [[1, -0.5], [1, 0]]
+
+
+REWARDS = np.array([[1.0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+RIGHT = np.array([True, False, True, False])
+
+
+def advantages(risk_norm: str, lambda_risk: float, eps: float = 1e-12, scale: bool = True) -> np.ndarray:
+    return correction_advantages(REWARDS, RIGHT, lambda_risk=lambda_risk, risk_norm=risk_norm, scale=scale, eps=eps)
+
+
+def test_literal_is_indifferent_to_lambda_risk_and_raw_std_is_not() -> None:
+    assert advantages("literal", 0.0) == pytest.approx(advantages("literal", 3.0), abs=1e-10)
+    plain, punished = advantages("raw_std", 0.0), advantages("raw_std", 1.0)
+    assert punished[0] == pytest.approx(2 * plain[0])  # right-anchor groups weigh 1 + lambda_risk
+    assert (punished[1] == plain[1]).all()
+
+
+def test_groups_without_variance_teach_nothing_but_in_pooled() -> None:
+    for norm in ("literal", "raw_std"):
+        assert (advantages(norm, 1.0)[2:] == 0).all()
+    pooled = advantages("pooled", 1.0)
+    shaped = shape_rewards(REWARDS, RIGHT, 1.0)
+    std = shaped.std(ddof=1)
+    assert pooled[2] == pytest.approx((-1 - shaped.mean()) / std)  # a right anchor that all corrections broke
+    assert (pooled[2] < 0).all()
+    assert pooled[1] == pytest.approx((shaped[1] - shaped[1].mean()) / std)
+
+
+def test_dr_grpo_divides_nothing() -> None:
+    shaped = shape_rewards(REWARDS, RIGHT, 1.0)
+    assert advantages("raw_std", 1.0, scale=False)[0] == pytest.approx(shaped[0] - shaped[0].mean())
+
+
+def test_no_corrections_no_advantages() -> None:
+    empty = correction_advantages(
+        np.zeros((0, 4)), np.zeros(0, bool), lambda_risk=1.0, risk_norm="pooled", scale=True, eps=0.0
+    )
+    assert empty.shape == (0, 4)
+
+
+# --------------------------------------------------------------------------------------------------------- anchors
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_rho_sets_the_share_of_right_anchors() -> None:
+    groups = [group([1, 1, 0, 0], i) for i in range(10)]
+    anchors, counts = select_anchors(groups, 10, 0.3, CorrectionConfig(), fits, rng())
+    assert (counts.right_wanted, counts.right, counts.wrong) == (3, 3, 7)
+    assert sum(a.right for a in anchors) == 3
+    assert len({(a.group, a.index) for a in anchors}) == 10
+    assert all(groups[a.group].rollouts[a.index] is a.rollout for a in anchors)
+
+
+@pytest.mark.parametrize(("rewards", "right", "wrong"), [([0, 0, 0, 0], 0, 4), ([1, 1, 1, 1], 4, 0)])
+def test_a_shortage_is_filled_from_the_other_side(rewards: list[float], right: int, wrong: int) -> None:
+    _, counts = select_anchors([group(rewards), group(rewards, 1)], 4, 0.5, CorrectionConfig(), fits, rng())
+    assert (counts.right, counts.wrong) == (right, wrong)
+
+
+def test_no_prompt_gives_more_than_its_cap_and_all_give_one_first() -> None:
+    groups = [group([1, 0, 1, 0], i) for i in range(4)]
+    anchors, _ = select_anchors(groups, 100, 0.5, CorrectionConfig(max_anchors_per_prompt=2), fits, rng())
+    assert [sum(a.group == g for a in anchors) for g in range(4)] == [2, 2, 2, 2]
+    anchors, _ = select_anchors(groups, 4, 0.0, CorrectionConfig(), fits, rng())
+    assert sorted(a.group for a in anchors) == [0, 1, 2, 3]
+
+
+def test_medium_prompts_come_first() -> None:
+    groups = [group([1] * k + [0] * (8 - k), k) for k in range(9)]  # pass rates 0/8 .. 8/8
+    anchors, _ = select_anchors(groups, 4, 0.5, CorrectionConfig(), fits, rng())
+    assert {a.group for a in anchors} == {3, 4, 5, 6}
+    tiers = order_prompts([k / 8 for k in range(9)], CorrectionConfig(), rng())
+    assert [sorted(t) for t in tiers] == [[3, 4, 5, 6], [0, 1, 2, 7, 8]]
+
+
+def test_soft_preference_follows_its_weight() -> None:
+    config = CorrectionConfig(preference="soft", kappa=2.0)
+    first = [order_prompts([0.0, 0.5, 1.0], config, np.random.default_rng(i))[0][0] for i in range(200)]
+    assert first.count(1) > 190  # weight 0.0676 against 0.0001 twice
+    flat = CorrectionConfig(preference="soft", kappa=0.0)
+    first = [order_prompts([0.0, 0.5, 1.0], flat, np.random.default_rng(i))[0][0] for i in range(300)]
+    assert all(60 < first.count(i) < 140 for i in range(3))
+
+
+def test_truncated_empty_and_duplicate_attempts_are_no_anchors() -> None:
+    p = problem()
+    rollouts = [rollout(0, "no", p), rollout(0, "no", p), rollout(0, "", p, truncated=True), rollout(0, " ", p)]
+    rollouts[2] = replace(rollouts[2], text="cut")
+    anchors, _ = select_anchors([Group(p, rollouts[0].prompt_ids, rollouts)], 4, 0.0, CorrectionConfig(), fits, rng())
+    assert [a.index for a in anchors] == [0]
+
+
+def test_an_anchor_that_does_not_fit_is_dropped_counted_and_replaced() -> None:
+    anchors, counts = select_anchors(
+        [group([0, 0, 0, 0])], 2, 0.0, CorrectionConfig(), lambda r: None if r.text == "no0" else fits(r), rng()
+    )
+    assert len(anchors) == 2
+    assert all(a.rollout.text != "no0" for a in anchors)
+    assert counts.dropped <= 1
+
+
+# --------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_followup_joins_ids_and_never_renders_the_attempt_again() -> None:
+    prompts = CorrectionPrompts(TOKENIZER, CorrectionConfig(followup="check"))
+    r = rollout(0, "no")
+    prompt_ids, glue_ids = prompts(r)
+    whole = TOKENIZER.apply_chat_template(
+        [*r.problem.messages, {"role": "assistant", "content": "no"}, {"role": "user", "content": "check"}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert prompt_ids + r.token_ids + glue_ids == whole  # the end-of-turn token stands once
+
+
+def test_the_verdict_is_hidden_unless_asked_for() -> None:
+    hidden = CorrectionPrompts(TOKENIZER, CorrectionConfig())
+    assert hidden.glue[True] == hidden.glue[False]
+    shown = CorrectionPrompts(TOKENIZER, CorrectionConfig(verdict="shown"))
+    assert "right" in TOKENIZER.decode(shown.glue[True]).split("It may")[0]
+    assert "wrong" in TOKENIZER.decode(shown.glue[False]).split("It may")[0]
+
+
+def test_quoted_is_one_user_turn() -> None:
+    prompt_ids, glue_ids = CorrectionPrompts(TOKENIZER, CorrectionConfig(layout="quoted", followup="check"))(rollout(0, "no"))
+    assert glue_ids is None
+    assert TOKENIZER.decode(prompt_ids) == "<|user|>ask 0\n\nno\n\ncheck<|end|><|assistant|>"
+
+
+def test_a_correction_prompt_is_never_cut() -> None:
+    for layout in ("followup", "quoted"):
+        for limit, kept in ((19, True), (18, False)):
+            config = CorrectionConfig(layout=layout, followup="check", max_prompt_tokens=limit)
+            assert (CorrectionPrompts(TOKENIZER, config)(rollout(0, "no")) is not None) == kept
+
+
+# ------------------------------------------------------------------------------------------------------- objective
+
+
+def batch(config: Config) -> tuple[list[Group], list[Anchor]]:
+    groups = [group([1, 0, 0, 1], 0), group([0, 0, 1, 0], 1)]
+    anchors = []
+    for g, i, rewards in [(0, 1, [1, 0, 1, 1]), (1, 2, [1, 0, 0, 1])]:
+        r = groups[g].rollouts[i]
+        anchors.append(Anchor(r, g, i, r.prompt_ids, [1, 2], [rollout(x, p=r.problem) for x in rewards]))
+    return groups, anchors
+
+
+def test_each_stream_is_normalised_by_its_own_count() -> None:
+    config = load_config([], ["correction.lambda_corr=0.5"])
+    found = conversations(*batch(config), config)
+    for stream, weight in [("rollout", 1.0), ("correction", 0.5)]:
+        members = [c for c in found if c.stream == stream]
+        assert sum(c.rl_weight * len(c.segments[-1].token_ids) for c in members) == pytest.approx(weight)
+        assert len({c.rl_weight for c in members}) == 1
+
+
+def test_normalize_by_sequences() -> None:
+    config = load_config([], ["loss.normalize=sequences"])
+    members = [c for c in conversations(*batch(config), config) if c.stream == "rollout"]
+    assert [c.rl_weight * len(c.segments[-1].token_ids) for c in members] == pytest.approx([1 / 8] * 8)
+
+
+def test_corrections_share_the_segments_of_their_attempt() -> None:
+    config = load_config([], [])
+    found = conversations(*batch(config), config)
+    attempt = next(c for c in found if c.stream == "rollout" and c.segments[1].token_ids == batch(config)[0][0].rollouts[1].token_ids)
+    corrections = [c for c in found if c.stream == "correction"][:4]
+    assert all(c.segments[:2] == attempt.segments for c in corrections)
+    assert len({c.segments[2] for c in corrections}) == 1
+    assert len({c.segments[3] for c in corrections}) == 4  # equal texts stay apart
+
+
+def test_lambda_corr_0_is_grpo() -> None:
+    config = load_config([], ["correction.lambda_corr=0"])
+    assert {c.stream for c in conversations(*batch(config), config)} == {"rollout"}
+    assert config.anchors_per_step == 0
+
+
+@pytest.mark.parametrize("context", ["anchor", "bare"])
+@pytest.mark.parametrize("loss", ["ce", "both"])
+def test_cross_entropy_weights(loss: str, context: str) -> None:
+    config = load_config([], [f"correction.loss={loss}", f"correction.context={context}", "correction.lambda_corr=2"])
+    groups, anchors = batch(config)
+    found = [c for c in conversations(groups, anchors, config) if c.ce_weight]
+    assert len(found) == 2  # verified corrections of wrong anchors, at most 2 an anchor
+    total = sum(c.ce_weight * len(c.segments[-1].token_ids) for c in found)
+    assert total == pytest.approx(2 * (0.1 if loss == "both" else 1.0))
+    for c in found:
+        assert len(c.segments) == (2 if context == "bare" else 4)
+        assert (c.rl_weight > 0) == (loss == "both" and context == "anchor")
+    assert verified_corrections(anchors[1], 2) == []  # a right anchor
+
+
+def test_truncated_corrections_are_not_imitated() -> None:
+    _, anchors = batch(load_config([], []))
+    anchors[0].corrections[0].truncated = True
+    assert verified_corrections(anchors[0], 2) == [2, 3]
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_by_hand() -> None:
+    groups, anchors = batch(load_config([], []))
+    m = batch_metrics(groups, anchors, None)
+    assert m["rollout/accuracy"] == 3 / 8
+    assert m["correction/wrong_to_right"] == 3 / 4
+    assert m["correction/retention"] == 1 / 2
+    assert m["correction/right_to_wrong"] == 1 / 2
+    assert m["correction/gap"] == pytest.approx(3 / 4 - 2 / 3)  # two of the other three rollouts are right
+    assert correction_gap(groups, anchors[1:]) is None
+    assert batch_metrics(groups, [], None)["correction/retention"] is None
