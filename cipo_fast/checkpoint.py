@@ -16,6 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -85,7 +87,10 @@ def load_newest(folder: Path, learner: Learner) -> Progress:
     return Progress(**{**record, "replay": ReplayState(**record["replay"])})
 
 
-def export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what `AutoModelForCausalLM.from_pretrained(folder)` loads; `model` holds whole weights (an engine's copy)."""
-    model.save_pretrained(folder)
+def export(
+    folder: Path, model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write what `AutoModelForCausalLM.from_pretrained(folder)` loads: `model`'s config with whole `weights`."""
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

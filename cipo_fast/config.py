@@ -45,7 +45,7 @@ class EmbeddedModel(Section):
     """Supervised steps stop at this greedy accuracy on training problems."""
     warm_seconds: Annotated[float, Field(gt=0)] = 60.0
     """... or after this many seconds, whichever comes first."""
-    warm_lr: Annotated[float, Field(gt=0)] = 2e-3
+    warm_lr: Annotated[float, Field(gt=0, le=1)] = 2e-3
     """Learning rate of the supervised steps."""
     warm_batch: Positive = 64
     """Conversations a supervised step."""
@@ -122,7 +122,7 @@ class CorrectionConfig(Section):
     layout: Literal["followup", "quoted"] = "followup"
     """The conversation goes on after the attempt, token for token [ours], or one turn quotes it [f2f]."""
     verdict: Literal["hidden", "shown"] = "hidden"
-    """`shown` tells the model whether its attempt was right: a control, it makes keeping a right one trivial [f2f, ours]."""
+    """`shown` tells the policy whether its attempt was right: a control, keeping it is then trivial [f2f, ours]."""
     followup: Annotated[str, Field(min_length=1)] = (
         "Check the answer above. It may or may not be right. Think again, then give your final answer."
     )
@@ -178,7 +178,7 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    lr: Annotated[float, Field(gt=0)] = 1e-6
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-6
     """Peak learning rate of AdamW [f2f, ThinkTwice]."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's decay of the first moment."""

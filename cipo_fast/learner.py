@@ -70,7 +70,7 @@ class Learner:
         return Update(loss, norm, lr, applied, stats.result(), bad_pack)
 
     def with_log_probs(self, packs: Sequence[Pack], need_old: bool) -> list[Pack]:
-        """The packs with old_logp (when the batch gets more than one update) and ref_logp (when there is a reference)."""
+        """The packs with old_logp (where a batch gets several updates) and ref_logp (where there is a reference)."""
         filled = []
         for pack in packs:
             moved = pack.to(self.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from cipo_kernels import TreeLayout
@@ -74,7 +75,7 @@ class Pack:
     ref_logp: Tensor | None = None  # [N] fp32
 
     def to(self, device: torch.device) -> Pack:
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor | TreeLayout)
@@ -86,7 +87,7 @@ class Pack:
 
 
 def build_trees(conversations: list[Conversation], packing: str = "tree") -> list[Node]:
-    """Conversations that share segments (by identity) become one tree; with packing="rows" each is a tree of its own."""
+    """Conversations that share segments (by identity) become one tree; packing="rows" makes each a tree of its own."""
     if packing == "rows":
         return [_row(conversation) for conversation in conversations]
     roots: list[Node] = []

@@ -13,7 +13,7 @@ import torch
 from cipo_kernels import LossOutput, TreeLayout, fused_linear_cipo_loss, fused_linear_logprob, tree_attention
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
@@ -113,9 +113,10 @@ def build_policy(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Po
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
     for module in policy.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        if isinstance(module, FSDPModule):
             # The loss weights hold the global normalisers: gradients of ranks add up, they are not averaged.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     return policy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch.distributed as dist
@@ -83,7 +84,7 @@ class Sampler:
 
     def _verified(self, problem: Problem, prompt_ids: list[int], completion: Completion) -> Rollout:
         started = time.perf_counter()
-        text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        text = cast(str, self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
         reward = 0.0 if completion.truncated else verify(problem, text)
         self.verify_s += time.perf_counter() - started
         return Rollout(

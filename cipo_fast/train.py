@@ -123,8 +123,7 @@ def train(config: Config, mesh: DeviceMesh) -> None:
                 if recorder is not None:
                     recorder.evaluation(result, progress.step)
         after = timed_evaluation(run, view, "after training")
-        if recorder is not None:
-            finish(run, recorder, view, progress, after)
+        finish(run, recorder, view, progress, after)
 
 
 # ------------------------------------------------------------------------------------------------------- one step
@@ -188,7 +187,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, list[Group], list[
 def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
     """B prompts: every epoch is a permutation of its own, and a step's place in it follows from its number."""
     b = config.rollout.prompts_per_step
-    found = []
+    found: list[Prompt] = []
     for i in range((step - 1) * b, step * b):
         epoch, place = divmod(i, len(prompts))
         if not found or place == 0:
@@ -223,7 +222,7 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
     return updates, {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}, old_logp_s
 
 
-def make_packs(batch: Sequence[Conversation], run: Run) -> tuple[list[Pack], int]:
+def make_packs(batch: list[Conversation], run: Run) -> tuple[list[Pack], int]:
     """This rank's packs of a batch, and the tokens of all ranks' packs."""
     trees = build_trees(batch, run.config.train.packing)
     ranks = pack_trees(trees, run.config.train.pack_tokens, run.cost, dist.get_world_size())
@@ -263,7 +262,8 @@ def build(config: Config, mesh: DeviceMesh, view: View) -> tuple[Run, Progress]:
     if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
         raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
 
-    model = load_model(config, ATTENTION).to(mesh.device_type)
+    model = load_model(config, ATTENTION)
+    model.to(torch.device(mesh.device_type))
     view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")
     cost = cost_model(model.config, model.num_parameters())
     twin = copy.deepcopy(model).to(getattr(torch, config.model.dtype))
@@ -275,7 +275,7 @@ def build(config: Config, mesh: DeviceMesh, view: View) -> tuple[Run, Progress]:
     if config.model.path == "embedded":
         warm_start(
             policy, train_prompts, correct, sampler, config, cost, cache_file(config.run_dir, config),
-            lambda n, accuracy, s: view.note(f"warm start: {n} supervised steps, greedy accuracy {accuracy:.3f}, {s:.0f}s"),
+            lambda n, right, s: view.note(f"warm start: {n} supervised steps, greedy accuracy {right:.3f}, {s:.0f}s"),
         )  # fmt: skip
     reference = None
     if reference_model is not None:
@@ -305,7 +305,8 @@ def encode(
         )
     if len(kept) < len(prompts):
         view.say(
-            f"{what}: {len(prompts) - len(kept)} of {len(prompts)} prompts dropped, longer than data.max_prompt_tokens={limit}"
+            f"{what}: {len(prompts) - len(kept)} of {len(prompts)} prompts dropped, "
+            f"longer than data.max_prompt_tokens={limit}"
         )
     return kept
 
@@ -317,9 +318,15 @@ def timed_evaluation(run: Run, view: View, when: str) -> dict[str, float | None]
     return result
 
 
-def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: dict[str, float | None]) -> None:
-    """Summary, export, table."""
+def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, after: dict[str, float | None]) -> None:
+    """Export, summary, table. Gathering the weights is a collective; the rest is the first rank's."""
     config = run.config
+    if config.checkpoint.export:
+        weights = {name: tensor.cpu() for name, tensor in run.learner.policy.full_weights()}
+        if recorder is not None:
+            checkpoint.export(config.run_dir / "model", run.learner.policy.model, weights, run.sampler.tokenizer)
+    if recorder is None:
+        return
     assert progress.before is not None
     saved = recorder.tokens_saved()
     recorder.summary(
@@ -333,8 +340,6 @@ def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: 
             "config": config.model_dump(mode="json"),
         }
     )
-    if config.checkpoint.export:
-        checkpoint.export(config.run_dir / "model", run.sampler.engine.model, run.sampler.tokenizer)
     recorder.close()
     view.say("")
     view.console.print(summary_table(progress.before, after, saved))

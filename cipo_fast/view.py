@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console, Group
@@ -42,9 +43,14 @@ class View:
         self.latest: Metrics = {}
         self.message = ""
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), expand=True,
-        )  # fmt: skip
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            expand=True,
+        )
         self.task = self.progress.add_task("steps", total=steps)
         live = mode == "live" or (mode == "auto" and self.console.is_terminal)
         self.live = (
@@ -103,7 +109,7 @@ def step_line(m: Metrics, total: int) -> str:
             f"rho {_share(m['replay/rho'])}",
         ]
     parts += [
-        f"loss {m['loss/total']:+.4f}",
+        f"loss {_number(m['loss/total'], '+.4f')}",
         f"{m['time/step_s']:.2f}s (generate {m['time/generate_s']:.2f} train {m['time/train_s']:.2f})",
     ]
     return "  ".join(parts)
@@ -115,7 +121,7 @@ def sparkline(values: list[float], width: int) -> str:
         return ""
     n = min(width, len(values))
     edges = [round(i * len(values) / n) for i in range(n + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     return "".join(BLOCKS[round(min(max(v, 0.0), 1.0) * (len(BLOCKS) - 1))] for v in means)
 
 
@@ -150,7 +156,7 @@ def _columns(m: Metrics, history: list[float]) -> Table:
             "wrong > right", _share(m["correction/wrong_to_right"]), f"gap {_share(m['correction/gap'], sign=True)}"
         )
         left.add_row("right > wrong", _share(m["correction/right_to_wrong"]), f"rho {_share(m['replay/rho'])}")
-    left.add_row("loss", f"{m['loss/total']:+.4f}", f"grad norm {m['grad/norm']:.3f}")
+    left.add_row("loss", _number(m["loss/total"], "+.4f"), f"grad norm {_number(m['grad/norm'], '.3f')}")
     left.add_row("tokens", f"{m['tokens/forwarded']:,}", f"one row each: {m['tokens/rows']:,}")
     right = Table.grid(padding=(0, 1))
     total = float(m["time/step_s"] or 1)
@@ -164,6 +170,8 @@ def _columns(m: Metrics, history: list[float]) -> Table:
 
 
 def _share(value: Any, sign: bool = False) -> str:
-    if value is None:
-        return "  -  "
-    return f"{value:+.3f}" if sign else f"{value:.3f}"
+    return _number(value, "+.3f" if sign else ".3f")
+
+
+def _number(value: Any, form: str) -> str:
+    return "  -  " if value is None else format(value, form)

@@ -29,7 +29,11 @@ def random_conversations(
                 weights = rng.random(2) * (rng.random(2) < 0.8)
                 found.append(
                     Conversation(
-                        (*path, segment), logps, str(rng.choice(["rollout", "correction"])), rng.normal(), *weights.tolist()
+                        (*path, segment),
+                        logps,
+                        str(rng.choice(["rollout", "correction"])),
+                        rng.normal(),
+                        *weights.tolist(),
                     )
                 )
                 if below > 1 and rng.random() < 0.6:

@@ -217,7 +217,9 @@ def test_the_verdict_is_hidden_unless_asked_for() -> None:
 
 
 def test_quoted_is_one_user_turn() -> None:
-    prompt_ids, glue_ids = CorrectionPrompts(TOKENIZER, CorrectionConfig(layout="quoted", followup="check"))(rollout(0, "no"))
+    prompt_ids, glue_ids = CorrectionPrompts(TOKENIZER, CorrectionConfig(layout="quoted", followup="check"))(
+        rollout(0, "no")
+    )
     assert glue_ids is None
     assert TOKENIZER.decode(prompt_ids) == "<|user|>ask 0\n\nno\n\ncheck<|end|><|assistant|>"
 
@@ -259,7 +261,11 @@ def test_normalize_by_sequences() -> None:
 def test_corrections_share_the_segments_of_their_attempt() -> None:
     config = load_config([], [])
     found = conversations(*batch(config), config)
-    attempt = next(c for c in found if c.stream == "rollout" and c.segments[1].token_ids == batch(config)[0][0].rollouts[1].token_ids)
+    attempt = next(
+        c
+        for c in found
+        if c.stream == "rollout" and c.segments[1].token_ids == batch(config)[0][0].rollouts[1].token_ids
+    )
     corrections = [c for c in found if c.stream == "correction"][:4]
     assert all(c.segments[:2] == attempt.segments for c in corrections)
     assert len({c.segments[2] for c in corrections}) == 1

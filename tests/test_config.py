@@ -15,7 +15,10 @@ from cipo_fast.errors import UserError
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.promts_per_step=4", "unknown key 'rollout.promts_per_step': did you mean 'rollout.prompts_per_step'?"),
+        (
+            "rollout.promts_per_step=4",
+            "unknown key 'rollout.promts_per_step': did you mean 'rollout.prompts_per_step'?",
+        ),
         ("rolout.engine=local", "did you mean 'rollout'?"),
         ("optimizer.lr=1", "did you mean 'optim'?"),
         ("replay.tau=1.5", "replay.tau=1.5: input should be less than or equal to 1"),

@@ -21,7 +21,9 @@ def context_of_targets(pack: Pack) -> dict[tuple[int, int], tuple[tuple[int, ...
     mask = pack.layout.dense_mask()
     found = {}
     seen: Counter[int] = Counter()
-    for query, target, c in zip(pack.pred_index.tolist(), pack.target_id.tolist(), pack.conversation.tolist(), strict=True):
+    for query, target, c in zip(
+        pack.pred_index.tolist(), pack.target_id.tolist(), pack.conversation.tolist(), strict=True
+    ):
         key = id(pack.conversations[c])
         visible = mask[query].nonzero().squeeze(1)
         assert pack.layout.position_ids[visible].tolist() == list(range(len(visible)))
@@ -44,7 +46,9 @@ def expected(conversations: list[Conversation]) -> dict[tuple[int, int], tuple[t
 
 @settings(max_examples=60, deadline=None)
 @given(seed=seeds, capacity=st.integers(24, 120), ranks=st.integers(1, 4), packing=st.sampled_from(["tree", "rows"]))
-def test_every_target_is_in_one_pack_with_its_exact_ancestors(seed: int, capacity: int, ranks: int, packing: str) -> None:
+def test_every_target_is_in_one_pack_with_its_exact_ancestors(
+    seed: int, capacity: int, ranks: int, packing: str
+) -> None:
     conversations = random_conversations(seed, max_len=4)
     trees = build_trees(conversations, packing)
     capacity = max(capacity, *(tree.longest_path for tree in trees))
@@ -77,7 +81,7 @@ def test_each_target_carries_its_conversations_numbers(seed: int) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, order=st.randoms(use_true_random=False))
-def test_permuting_siblings_changes_nothing_but_order(seed: int, order) -> None:  # noqa: ANN001
+def test_permuting_siblings_changes_nothing_but_order(seed: int, order) -> None:
     conversations = random_conversations(seed)
     trees = build_trees(conversations)
     before = context_of_targets(make_pack(trees))

@@ -94,5 +94,5 @@ def test_an_eval_file_never_overlaps_training(tmp_path: Path) -> None:
     held_out.write_text(train.read_text())
     with pytest.raises(UserError, match="nothing is left to train on"):
         load_dataset(load_config([], [f"data.train={train}", f"data.eval={held_out}"]))
-    with pytest.raises(UserError, match="without data.train"):
+    with pytest.raises(UserError, match=r"without data\.train"):
         load_config([], [f"data.eval={held_out}"])

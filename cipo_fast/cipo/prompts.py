@@ -3,7 +3,7 @@ template, never rendered again: templates strip parts of an answer, and re-token
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cipo_fast.config import CorrectionConfig
 from cipo_fast.errors import UserError
@@ -19,7 +19,8 @@ _VERDICT = {True: "The answer above is right. ", False: "The answer above is wro
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...]) -> list[int]:
     """The prompt as the policy sees it: the template's rendering, up to where its answer begins."""
-    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+    return cast(list[int], ids)
 
 
 class CorrectionPrompts:
@@ -63,7 +64,7 @@ class CorrectionPrompts:
             {"role": "user", "content": self.instruction(right)},
         ]
         text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        _, found, tail = text.partition(_SENTINEL)
+        _, found, tail = cast(str, text).partition(_SENTINEL)
         if not found:
             raise UserError("model.path: its chat template drops earlier answers; use correction.layout=quoted")
         return self.tokenizer(tail, add_special_tokens=False)["input_ids"]

@@ -32,7 +32,7 @@ class Engine(Protocol):
     policy_version: int
 
     def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
-        """`n` completions of each prompt (token ids), in the order of the prompts; the same seed gives the same ones."""
+        """`n` completions of each prompt (token ids), in the prompts' order; the same seed gives the same ones."""
         ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:

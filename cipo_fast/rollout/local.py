@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from cipo_fast.errors import TrainingStopped
 from cipo_fast.records import Completion
 from cipo_fast.rollout import Sampling, SyncReport
 
@@ -73,18 +74,25 @@ class LocalEngine:
             warpers.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_p < 1:
             warpers.append(TopPLogitsWarper(sampling.top_p))
-        output = self.model.generate(
-            input_ids.repeat_interleave(n, 0),
-            attention_mask=mask.repeat_interleave(n, 0),
-            logits_processor=LogitsProcessorList([*warpers, recorder]),
-            generation_config=GenerationConfig(
-                do_sample=sampling.temperature > 0,
-                top_k=0,  # the processors above are all the shaping there is
-                max_new_tokens=sampling.max_tokens,
-                eos_token_id=self.eos_ids,
-                pad_token_id=self.pad_id,
-            ),
-        )
+        shaping = {"top_k": 0} if sampling.temperature > 0 else {}  # the processors above are all the shaping there is
+        try:
+            output = self.model.generate(
+                input_ids.repeat_interleave(n, 0),
+                attention_mask=mask.repeat_interleave(n, 0),
+                logits_processor=LogitsProcessorList([*warpers, recorder]),
+                generation_config=GenerationConfig(
+                    do_sample=sampling.temperature > 0,
+                    max_new_tokens=sampling.max_tokens,
+                    eos_token_id=self.eos_ids,
+                    pad_token_id=self.pad_id,
+                    **shaping,
+                ),
+            )
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            version = self.policy_version
+            raise TrainingStopped(f"policy version {version} gives probabilities that are not finite") from None
         tokens = output[:, width:]  # [len(prompts) * n, L]
         logps = recorder.finish(output)
         ended = torch.isin(tokens, torch.tensor(self.eos_ids, device=device))

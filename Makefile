@@ -1,0 +1,31 @@
+# Two commands do everything on a fresh machine: `make train`, and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: train test check bench clean
+
+train: .venv/installed
+	$(BIN)/torchrun cipo_fast/train.py $(ARGS)
+
+test: .venv/installed-dev
+	$(BIN)/pytest $(ARGS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: .venv/installed-dev
+	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
+
+# What `make train` needs, and what `make test` adds. On a machine without a GPU the CPU build of torch is enough.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --disable-pip-version-check -e .[dev]
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

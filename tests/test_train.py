@@ -1,0 +1,462 @@
+"""The command, end to end, on a smaller embedded model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cipo_fast.config import configs_dir
+from cipo_fast.learner import Learner
+from cipo_fast.model import embedded_tokenizer, load_model
+from cipo_fast.policy import Policy
+from cipo_fast.train import main
+
+TRAIN_PY = Path(__file__).parents[1] / "cipo_fast" / "train.py"
+# Small, and warm enough within a second or two that some answers are right.
+SMALL = [
+    "model.embedded.hidden=64", "model.embedded.mlp=96", "model.embedded.warm_accuracy=0.05", "data.task=add",
+    "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "rollout.max_tokens=6", "eval.problems=16",
+    "eval.samples=2", "run.tensorboard=false", "run.view=plain", "train.steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory that holds warm starts; runs on the same model copy them."""
+    return tmp_path_factory.mktemp("warm")
+
+
+def run_dir(tmp_path: Path, warm: Path, name: str = "run") -> Path:
+    """A new run directory whose warm starts are kept in `warm`."""
+    folder = tmp_path / name
+    folder.mkdir()
+    (warm / "warm_start").mkdir(exist_ok=True)
+    (folder / "warm_start").symlink_to(warm / "warm_start")
+    return folder
+
+
+def train(folder: Path, *args: str) -> int:
+    return main([*SMALL, f"run.dir={folder}", *args])
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    wa, wb = weights(a), weights(b)
+    assert wa.keys() == wb.keys()
+    assert [name for name in wa if not torch.equal(wa[name], wb[name])] == []
+
+
+# -------------------------------------------------------------------------------------------------- what a run leaves
+
+KEYS = [
+    "step",
+    "seed",
+    "rollout/accuracy",
+    "correction/wrong_to_right",
+    "correction/right_to_wrong",
+    "correction/retention",
+    "correction/gap",
+    "replay/rho",
+    "tokens/forwarded",
+    "tokens/rows",
+    "loss/total",
+    "grad/norm",
+    "sync/parity_max_abs",
+    "time/generate_s",
+    "time/verify_s",
+    "time/old_logp_s",
+    "time/train_s",
+    "time/sync_s",
+    "time/idle_s",
+    "time/step_s",
+    "anchors/right_wanted",
+    "anchors/right",
+    "anchors/wrong_wanted",
+    "anchors/wrong",
+    "anchors/dropped",
+    "rollout/no_variance",
+    "correction/no_variance",
+    "correction/verbatim_copy",
+    "rollout/length",
+    "correction/length",
+    "rollout/truncated",
+    "correction/truncated",
+    "rollout/entropy",
+    "correction/entropy",
+    "rollout/clip_fraction",
+    "rollout/ratio_max",
+    "rollout/approx_kl",
+    "rollout/sampler_gap",
+]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_dir(tmp_path, warm)
+    assert train(folder, "train.steps=3", "checkpoint.every=2", "run.tensorboard=true", "eval.every=2") == 0
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [key for key in KEYS if key not in rows[0]] == []
+    assert rows[0]["tokens/rows"] > rows[0]["tokens/forwarded"] > 0
+    assert all(row["sync/parity_max_abs"] < 1e-4 for row in rows)  # trainer and engine are the same policy, each step
+    assert all(row["rollout/ratio_max"] == 1.0 for row in rows)  # one update a batch
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["before"].keys() >= {"greedy", "t1", "pass_at_2"}
+    assert summary["after"].keys() >= {
+        "greedy",
+        "t1",
+        "pass_at_2",
+        "wrong_to_right",
+        "right_to_wrong",
+        "correction_gap",
+    }
+    assert summary["steps"] == 3
+    assert 0 < summary["tokens_saved"] < 1
+    assert summary["config"]["train"]["steps"] == 3
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-2", "step-3"}
+    assert list((folder / "tensorboard").iterdir())
+    rollouts = [json.loads(line) for line in (folder / "rollouts" / "step-00001.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 8 * 4
+    corrected = [r for r in rollouts if r["corrections"]]
+    assert len(corrected) == 8
+    assert all(len(r["corrections"]) == 4 for r in corrected)
+    printed = capsys.readouterr().out
+    assert "step    3/3" in printed
+    assert "accuracy, T=1" in printed
+    exported = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert exported.num_parameters() > 0
+    assert AutoTokenizer.from_pretrained(folder / "model").chat_template
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in configs_dir().glob("*.yaml")))
+def test_every_recipe_runs(name: str, tmp_path: Path, warm: Path) -> None:
+    folder = run_dir(tmp_path, warm)
+    assert train(folder, str(configs_dir() / name), "train.steps=2") == 0
+    rows = metrics(folder)
+    assert len(rows) == 2
+    assert (rows[0]["anchors/right"] + rows[0]["anchors/wrong"] > 0) == ("grpo" not in name)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.packing=rows", "train.updates_per_step=3", "loss.beta=0.1", "loss.entropy_coef=0.01",
+        "loss.ratio=sequence",
+        "loss.normalize=sequences", "loss.scale_advantages=false", "correction.risk_norm=pooled",
+        "correction.risk_norm=literal", "correction.preference=soft", "model.activation_checkpointing=true",
+        "train.pack_tokens=140", "loss.is_cap=null", "optim.schedule=cosine", "rollout.temperature=0.8",
+    ],
+)  # fmt: skip
+def test_every_switch_runs(override: str, tmp_path: Path, warm: Path) -> None:
+    folder = run_dir(tmp_path, warm)
+    assert train(folder, override) == 0
+    rows = metrics(folder)
+    assert all(row["train/skipped"] == 0 for row in rows)
+    if override == "train.updates_per_step=3":
+        assert rows[-1]["rollout/ratio_max"] > 1.0  # old log-probs are from before the step's first update
+    if override == "train.packing=rows":
+        assert rows[0]["tokens/saved"] == 0.0
+
+
+def test_rows_and_small_packs_train_to_the_same(tmp_path: Path, warm: Path) -> None:
+    """The control, and packs so small that trees are split: the same losses as the default, up to rounding."""
+    found = []
+    for i, args in enumerate([[], ["train.packing=rows"], ["train.pack_tokens=140"]]):
+        folder = run_dir(tmp_path, warm, str(i))
+        assert train(folder, "loss.entropy_coef=0.01", *args) == 0
+        found.append(metrics(folder))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert b["loss/total"] == pytest.approx(a["loss/total"], abs=1e-6)
+            assert b["grad/norm"] == pytest.approx(a["grad/norm"], rel=1e-4)
+            assert b["rollout/accuracy"] == a["rollout/accuracy"]
+
+
+def test_lambda_corr_0_is_grpo_bit_for_bit(tmp_path: Path, warm: Path) -> None:
+    """No correction is sampled, and no setting of the correction stream or of replay leaves a trace."""
+    settings = ["correction.loss=both", "correction.risk_norm=pooled", "correction.preference=soft", "replay.rho0=0.7"]
+    a, b = run_dir(tmp_path, warm, "a"), run_dir(tmp_path, warm, "b")
+    assert train(a, "configs/grpo.yaml") == 0
+    assert train(b, "correction.lambda_corr=0", *settings) == 0
+    assert_equal_weights(a, b)
+    same = [{k: v for k, v in row.items() if k != "replay/rho"} for row in timeless(metrics(a))]
+    assert same == [{k: v for k, v in row.items() if k != "replay/rho"} for row in timeless(metrics(b))]
+    assert all(row["correction/length"] is None for row in same)
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, warm: Path) -> None:
+    """10 steps straight, against 5, a SIGKILL somewhere after them, and the rest."""
+    args = ["train.steps=10", "checkpoint.every=5", "run.tensorboard=true"]
+    straight, killed = run_dir(tmp_path, warm, "straight"), run_dir(tmp_path, warm, "killed")
+    assert run_command(straight, *args).returncode == 0
+    with subprocess.Popen(
+        command(killed, *args, "train.steps=1000000", "checkpoint.every=5"),
+        stdout=subprocess.DEVNULL,
+        env=environment(),
+    ) as process:
+        wait_for_lines(killed / "metrics.jsonl", 7, process)
+        process.send_signal(signal.SIGKILL)
+    for later in (killed / "checkpoints").glob("step-*"):  # had it been slow to die, it has gone on
+        assert int(later.name[5:].removesuffix(".part")) in (5, 10)
+        if later.name != "step-5":
+            subprocess.run(["rm", "-r", str(later)], check=True)
+    assert run_command(killed, *args, "checkpoint.resume=true").returncode == 0
+    assert_equal_weights(straight, killed)
+    assert timeless(metrics(straight)) == timeless(metrics(killed))
+    before = [json.loads((f / "summary.json").read_text()) for f in (straight, killed)]
+    assert before[0]["before"] == before[1]["before"]
+    assert before[0]["after"] == before[1]["after"]
+    assert sorted(p.name for p in (straight / "rollouts").iterdir()) == sorted(
+        p.name for p in (killed / "rollouts").iterdir()
+    )
+
+
+def test_resume_continues_the_controller_the_learning_rate_and_the_reference(tmp_path: Path, warm: Path) -> None:
+    args = ["loss.beta=0.1", "optim.schedule=linear", "replay.n_min=1", "train.updates_per_step=2", "train.steps=4"]
+    straight, resumed = run_dir(tmp_path, warm, "straight"), run_dir(tmp_path, warm, "resumed")
+    assert train(straight, *args) == 0
+    assert train(resumed, *args, "checkpoint.every=2", "checkpoint.keep=9") == 0
+    subprocess.run(["rm", "-r", str(resumed / "checkpoints" / "step-4")], check=True)
+    assert train(resumed, *args, "checkpoint.every=2", "checkpoint.resume=true") == 0
+    assert_equal_weights(straight, resumed)
+    assert timeless(metrics(straight)) == timeless(metrics(resumed))
+
+
+def test_a_second_run_loses_nothing_of_the_first(tmp_path: Path, warm: Path) -> None:
+    folder = run_dir(tmp_path, warm)
+    assert train(folder, "seed=1", "train.steps=1") == 0
+    first = (folder / "metrics.jsonl").read_text()
+    assert train(folder, "seed=1", "train.steps=1") == 0
+    aside = list((folder / "previous").iterdir())
+    assert len(aside) == 1
+    assert (aside[0] / "metrics.jsonl").read_text() == first
+    assert timeless(metrics(aside[0])) == timeless(metrics(folder))
+
+
+# --------------------------------------------------------------------------------------------------------- non-finite
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """The loss of the given forward passes (counted over training packs) is multiplied by nan."""
+    inner, counter = Policy.forward, [0]
+
+    def forward(self: Policy, pack, what: str = "loss"):
+        output = inner(self, pack, what)
+        if what == "loss" and (pack.rl_weight != 0).any():
+            counter[0] += 1
+            if counter[0] in calls:
+                return output._replace(loss=output.loss * float("nan"))
+        return output
+
+    monkeypatch.setattr(Policy, "forward", forward)
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, clean = run_dir(tmp_path, warm), run_dir(tmp_path, warm, "clean")
+    assert train(clean, "train.steps=1") == 0
+    poison(monkeypatch, {2, 3})  # step 2, and the search for its bad pack
+    assert train(folder, "train.steps=3") == 0
+    rows = metrics(folder)
+    assert [row["train/skipped"] for row in rows] == [0, 1, 0]
+    assert rows[1]["loss/total"] is None
+    assert json.loads((folder / "summary.json").read_text())["skipped"] == 1
+    saved = torch.load(folder / "failed" / "step-2-rank-0.pt", weights_only=False)
+    assert len(saved.input_ids) == rows[1]["tokens/forwarded"]
+
+
+def test_three_non_finite_steps_in_a_row_stop_the_run(
+    tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, clean = run_dir(tmp_path, warm), run_dir(tmp_path, warm, "clean")
+    assert train(clean, "train.steps=1") == 0
+    poison(monkeypatch, set(range(2, 100)))
+    assert train(folder, "train.steps=9") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("stopped: 3 updates in a row were not finite")
+    assert error.count("\n") == 1
+    assert len(metrics(folder)) == 4
+    assert len(list((folder / "failed").iterdir())) == 3
+    monkeypatch.undo()
+    # The checkpoint holds the weights from before: going on from it is the clean run's policy.
+    assert train(folder, "train.steps=4", "checkpoint.resume=true") == 0
+    assert_equal_weights(folder, clean)
+
+
+def test_weights_that_blew_up_stop_the_run_with_a_sentence(
+    tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, update = run_dir(tmp_path, warm), Learner.update
+
+    def blow_up(self: Learner, packs, step: int):
+        done = update(self, packs, step)
+        if packs[0].rl_weight.any():  # not the warm start's
+            for parameter in self.policy.parameters():
+                parameter.data.mul_(float("nan"))
+        return done
+
+    monkeypatch.setattr(Learner, "update", blow_up)
+    assert train(folder, "train.steps=3") == 1
+    assert "stopped: policy version 1 gives probabilities that are not finite" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_dry_run_prints_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "none"
+    assert main(["--dry-run", f"run.dir={folder}"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("prompts_per_step: 32", "anchors a step", "weights", "optimiser", "one step"):
+        assert word in printed, word
+    assert not folder.exists()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+GOOD = "".join(f'{{"prompt": "q{i}", "answer": "{i}"}}\n' for i in range(20))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: ["rollout.promts_per_step=4"], "did you mean 'rollout.prompts_per_step'?"),
+        (lambda d: ["--fast"], "unknown option --fast"),
+        (lambda d: [f"data.train={write(d / 'a.jsonl', GOOD + '[]')}"], "a.jsonl:21: expected an object"),
+        (lambda d: [f"data.train={write(d / 'a.jsonl', '')}"], "no problems in it"),
+        (lambda d: [f"data.train={write(d / 'a.jsonl', GOOD)}", "data.max_prompt_tokens=3"], "every prompt is longer"),
+        (lambda d: ["model.path=/no/such/model"], "model.path=/no/such/model: cannot load"),
+        (lambda d: [f"model.path={without_template(d)}"], "no chat template"),
+        (lambda d: ["train.pack_tokens=20"], "cannot hold one conversation"),
+        (lambda d: ["checkpoint.resume=true"], "no checkpoint in"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(make, message: str, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "never"
+    args = make(tmp_path)
+    capsys.readouterr()  # what making them printed
+    assert main([*SMALL, f"run.dir={folder}", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not folder.exists()
+
+
+def without_template(folder: Path) -> Path:
+    from cipo_fast.config import load_config
+
+    load_model(load_config([], ["model.embedded.hidden=32"]), "sdpa").save_pretrained(folder / "plain")
+    tokenizer = embedded_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "plain")
+    return folder / "plain"
+
+
+def test_prompts_too_long_are_dropped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD + '{"prompt": "' + "x" * 99 + '", "answer": "1"}\n')
+    args = [
+        f"data.train={path}",
+        "data.max_prompt_tokens=10",
+        "model.embedded.warm_accuracy=0",
+        "rollout.prompts_per_step=4",
+    ]
+    assert main([*SMALL, *args, f"run.dir={tmp_path / 'r'}", "seed=2"]) == 0
+    assert "1 of 19 prompts dropped" in capsys.readouterr().out
+
+
+def test_an_exported_model_trains_through_model_path(tmp_path: Path, warm: Path) -> None:
+    """Any folder with a chat template goes through the same code."""
+    first = run_dir(tmp_path, warm)
+    assert train(first, "train.steps=1") == 0
+    args = [f"model.path={first / 'model'}", "optim.lr=1e-4", "data.max_prompt_tokens=64", "correction.followup=check",
+            "correction.max_prompt_tokens=128", "eval.max_tokens=6"]  # fmt: skip
+    assert train(tmp_path / "second", *args) == 0
+    assert len(metrics(tmp_path / "second")) == 2
+
+
+# ------------------------------------------------------------------------------------------------- processes of its own
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(folder: Path, *args: str) -> list[str]:
+    return [sys.executable, str(TRAIN_PY), *SMALL, f"run.dir={folder}", *args]
+
+
+def run_command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, *args), env=environment(), timeout=250, capture_output=True, text=True)
+
+
+def wait_for_lines(path: Path, n: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists() or path.read_bytes().count(b"\n") < n:
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_torchrun_two_ranks(tmp_path: Path, warm: Path) -> None:
+    """Two ranks share the work of a step, agree, and write one set of files."""
+    folder = run_dir(tmp_path, warm)
+    torchrun = Path(sys.executable).with_name("torchrun")
+    arguments = [*SMALL, f"run.dir={folder}", "train.pack_tokens=256", "checkpoint.every=1"]
+    done = subprocess.run(
+        [str(torchrun), "--nproc-per-node=2", str(TRAIN_PY), *arguments],
+        env=environment(), timeout=250, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["sync/parity_max_abs"] < 1e-4 for row in rows)
+    assert len((folder / "rollouts" / "step-00001.jsonl").read_text().splitlines()) == 32
+
+
+def test_two_ranks_update_like_one(tmp_path: Path) -> None:
+    """The same conversations, on one rank and on two: the same weights after two updates, up to rounding."""
+    script = Path(__file__).with_name("update_on_ranks.py")
+    torchrun = Path(sys.executable).with_name("torchrun")
+    for ranks in (1, 2):
+        done = subprocess.run(
+            [str(torchrun), f"--nproc-per-node={ranks}", str(script), str(tmp_path / f"{ranks}.safetensors")],
+            env=environment(), timeout=250, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 2e-6, name  # lr 1e-3: an update is a thousand times that
+
+
+def test_config_is_a_record_of_the_run(tmp_path: Path, warm: Path) -> None:
+    folder = run_dir(tmp_path, warm)
+    assert train(folder, "train.steps=1", "correction.kappa=0.5") == 0
+    assert "kappa: 0.5" in (folder / "config.yaml").read_text()
+    again = run_dir(tmp_path, warm, "again")
+    assert main([str(folder / "config.yaml"), f"run.dir={again}"]) == 0
+    assert timeless(metrics(again)) == timeless(metrics(folder))
