@@ -8,6 +8,7 @@ When `model.path` is `embedded` (the default), `configs/embedded.yaml` lies unde
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -283,6 +284,15 @@ def configs_dir() -> Path:
     here = Path(__file__).parent
     inside = here / "configs"
     return inside if inside.is_dir() else here.parent / "configs"
+
+
+def parse_args(args: Sequence[str]) -> Config:
+    """The Config of a command line: YAML files and `key.path=value`, in any order; raises UserError."""
+    unknown = [a for a in args if a.startswith("-")]
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}: expected .yaml files, key.path=value, --dry-run")
+    files = [a for a in args if "=" not in a and a.endswith((".yaml", ".yml"))]
+    return load_config(files, [a for a in args if a not in files])
 
 
 def load_config(files: list[str], overrides: list[str]) -> Config:

@@ -1,20 +1,29 @@
 """How good a policy is on held-out problems, alone and as its own corrector.
 
-On its own: `python -m cipo_fast.evaluate [configs/x.yaml] [key.path=value ...]` evaluates `model.path`.
+On its own: `python -m cipo_fast.evaluate model.path=FOLDER [configs/x.yaml ...] [key.path=value ...]`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from rich.console import Console
 
 from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
-from cipo_fast.config import Config
+from cipo_fast.config import Config, parse_args
+from cipo_fast.distributed import is_main, process_group
+from cipo_fast.errors import UserError
+from cipo_fast.model import eos_ids, load_model, load_tokenizer
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import Sampling
-from cipo_fast.sampling import Prompt, Sampler
+from cipo_fast.rollout.local import LocalEngine
+from cipo_fast.sampling import Prompt, Sampler, encode_prompts
+from cipo_fast.tasks import load_dataset
+from cipo_fast.view import evaluation_table
 
 Evaluation = dict[str, float | None]
 
@@ -49,3 +58,36 @@ def first_attempts(groups: list[Group], correct: CorrectionPrompts) -> list[Anch
         if prompt is not None:
             anchors.append(Anchor(rollout, g, 0, *prompt))
     return anchors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: prints the table for `model.path`. Exit code 2 for bad input, with one line."""
+    try:
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        if config.model.path == "embedded":
+            raise UserError(
+                "model.path=embedded has no weights to evaluate: name a folder, such as runs/embedded/model"
+            )
+        with process_group() as mesh:
+            result = evaluate_model(config, mesh.device_type)
+            if is_main():
+                Console().print(evaluation_table(result))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate_model(config: Config, device: str) -> Evaluation:
+    """`evaluate` of the weights in `model.path`, on the config's held-out problems."""
+    tokenizer = load_tokenizer(config)
+    problems = load_dataset(config).held_out
+    prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "held-out problems", print)
+    model = load_model(config, "sdpa").to(device, getattr(torch, config.model.dtype))  # type: ignore[arg-type]
+    engine = LocalEngine(model, eos_ids(model, tokenizer), tokenizer.pad_token_id or 0, config.rollout.batch_sequences)
+    sampler = Sampler(engine, tokenizer, config.seed)
+    return evaluate(sampler, prompts, CorrectionPrompts(tokenizer, config.correction), config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

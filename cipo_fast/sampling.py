@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from cipo_fast.cipo.prompts import chat_ids
 from cipo_fast.distributed import gather, share
+from cipo_fast.errors import UserError
 from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
 from cipo_fast.rollout import Engine, Sampling
 from cipo_fast.tasks import verify
@@ -29,6 +31,23 @@ class Prompt:
 
     problem: Problem
     token_ids: list[int]
+
+
+def encode_prompts(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, limit: int, what: str, say: Callable[[str], None]
+) -> list[Prompt]:
+    """Prompts of at most `limit` tokens; longer ones are dropped and counted, all of them being longer is an error."""
+    prompts = [Prompt(problem, chat_ids(tokenizer, problem.messages)) for problem in problems]
+    kept = [p for p in prompts if len(p.token_ids) <= limit]
+    if not kept:
+        shortest = min(len(p.token_ids) for p in prompts)
+        raise UserError(
+            f"{what}: every prompt is longer than data.max_prompt_tokens={limit}; the shortest has {shortest}"
+        )
+    if len(kept) < len(prompts):
+        dropped = len(prompts) - len(kept)
+        say(f"{what}: {dropped} of {len(prompts)} prompts dropped, longer than data.max_prompt_tokens={limit}")
+    return kept
 
 
 @dataclass

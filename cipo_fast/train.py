@@ -5,10 +5,13 @@
 Without arguments it trains the embedded model on the embedded task, on whatever device there is.
 """
 
+import os
 import sys
 
 if __package__ in (None, ""):
     sys.path.pop(0)  # run as a file: this folder's names (config, evaluate...) must not hide installed packages
+# On CPU, threads that spin at barriers stall a small model as soon as another process wants a core.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
 import copy
 import math
@@ -20,16 +23,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedTokenizerBase
 
 from cipo_fast import checkpoint
 from cipo_fast.checkpoint import Progress
 from cipo_fast.cipo.anchors import select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics
 from cipo_fast.cipo.objective import conversations
-from cipo_fast.cipo.prompts import CorrectionPrompts, chat_ids
+from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
-from cipo_fast.config import Config, load_config
+from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, process_group
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
@@ -38,10 +40,10 @@ from cipo_fast.model import eos_ids, load_model, load_tokenizer
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
 from cipo_fast.policy import ATTENTION, build_policy, cost_model
 from cipo_fast.recorder import Recorder
-from cipo_fast.records import Anchor, Conversation, Group, Problem
+from cipo_fast.records import Anchor, Conversation, Group
 from cipo_fast.rollout import Sampling
 from cipo_fast.rollout.local import LocalEngine
-from cipo_fast.sampling import Prompt, Sampler, seed_for
+from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
 from cipo_fast.tasks import load_dataset
 from cipo_fast.view import View, summary_table
 from cipo_fast.warm_start import cache_file, load_weights, warm_start
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what)."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = parse(args)
+        config = parse_args([a for a in args if a != "--dry-run"])
         if "--dry-run" in args:
             from cipo_fast.dry_run import describe
 
@@ -82,16 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def parse(args: Sequence[str]) -> Config:
-    """The Config of a command line."""
-    words = [a for a in args if a != "--dry-run"]
-    unknown = [a for a in words if a.startswith("-")]
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]}: expected .yaml files, key.path=value, --dry-run")
-    files = [a for a in words if "=" not in a and a.endswith((".yaml", ".yml"))]
-    return load_config(files, [a for a in words if a not in files])
 
 
 def train(config: Config, mesh: DeviceMesh) -> None:
@@ -257,13 +249,13 @@ def build(config: Config, mesh: DeviceMesh, view: View) -> tuple[Run, Progress]:
     correct = CorrectionPrompts(tokenizer, config.correction)
     dataset = load_dataset(config)
     limit = config.data.max_prompt_tokens
-    train_prompts = encode(dataset.train, tokenizer, limit, "data.train", view)
-    held_out = encode(dataset.held_out, tokenizer, limit, "held-out problems", view)
+    train_prompts = encode_prompts(dataset.train, tokenizer, limit, "data.train", view.say)
+    held_out = encode_prompts(dataset.held_out, tokenizer, limit, "held-out problems", view.say)
     if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
         raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
 
     model = load_model(config, ATTENTION)
-    model.to(torch.device(mesh.device_type))
+    model.to(mesh.device_type)  # type: ignore[arg-type]  # transformers' decorator loses the signature
     view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")
     cost = cost_model(model.config, model.num_parameters())
     twin = copy.deepcopy(model).to(getattr(torch, config.model.dtype))
@@ -292,27 +284,9 @@ def build(config: Config, mesh: DeviceMesh, view: View) -> tuple[Run, Progress]:
     return Run(config, train_prompts, held_out, correct, sampler, learner, cost, sampling), progress
 
 
-def encode(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, limit: int, what: str, view: View
-) -> list[Prompt]:
-    """Prompts of at most `limit` tokens; longer ones are dropped and counted, all of them being longer is an error."""
-    prompts = [Prompt(problem, chat_ids(tokenizer, problem.messages)) for problem in problems]
-    kept = [p for p in prompts if len(p.token_ids) <= limit]
-    if not kept:
-        shortest = min(len(p.token_ids) for p in prompts)
-        raise UserError(
-            f"{what}: every prompt is longer than data.max_prompt_tokens={limit} (the shortest has {shortest})"
-        )
-    if len(kept) < len(prompts):
-        view.say(
-            f"{what}: {len(prompts) - len(kept)} of {len(prompts)} prompts dropped, "
-            f"longer than data.max_prompt_tokens={limit}"
-        )
-    return kept
-
-
 def timed_evaluation(run: Run, view: View, when: str) -> dict[str, float | None]:
     started = time.perf_counter()
+    view.busy(f"evaluating {len(run.held_out)} held-out problems {when}")
     result = evaluate(run.sampler, run.held_out, run.correct, run.config)
     view.say(f"{when}: greedy {result['greedy']:.3f}, T=1 {result['t1']:.3f} ({time.perf_counter() - started:.1f}s)")
     return result

@@ -51,7 +51,7 @@ class View:
             TimeRemainingColumn(),
             expand=True,
         )
-        self.task = self.progress.add_task("steps", total=steps)
+        self.task = self.progress.add_task("steps", total=steps, start=False)
         live = mode == "live" or (mode == "auto" and self.console.is_terminal)
         self.live = (
             Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
@@ -75,6 +75,10 @@ class View:
         """A line that stays."""
         self.console.print(text, soft_wrap=True)
 
+    def busy(self, text: str) -> None:
+        """What is going on, in the live view alone."""
+        self.message = text
+
     def note(self, text: str) -> None:
         """A line that is replaced by the next in the live view."""
         self.message = text
@@ -82,6 +86,8 @@ class View:
             self.console.print(text, soft_wrap=True)
 
     def step(self, metrics: Metrics) -> None:
+        if not self.latest:
+            self.progress.start_task(self.task)
         self.latest = metrics
         self.message = ""
         self.history.append(float(metrics["rollout/accuracy"] or 0))
@@ -125,27 +131,45 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(BLOCKS[round(min(max(v, 0.0), 1.0) * (len(BLOCKS) - 1))] for v in means)
 
 
+LABELS = {
+    "greedy": "accuracy, greedy",
+    "t1": "accuracy, T=1",
+    "wrong_to_right": "correction of wrong attempts: right",
+    "right_to_wrong": "correction of right attempts: broken",
+    "correction_gap": "correction gap (over a fresh retry)",
+}
+
+
 def summary_table(before: dict[str, float | None], after: dict[str, float | None], saved: float | None) -> Table:
-    """Before and after, on held-out problems."""
-    table = Table(title="held-out problems", title_justify="left", title_style="bold")
-    for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right")
-    names = {
-        "greedy": "accuracy, greedy",
-        "t1": "accuracy, T=1",
-        "wrong_to_right": "correction of wrong attempts: right",
-        "right_to_wrong": "correction of right attempts: broken",
-        "correction_gap": "correction gap (over a fresh retry)",
-    }
+    """Before and after, on held-out problems, and the share of tokens that sharing saved."""
+    table = _table("before", "after", "change")
     for key in after:
-        label = names.get(key, key.replace("pass_at_", "pass@"))
         b, a = before.get(key), after[key]
         change = "" if a is None or b is None else f"{a - b:+.3f}"
-        table.add_row(label, "-" if b is None else f"{b:.3f}", "-" if a is None else f"{a:.3f}", change)
+        table.add_row(_label(key), _number(b, ".3f"), _number(a, ".3f"), change)
     if saved is not None:
         table.add_section()
         table.add_row("tokens saved by sharing", "", f"{saved:.1%}", "")
     return table
+
+
+def evaluation_table(result: dict[str, float | None]) -> Table:
+    table = _table("value")
+    for key, value in result.items():
+        table.add_row(_label(key), _number(value, ".3f"))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(title="held-out problems", title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _label(key: str) -> str:
+    return LABELS.get(key, key.replace("pass_at_", "pass@"))
 
 
 def _columns(m: Metrics, history: list[float]) -> Table:

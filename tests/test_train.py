@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cipo_fast.config import configs_dir
+from cipo_fast.evaluate import main as evaluate_main
 from cipo_fast.learner import Learner
 from cipo_fast.model import embedded_tokenizer, load_model
 from cipo_fast.policy import Policy
@@ -396,6 +397,22 @@ def test_an_exported_model_trains_through_model_path(tmp_path: Path, warm: Path)
             "correction.max_prompt_tokens=128", "eval.max_tokens=6"]  # fmt: skip
     assert train(tmp_path / "second", *args) == 0
     assert len(metrics(tmp_path / "second")) == 2
+
+
+def test_evaluate_alone_gives_the_runs_own_figures(
+    tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_dir(tmp_path, warm)
+    assert train(folder, "train.steps=1") == 0
+    after = json.loads((folder / "summary.json").read_text())["after"]
+    capsys.readouterr()
+    own = ["data.max_prompt_tokens=64", "eval.max_tokens=12", "correction.followup=check"]
+    assert evaluate_main([*SMALL, f"model.path={folder / 'model'}", *own]) == 0
+    printed = capsys.readouterr().out
+    assert f"{after['greedy']:.3f}" in printed.split("accuracy, greedy")[1].splitlines()[0]
+    assert f"{after['t1']:.3f}" in printed.split("accuracy, T=1")[1].splitlines()[0]
+    assert evaluate_main([]) == 2
+    assert "name a folder" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- processes of its own
