@@ -345,6 +345,8 @@ def _check(config: Config) -> None:
         path = getattr(config.data, key)
         if path is not None and not path.is_file():
             raise UserError(f"data.{key}: no file {path}")
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise UserError(f"run.dir={config.run_dir} is a file; name a folder")
     if config.data.eval is not None and config.data.train is None:
         raise UserError("data.eval is given without data.train: name the training file too")
 

@@ -46,7 +46,7 @@ from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
 from cipo_fast.tasks import load_dataset
 from cipo_fast.view import View, summary_table
-from cipo_fast.warm_start import cache_file, load_weights, warm_start
+from cipo_fast.warm_start import load_weights, warm_start
 
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
 
@@ -83,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingStopped as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: checkpoint.resume=true goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -265,10 +268,11 @@ def build(config: Config, mesh: DeviceMesh, view: View) -> tuple[Run, Progress]:
     policy = build_policy(model, config, mesh)
     sampler = Sampler(engine, tokenizer, config.seed)
     if config.model.path == "embedded":
-        warm_start(
-            policy, train_prompts, correct, sampler, config, cost, cache_file(config.run_dir, config),
-            lambda n, right, s: view.note(f"warm start: {n} supervised steps, greedy accuracy {right:.3f}, {s:.0f}s"),
-        )  # fmt: skip
+
+        def report(steps: int, accuracy: float, seconds: float) -> None:
+            view.note(f"warm start: {steps} supervised steps, greedy accuracy {accuracy:.3f}, {seconds:.0f}s")
+
+        warm_start(policy, train_prompts, correct, sampler, config, cost, report)
     reference = None
     if reference_model is not None:
         reference = build_policy(reference_model, config, mesh)

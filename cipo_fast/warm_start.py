@@ -18,10 +18,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedTokenizerBase
 
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, OptimConfig
 from cipo_fast.distributed import is_main
+from cipo_fast.errors import UserError
 from cipo_fast.learner import Learner
 from cipo_fast.packing import CostModel, build_trees, make_pack, pack_trees
 from cipo_fast.policy import Policy
@@ -41,14 +43,17 @@ def warm_start(
     sampler: Sampler,
     config: Config,
     cost: CostModel,
-    cache: Path,
     report: Report,
 ) -> None:
     """Bring `policy` to `warm_accuracy` greedy accuracy (or `warm_seconds`), or load where an earlier run got to."""
+    cache = cache_file(config)
     if cache.is_file():
         load_weights(policy, load_file(cache))
         return
     shape = config.model.embedded
+    limit = config.rollout.max_tokens
+    if all(len(answer_ids(correct.tokenizer, p.problem.answer)) > limit for p in prompts):
+        raise UserError(f"every answer is longer than rollout.max_tokens={limit}: raise it (and eval.max_tokens)")
     examples = Examples(prompts[CHECK_PROBLEMS:] or prompts, correct, config.seed)
     optim = OptimConfig(lr=shape.warm_lr, warmup_steps=20)
     learner = Learner(policy, optim, total_updates=10**6)
@@ -88,7 +93,7 @@ class Examples:
         contexts = [
             (Segment(p.token_ids),) if i % 4 == 0 else self._correction_context(p, rng) for i, p in enumerate(chosen)
         ]
-        answers = [self._answer_ids(p.problem.answer) for p in chosen]
+        answers = [answer_ids(self.correct.tokenizer, p.problem.answer) for p in chosen]
         weight = 1.0 / sum(map(len, answers))
         return [
             Conversation((*context, Segment(answer)), None, "rollout", 0.0, 0.0, weight)
@@ -98,7 +103,7 @@ class Examples:
     def _correction_context(self, prompt: Prompt, rng: np.random.Generator) -> tuple[Segment, ...]:
         text = corrupt(prompt.problem.answer, rng) if rng.random() < 0.75 else prompt.problem.answer
         reward = float(text == prompt.problem.answer)
-        ids = self._answer_ids(text)
+        ids = answer_ids(self.correct.tokenizer, text)
         attempt = Rollout(prompt.problem, prompt.token_ids, ids, [], text, reward, False, 0)
         shown = self.correct(attempt)
         if shown is None:  # too long to be corrected: a plain problem then
@@ -106,9 +111,10 @@ class Examples:
         prompt_ids, glue_ids = shown
         return (Segment(prompt_ids),) if glue_ids is None else (Segment(prompt_ids), Segment(ids), Segment(glue_ids))
 
-    def _answer_ids(self, text: str) -> list[int]:
-        tokenizer = self.correct.tokenizer
-        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """An answer as the policy would sample it: its tokens and the end of turn."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def corrupt(answer: str, rng: np.random.Generator) -> str:
@@ -146,15 +152,16 @@ def _same_on_all_ranks(seconds: float) -> float:
     return value.item()
 
 
-def cache_file(run_dir: Path, config: Config) -> Path:
-    """Named by all that the warm-started weights depend on."""
+def cache_file(config: Config) -> Path:
+    """In the run directory, named by all that the warm-started weights depend on."""
+    file = config.data.train.stat() if config.data.train else None
     key = [
+        config.seed,
         config.model.embedded,
         config.data,
-        config.correction.layout,
-        config.correction.followup,
-        config.correction.verdict,
-        config.seed,
+        file and (file.st_size, file.st_mtime_ns),
+        config.rollout.max_tokens,
+        config.correction.model_dump(include={"layout", "followup", "verdict", "max_prompt_tokens"}),
     ]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-    return run_dir / "warm_start" / f"{digest}.safetensors"
+    return config.run_dir / "warm_start" / f"{digest}.safetensors"

@@ -353,6 +353,8 @@ GOOD = "".join(f'{{"prompt": "q{i}", "answer": "{i}"}}\n' for i in range(20))
         (lambda d: [f"model.path={without_template(d)}"], "no chat template"),
         (lambda d: ["train.pack_tokens=20"], "cannot hold one conversation"),
         (lambda d: ["checkpoint.resume=true"], "no checkpoint in"),
+        (lambda d: [f"run.dir={write(d / 'file', '')}"], "is a file; name a folder"),
+        (lambda d: ["rollout.max_tokens=1"], "every answer is longer than rollout.max_tokens=1"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(make, message: str, tmp_path: Path, capsys) -> None:
