@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ class Progress:
     skipped_in_a_row: int = 0
     before: dict[str, float | None] | None = None  # the evaluation before training
     seconds: float = 0.0  # of training, over all of the run's processes
+
+    def after_step(self, replay: ReplayState, applied: Sequence[bool], seconds: float) -> Progress:
+        """One step on; `applied` says which of its updates were finite."""
+        in_a_row = self.skipped_in_a_row
+        for good in applied:
+            in_a_row = 0 if good else in_a_row + 1
+        return replace(
+            self,
+            step=self.step + 1,
+            replay=replay,
+            skipped=self.skipped + sum(not good for good in applied),
+            skipped_in_a_row=in_a_row,
+            seconds=self.seconds + seconds,
+        )
 
 
 def save(folder: Path, learner: Learner, progress: Progress, keep: int) -> Path:

@@ -94,8 +94,8 @@ def _time(config: Config, shape: PretrainedConfig, parameters: int, world: int) 
     generate = targets * (cost.per_token + cost.per_target) / 3  # forward alone
     rate = _matmul_rate(getattr(torch, config.model.dtype))
     return [
-        f"one step, at the {rate / 1e9:,.0f} GFLOP/s of a large matrix product measured here, {world} ranks "
-        f"(a lower bound on time for answers that long; attention pairs not counted):",
+        f"one step at the {rate / 1e9:,.0f} GFLOP/s of a large matrix product, measured here, times {world}",
+        "(a lower bound for answers that long; attention pairs are not counted):",
         f"  generate {generate / rate / world:,.2f} s, learn {learn / rate / world:,.2f} s",
     ]
 

@@ -105,7 +105,7 @@ def train(config: Config, mesh: DeviceMesh) -> None:
             view.step(metrics)
             if recorder is not None:
                 recorder.step(metrics, groups, anchors)
-            if progress.skipped_in_a_row == MAX_SKIPS:
+            if progress.skipped_in_a_row >= MAX_SKIPS:
                 where = checkpoint.save(checkpoints, run.learner, progress, config.checkpoint.keep)
                 raise TrainingStopped(
                     f"{MAX_SKIPS} updates in a row were not finite; {where} holds the weights from before them, "
@@ -163,20 +163,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, list[Group], list[
         "time/idle_s": step_s - generate_s - verify_s - old_logp_s - train_s - sync.seconds,
         "time/step_s": step_s,
     }
-    skipped = sum(not update.applied for update in updates)
-    return (
-        metrics,
-        groups,
-        anchors,
-        replace(
-            progress,
-            step=step,
-            replay=replay,
-            skipped=progress.skipped + skipped,
-            skipped_in_a_row=progress.skipped_in_a_row + skipped if not updates[-1].applied else 0,
-            seconds=progress.seconds + step_s,
-        ),
-    )
+    return metrics, groups, anchors, progress.after_step(replay, [update.applied for update in updates], step_s)
 
 
 def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
