@@ -1,9 +1,13 @@
-"""Shared by all tests: one process group of one, fixed threads, small configs."""
+"""Shared by all tests: Triton's interpreter where there is no GPU, one thread, one process group."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which any of the tests' imports may do
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -239,7 +239,10 @@ def batch(config: Config) -> tuple[list[Group], list[Anchor]]:
     anchors = []
     for g, i, rewards in [(0, 1, [1, 0, 1, 1]), (1, 2, [1, 0, 0, 1])]:
         r = groups[g].rollouts[i]
-        anchors.append(Anchor(r, g, i, r.prompt_ids, [1, 2], [rollout(x, p=r.problem) for x in rewards]))
+        corrections = [
+            replace(rollout(x, p=r.problem), prompt_ids=[*r.prompt_ids, *r.token_ids, 1, 2]) for x in rewards
+        ]
+        anchors.append(Anchor(r, g, i, r.prompt_ids, [1, 2], corrections))
     return groups, anchors
 
 
@@ -270,6 +273,14 @@ def test_corrections_share_the_segments_of_their_attempt() -> None:
     assert all(c.segments[:2] == attempt.segments for c in corrections)
     assert len({c.segments[2] for c in corrections}) == 1
     assert len({c.segments[3] for c in corrections}) == 4  # equal texts stay apart
+
+
+def test_a_correction_sampled_from_another_prompt_is_refused() -> None:
+    config = load_config([], [])
+    groups, anchors = batch(config)
+    anchors[0].corrections[1].prompt_ids = anchors[0].corrections[1].prompt_ids[:-1]
+    with pytest.raises(RuntimeError, match="p0 was sampled from another prompt"):
+        conversations(groups, anchors, config)
 
 
 def test_lambda_corr_0_is_grpo() -> None:

@@ -26,6 +26,7 @@ def conversations(groups: list[Group], anchors: list[Anchor], config: Config) ->
     if config.correction.lambda_corr == 0 or not anchors:
         return rollouts
     contexts = [_context(anchor, prompts, attempts) for anchor in anchors]
+    _check_identity(anchors, contexts)
     corrections: list[Conversation] = []
     if config.correction.loss in ("rl", "both"):
         corrections += _correction_stream(anchors, contexts, config)
@@ -116,6 +117,16 @@ def _context(anchor: Anchor, prompts: list[Segment], attempts: list[list[Segment
     if anchor.glue_ids is None:
         return (Segment(anchor.prompt_ids),)
     return (prompts[anchor.group], attempts[anchor.group][anchor.index], Segment(anchor.glue_ids))
+
+
+def _check_identity(anchors: list[Anchor], contexts: list[tuple[Segment, ...]]) -> None:
+    """What is learned from is, token for token, what the engine sampled from."""
+    for anchor, context in zip(anchors, contexts, strict=True):
+        tokens = [token for segment in context for token in segment.token_ids]
+        if any(correction.prompt_ids != tokens for correction in anchor.corrections):
+            raise RuntimeError(
+                f"a correction of {anchor.rollout.problem.id} was sampled from another prompt than is learned"
+            )
 
 
 def _rl_weights(stream: list[Rollout], config: Config) -> Iterator[float]:
