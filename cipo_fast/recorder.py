@@ -89,6 +89,7 @@ def _record(rollout: Rollout) -> dict[str, Any]:
     return {
         "text": rollout.text,
         "reward": rollout.reward,
+        "prompt_tokens": len(rollout.prompt_ids),
         "tokens": len(rollout.token_ids),
         "truncated": rollout.truncated,
         "policy_version": rollout.policy_version,
