@@ -13,6 +13,7 @@ import torch
 from cipo_kernels.fused_linear_cipo_loss import LossOutput, fused_linear_cipo_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLEMENTATIONS = ["reference", "torch", *(["triton"] if DEVICE == "cuda" else [])]
 SHAPES = {  # targets, hidden size, vocabulary
     "vocab32k": (4096, 256, 32768),
     "embedded": (3000, 128, 261),  # the default training job
@@ -57,7 +58,7 @@ def check(leaves: dict, rest: dict, impl: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_forward_and_backward(shape, impl, benchmark, monkeypatch):
     benchmark.group = f"loss {shape} {DEVICE}"
@@ -84,6 +85,7 @@ def _status_mib(key: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 2**10
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a bar of the CPU; bench/gpu/fused_loss.py has those of a GPU")
 def test_loss_bar(benchmark, monkeypatch):
     """The bar: at most 25% of the reference's peak memory and 1.1 times its time. Times interleaved, best of each."""
     leaves, rest = make_inputs("vocab32k")

@@ -60,7 +60,7 @@ def warm_start(
     started = time.perf_counter()
     step, accuracy, elapsed = 0, 0.0, 0.0
     while accuracy < shape.warm_accuracy and elapsed < shape.warm_seconds:
-        for _ in range(CHECK_EVERY if accuracy < shape.warm_accuracy / 2 else CHECK_EVERY // 3):
+        for _ in range(CHECK_EVERY if accuracy < shape.warm_accuracy / 2 else CHECK_EVERY // 2):
             trees = build_trees(examples.batch(shape.warm_batch, step))
             bins = pack_trees(trees, config.train.pack_tokens, cost, dist.get_world_size())
             learner.update([make_pack(members) for members in bins[dist.get_rank()]], step)

@@ -46,6 +46,7 @@ class LossOutput(NamedTuple):
     clip_fraction: Tensor  # [] over targets with rl_weight != 0, as the two below
     approx_kl: Tensor  # [] mean of k3(logp, old_logp): KL(old || policy), nats per token
     ratio_max: Tensor  # [] 0 without such targets
+    two_pass_rows: Tensor  # [] int64: rows longer than a chunk, whose logits a sequence's ratio takes twice (8NHV)
 
 
 def k3(r: Tensor, p: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def _group_loss(head: ChunkedHead, group: list[tuple[int, int]], terms: dict[str
         chunk = head.forward(start, end)
         out.logp[start:end], out.entropy[start:end] = chunk.logp, chunk.entropy
     first, last = group[0][0], group[-1][1]
-    local = {k: v[first:last] if isinstance(v, Tensor) else v for k, v in terms.items()}
+    local: dict[str, Any] = {k: v[first:last] if isinstance(v, Tensor) else v for k, v in terms.items()}
     logp = out.logp[first:last]
     loss, q, clipped = target_loss(logp, out.entropy[first:last], **local)
     out.loss[first:last], out.ratio[first:last], out.clipped[first:last] = loss, q, clipped
@@ -162,6 +163,22 @@ def _group_loss(head: ChunkedHead, group: list[tuple[int, int]], terms: dict[str
             chunk = head.forward(start, end)
         part = slice(start - first, end - first)
         head.backward(chunk, g_logp[part], None if g_entropy is None else g_entropy[part])
+
+
+def _head_and_loss(
+    hidden: Tensor, weight: Tensor, ratio: str, exp: bool
+) -> tuple[type[ChunkedHead], Callable[..., None]]:
+    """The head, and what computes the loss of a group of chunks on it, as `_group_loss` does."""
+    Head = head_class(hidden)
+    if Head is ChunkedHead or ratio == "sequence":
+        return Head, _group_loss
+    if exp and (hidden.dtype == weight.dtype == torch.bfloat16 or not hidden.is_cuda):
+        from .exp_gemm import ExpHead, exp_loss
+
+        return ExpHead, exp_loss
+    from .fused_linear_cipo_loss_triton import token_loss
+
+    return Head, token_loss
 
 
 @torch.library.custom_op("cipo_kernels::linear_cipo_loss", mutates_args=())
@@ -188,8 +205,12 @@ def _linear_cipo_loss(
     is_cap: float | None,
     ratio: str,
     row_id: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], logp, entropy, ratio, clipped [N], d_hidden, d_weight, d_bias); a gradient not asked for is empty."""
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], logp, entropy, ratio, clipped [N], two_pass_rows [], d_hidden, d_weight, d_bias).
+
+    A gradient not asked for is empty.
+    """
     terms: dict[str, Any] = {
         "old_logp": old_logp,
         "advantage": advantage,
@@ -205,25 +226,24 @@ def _linear_cipo_loss(
         "ratio": ratio,
         "row_id": row_id,
     }
-    Head = head_class(hidden)
+    exp = impl == "exp" and any(needs_grad) and ratio == "token" and softcap is None and entropy_coef == 0
+    Head, group_loss = _head_and_loss(hidden, weight, ratio, exp)
     size = chunk_targets or Head.auto_chunk_targets(weight)
     head = Head(hidden, weight, bias, needs_grad, pred_index, target_id, temperature, softcap, size)
     clipped = torch.empty_like(head.target_id, dtype=torch.bool)
-    out = TargetOutputs(*(head.new_vector() for _ in range(4)), clipped)
-    group_loss: Callable[..., None] = _group_loss
+    out = TargetOutputs(head.new_vector(), head.new_vector(), head.new_vector(), head.new_vector(), clipped)
     if ratio == "sequence":
         assert row_id is not None
         groups = _row_groups(_row_lengths(row_id), size)
     else:
         groups = [[chunk] for chunk in chunk_ranges(pred_index.numel(), size)]
-        if implementation(hidden) == "triton":
-            from .fused_linear_cipo_loss_triton import token_loss
-
-            group_loss = token_loss
-    for group in groups:
-        group_loss(head, group, terms, out)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        for group in groups:
+            group_loss(head, group, terms, out)
+    two_pass_rows = sum(len(group) > 1 for group in groups) if any(needs_grad) else 0
+    stat = torch.full((), two_pass_rows, dtype=torch.int64, device=hidden.device)  # a fill kernel: no sync
     d_hidden, d_weight, d_bias = head.gradients()
-    return out.loss.sum(), out.logp, out.entropy, out.ratio, out.clipped, d_hidden, d_weight, d_bias
+    return out.loss.sum(), out.logp, out.entropy, out.ratio, out.clipped, stat, d_hidden, d_weight, d_bias
 
 
 @_linear_cipo_loss.register_fake
@@ -236,20 +256,21 @@ def _(*args: Any, **_: Any) -> tuple[Tensor, ...]:
         torch.empty_like(vector),
         torch.empty_like(vector),
         torch.empty_like(vector, dtype=torch.bool),
-        *fake_gradients(hidden, weight, bias, needs_grad),
+        vector.new_empty((), dtype=torch.int64),
+        *fake_gradients((hidden, weight, bias), needs_grad),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # or autograd makes a zero gradient for each output, [V, H] ones included
-    ctx.save_for_backward(*output[5:])
+    ctx.save_for_backward(*output[6:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     refuse_create_graph("fused_linear_cipo_loss")
     grads = [None if g_loss is None else d * g_loss.to(d.dtype) for d in ctx.saved_tensors]
-    return *needed_gradients(grads, ctx.needs_input_grad[:3]), *(None,) * 19
+    return *needed_gradients(grads, ctx.needs_input_grad[:3]), *(None,) * 20
 
 
 _linear_cipo_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -294,7 +315,8 @@ def fused_linear_cipo_loss_reference(
         hidden, weight, pred_index, target_id, bias=bias, temperature=temperature, softcap=softcap
     )
     loss, ratio, clipped = target_loss(logp, entropy, **terms)
-    return _loss_output(terms, loss.sum(), logp.detach(), entropy.detach(), ratio, clipped)
+    two_pass_rows = pred_index.new_zeros(())
+    return _loss_output(terms, loss.sum(), logp.detach(), entropy.detach(), ratio, clipped, two_pass_rows)
 
 
 def fused_linear_cipo_loss(
@@ -320,6 +342,7 @@ def fused_linear_cipo_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     chunk_targets: int | Literal["auto"] = "auto",
+    impl: Literal["logits", "exp"] = "logits",
 ) -> LossOutput:
     """The CIPO loss of N targets, a plain sum: the weights carry every normaliser. Formula: this file's docstring.
 
@@ -328,13 +351,18 @@ def fused_linear_cipo_loss(
     sampling temperature. old_logp=None: on-policy, logp itself, so q = 1 and the gradient still flows.
     is_cap needs sampler_logp to act; is = 1 without either. ratio="sequence" (GSPO): q is that of the row; needs
     row_id [N], integers, the targets of a row contiguous. chunk_targets changes memory and rounding, not results.
+    impl, on Triton: "logits", or "exp" (exp_gemm.py) where that applies: bf16 on a GPU, with grad, ratio="token", no
+    softcap and no entropy_coef; elsewhere "logits" runs.
 
-    Differentiable once, in hidden, weight and bias. Without grad no gradient GEMM runs (2NHV FLOPs).
+    Differentiable once, in hidden, weight and bias. Without grad no gradient GEMM runs (2NHV FLOPs). An incoming
+    gradient other than 1 is rounded to the parameters' dtype: put factors into the weights.
     Raises ValueError for shapes, dtypes and options that do not fit.
     Sources: CIPO (arXiv 2605.14539) over PPO's clipped objective (arXiv 1707.06347) with DAPO's two clips
     (arXiv 2503.14476); gradients in the forward pass after Liger-Kernel (arXiv 2410.10989).
     """
     check_inputs(hidden, weight, pred_index, target_id, bias, temperature, softcap)
+    if impl not in ("logits", "exp"):
+        raise ValueError(f'impl={impl!r}: expected "logits" or "exp"')
     terms: dict[str, Any] = {
         "old_logp": old_logp,
         "advantage": advantage,
@@ -354,11 +382,13 @@ def fused_linear_cipo_loss(
     dtype = compute_dtype(hidden, weight)
     terms |= {k: terms[k].to(dtype).contiguous() for k in PER_TARGET if k != "row_id" and terms[k] is not None}
     if implementation(hidden) == "reference":
+        if ratio == "sequence" and row_id is not None:
+            _row_lengths(row_id)  # for what it refuses
         return fused_linear_cipo_loss_reference(
             hidden, weight, pred_index, target_id, temperature=temperature, bias=bias, softcap=softcap, **terms
         )
     needs_grad = [torch.is_grad_enabled() and p is not None and p.requires_grad for p in (hidden, weight, bias)]
-    loss, logp, entropy, q, clipped, *_ = _linear_cipo_loss(
+    loss, logp, entropy, q, clipped, two_pass_rows, *_ = _linear_cipo_loss(
         hidden,
         weight,
         bias,
@@ -369,19 +399,27 @@ def fused_linear_cipo_loss(
         check_chunk_targets(chunk_targets),
         needs_grad,
         **terms,
+        impl=impl,
     )
-    return _loss_output(terms, loss, logp, entropy, q, clipped)
+    return _loss_output(terms, loss, logp, entropy, q, clipped, two_pass_rows)
 
 
 def _loss_output(
-    terms: dict[str, Any], loss: Tensor, logp: Tensor, entropy: Tensor, ratio: Tensor, clipped: Tensor
+    terms: dict[str, Any],
+    loss: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    ratio: Tensor,
+    clipped: Tensor,
+    two_pass_rows: Tensor,
 ) -> LossOutput:
     rl = terms["rl_weight"] != 0
     count = rl.sum().clamp(min=1).to(logp.dtype)
     old = logp if terms["old_logp"] is None else terms["old_logp"]
     kl = k3(torch.where(rl, logp, 0.0), torch.where(rl, old, 0.0))
     ratio_max = torch.cat((torch.where(rl, ratio, 0.0), ratio.new_zeros(1))).amax()
-    return LossOutput(loss, logp, entropy, ratio, clipped, clipped.sum() / count, kl.sum() / count, ratio_max)
+    clip_fraction, approx_kl = clipped.sum() / count, kl.sum() / count
+    return LossOutput(loss, logp, entropy, ratio, clipped, clip_fraction, approx_kl, ratio_max, two_pass_rows)
 
 
 def _check_terms(n: int, terms: dict[str, Any]) -> None:

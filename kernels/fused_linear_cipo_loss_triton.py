@@ -65,7 +65,8 @@ def _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V: tl.constexpr)
     total = tl.sum(s, 0)
     log_s = tl.log(total)
     z_target, _ = _logits(row, bias, target, vocab, inv_t, softcap)
-    return m, log_s, z_target - m - log_s, log_s - tl.sum(t, 0) / total
+    logp = tl.minimum(z_target - m - log_s, 0.0)  # a fused multiply-add may round z - m just below 0, s below 1
+    return m, log_s, logp, log_s - tl.sum(t, 0) / total
 
 
 @triton.jit
@@ -73,7 +74,11 @@ def _sweep_gradient(
     row, d_row, bias, target, vocab, inv_t, softcap, m, log_s, entropy, g_logp, g_entropy,
     WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dr to d_row, which may lie over row, packed: elements are no wider, and come to lie no further right."""
+    """Write dr to d_row, which may be row itself or, packed at half its width, the first half of it.
+
+    A block's stores then end where the block's own loads end or before, so they can only hit what this block has
+    loaded or what earlier blocks have: with a barrier between its loads and its stores, nothing unread is lost.
+    """
     for start in range(0, vocab, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         z, slope = _logits(row, bias, v, vocab, inv_t, softcap)
@@ -82,12 +87,12 @@ def _sweep_gradient(
         dz = g_logp * (tl.where(v == target, 1.0, 0.0) - p)
         if WITH_ENTROPY:
             dz -= g_entropy * p * (logp_v + entropy)
-        tl.debug_barrier()  # no warp may write over what another has yet to read of this block
+        tl.debug_barrier()  # bar.sync: the loads of all warps are done
         tl.store(d_row + v, (dz * slope).to(d_row.dtype.element_ty), mask=v < vocab)
 
 
 @triton.jit
-def _load_or(pointer, n, value):
+def load_or(pointer, n, value):
     """pointer[n], or value without a pointer."""
     if pointer is None:
         return value
@@ -96,7 +101,7 @@ def _load_or(pointer, n, value):
 
 
 @triton.jit
-def _token_loss(
+def target_loss_of_token(
     n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
     eps_low, eps_high, beta, entropy_coef, is_cap,
 ):  # fmt: skip
@@ -104,7 +109,7 @@ def _token_loss(
     rl, ce = tl.load(rl_weight + n), tl.load(ce_weight + n)
     on = rl != 0
     p = tl.where(on, logp, 0.0)
-    old = tl.where(on, _load_or(old_logp, n, logp), 0.0)
+    old = tl.where(on, load_or(old_logp, n, logp), 0.0)
     a = tl.where(on, tl.load(advantage + n), 0.0)
     q = tl.exp(p - old)
     free = q * a
@@ -138,9 +143,9 @@ def token_loss_kernel(
     """Row i of logits belongs to target first + i. d_logits None: no gradient. Other None: a term that is not there."""
     i = tl.program_id(0).to(tl.int64)
     n = first + i
-    row, target, inv_t = logits + i * row_stride, tl.load(target_id + n), _load_or(inv_temperature, n, 1.0)
+    row, target, inv_t = logits + i * row_stride, tl.load(target_id + n), load_or(inv_temperature, n, 1.0)
     m, log_s, logp, entropy = _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V)
-    loss, q, clipped, g_logp, g_entropy = _token_loss(
+    loss, q, clipped, g_logp, g_entropy = target_loss_of_token(
         n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
         eps_low, eps_high, beta, entropy_coef, is_cap,
     )  # fmt: skip
@@ -164,7 +169,7 @@ def logp_kernel(
 ):  # fmt: skip
     """Row i of logits belongs to target first + i; outputs are the chunk's, at i."""
     i = tl.program_id(0).to(tl.int64)
-    target, inv_t = tl.load(target_id + first + i), _load_or(inv_temperature, first + i, 1.0)
+    target, inv_t = tl.load(target_id + first + i), load_or(inv_temperature, first + i, 1.0)
     m, log_s, logp, entropy = _sweep_logp(logits + i * row_stride, bias, target, vocab, inv_t, softcap, BLOCK_V)
     tl.store(m_out + i, m)
     tl.store(log_s_out + i, log_s)
@@ -180,11 +185,11 @@ def gradient_kernel(
 ):  # fmt: skip
     """Row i of logits belongs to target first + i; the other inputs are the chunk's, at i."""
     i = tl.program_id(0).to(tl.int64)
-    target, inv_t = tl.load(target_id + first + i), _load_or(inv_temperature, first + i, 1.0)
+    target, inv_t = tl.load(target_id + first + i), load_or(inv_temperature, first + i, 1.0)
     _sweep_gradient(
         logits + i * row_stride, d_logits + i * d_row_stride, bias, target, vocab, inv_t, softcap,
         tl.load(m_in + i), tl.load(log_s_in + i), tl.load(entropy_in + i), tl.load(g_logp_in + i),
-        _load_or(g_entropy_in, i, 0.0), g_entropy_in is not None, BLOCK_V,
+        load_or(g_entropy_in, i, 0.0), g_entropy_in is not None, BLOCK_V,
     )  # fmt: skip
 
 
@@ -205,11 +210,16 @@ class TritonHead(ChunkedHead):
     One [chunk, V] buffer: d(logits) lies over the logits.
     """
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.inv_temperature = None if self.temperature is None else self.temperature.reciprocal()  # [N]
+
     @staticmethod
     def auto_chunk_targets(weight: Tensor) -> int:
         if not weight.is_cuda:
             return ChunkedHead.auto_chunk_targets(weight)
-        return gpu_chunk_targets(*weight.shape, torch.cuda.get_device_properties(weight.device).multi_processor_count)
+        vocab, width = weight.shape
+        return gpu_chunk_targets(vocab, width, multiprocessors(weight.device))
 
     def operand_dtype(self, hidden: Tensor, weight: Tensor) -> torch.dtype:
         """fp16 is no operand: gradients of 1e-8 would be 0 in it."""
@@ -221,7 +231,6 @@ class TritonHead(ChunkedHead):
         buffer = torch.empty(rows, columns, dtype=self.dtype, device=self.weight.device)
         self.logits = buffer[:, :vocab]  # [chunk, V]
         self.d_logits = buffer.view(self.weight.dtype)[:, :vocab]  # [chunk, V] in the same memory
-        self.inv_temperature = None if self.temperature is None else self.temperature.reciprocal()  # [N]
 
     def compute_logits(self, start: int, end: int) -> Tensor:
         """Targets start:end: their logits before bias, softcap and temperature, in the buffer. Returns x [n, H]."""
@@ -267,13 +276,17 @@ def token_loss(head: TritonHead, group: list[tuple[int, int]], terms: dict[str, 
         head.accumulate(head.pred_index[start:end], x, head.d_logits[: end - start])
 
 
-def gpu_chunk_targets(vocab: int, width: int, processors: int) -> int:
-    """A multiple of 128 whose fp32 logits take at most 2 GiB, at most 2^15.
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def gpu_chunk_targets(vocab: int, width: int, processors: int, bytes_each: int = 4) -> int:
+    """A multiple of 128 whose logits, of bytes_each, take at most 2 GiB; at most 2^15.
 
     Of those above half the most, the one whose d(hidden) GEMM [n, V] x [V, H] fills its last wave best: of the
     three it has the fewest tiles, taken as 128 x 256. (Our model of cuBLAS, not measured.)
     """
-    most = max(1, min(2**31 // (4 * 128 * vocab), 2**8))
+    most = max(1, min(2**31 // (bytes_each * 128 * vocab), 2**8))
     tiles = triton.cdiv(width, 256)  # of 128 targets
 
     def fill(blocks: int) -> float:

@@ -162,29 +162,36 @@ class ChunkedHead:
             dz.mul_(slope)
         self.accumulate(rows, x, dz)
 
-    def accumulate(self, rows: Tensor, x: Tensor, dz: Tensor) -> None:
-        """Add to the gradients what d(logits) dz [n, V] gives, hidden rows [n] being x [n, H]."""
+    def accumulate(self, rows: Tensor, x: Tensor, dz: Tensor, scale: Tensor | None = None) -> None:
+        """Add to the gradients what d(logits) gives: dz [n, V], times scale [n]. Hidden rows [n] are x [n, H]."""
         d_hidden, d_weight, d_bias = self.accumulators
         if d_hidden is not None:
             dx = gemm(torch.empty(x.shape, dtype=self.dtype, device=x.device), dz, self.weight)
+            dx = dx if scale is None else dx.mul_(scale[:, None])
             d_hidden.index_add_(0, rows, dx)  # a branch point repeats its hidden row
         if d_weight is not None:
-            gemm(d_weight, dz.T, x, beta=1)
-        if d_bias is not None:
+            gemm(d_weight, dz.T, x if scale is None else (x * scale[:, None]).to(x.dtype), beta=1)
+        if d_bias is not None and scale is None:
             d_bias.add_(dz.sum(0, dtype=self.dtype))
+        elif d_bias is not None and scale is not None:
+            gemm(d_bias[:, None], dz.T, scale[:, None].to(dz.dtype), beta=1)
 
     def gradients(self) -> list[Tensor]:
-        """Gradients of (hidden, weight, bias) in their own dtypes; empty where not asked for."""
+        """Gradients of (hidden, weight, bias) in their own dtypes; empty where not asked for. The head's last call."""
+        self.allocate(0)  # the chunk's buffers go before dW exists in two dtypes
         pairs = zip(self.accumulators, self.parameters, strict=True)
         return [self.weight.new_empty(0) if d is None or p is None else d.to(p.dtype) for d, p in pairs]
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, beta: float = 0) -> Tensor:
-    """out = beta * out + a @ b, accumulated in out's dtype, which may be wider than that of a and b."""
+    """out = beta * out + a @ b, accumulated in out's dtype, which may be wider than that of a and b.
+
+    fp32 operands on CUDA are rounded to TF32 if torch.backends.cuda.matmul.allow_tf32 asks for it.
+    """
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, out=out)
     if out.is_cuda:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)  # an fp32 `out`: torch >= 2.10
     return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
@@ -213,9 +220,10 @@ def _linear_logprob(
     size = chunk_targets or Head.auto_chunk_targets(weight)
     head = Head(hidden, weight, bias, no_grad, pred_index, target_id, temperature, softcap, size)
     logp, entropy = head.new_vector(), head.new_vector()
-    for start, end in chunk_ranges(pred_index.numel(), size):
-        chunk = head.forward(start, end)
-        logp[start:end], entropy[start:end] = chunk.logp, chunk.entropy
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        for start, end in chunk_ranges(pred_index.numel(), size):
+            chunk = head.forward(start, end)
+            logp[start:end], entropy[start:end] = chunk.logp, chunk.entropy
     return logp, entropy
 
 
@@ -245,9 +253,10 @@ def _linear_logprob_backward(
     head = Head(hidden, weight, bias, needs_grad, pred_index, target_id, temperature, softcap, size)
     g_logp = torch.zeros_like(head.new_vector()) if g_logp is None else g_logp.contiguous()
     g_entropy = None if g_entropy is None else g_entropy.contiguous()
-    for start, end in chunk_ranges(pred_index.numel(), size):
-        g_h = None if g_entropy is None else g_entropy[start:end]
-        head.backward(head.forward(start, end), g_logp[start:end], g_h)
+    with torch.cuda.device_of(hidden):
+        for start, end in chunk_ranges(pred_index.numel(), size):
+            g_h = None if g_entropy is None else g_entropy[start:end]
+            head.backward(head.forward(start, end), g_logp[start:end], g_h)
     d_hidden, d_weight, d_bias = head.gradients()
     return d_hidden, d_weight, d_bias
 
@@ -256,15 +265,15 @@ def _linear_logprob_backward(
 def _(
     g_logp: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return fake_gradients(hidden, weight, bias, rest[-1])
+    return fake_gradients((hidden, weight, bias), rest[-1])
 
 
-def fake_gradients(*parameters_and_needs_grad: Any) -> tuple[Tensor, ...]:
-    """What `ChunkedHead.gradients` returns, for torch's shape propagation."""
-    *parameters, needs_grad = parameters_and_needs_grad
-    empty = parameters[1].new_empty(0)
+def fake_gradients(parameters: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What `ChunkedHead.gradients` returns, for torch's shape propagation. parameters: (hidden, weight, bias)."""
+    _, weight, _ = parameters
+    assert weight is not None
     return tuple(
-        torch.empty_like(empty) if p is None or not needed else p.new_empty(p.shape)
+        weight.new_empty(0) if p is None or not needed else p.new_empty(p.shape)
         for p, needed in zip(parameters, needs_grad, strict=True)
     )
 

@@ -59,8 +59,11 @@ def run(impl, parameters, pred_index, target_id, monkeypatch, **kwargs) -> tuple
 
 
 def assert_same(actual, expected, rtol=1e-10, atol=1e-12):
-    """Outputs and gradients of two `run`s. atol is far under the gradients here, of order 1e-2 to 1."""
-    for a, b in zip((*actual[0], *actual[1]), (*expected[0], *expected[1]), strict=True):
+    """Outputs and gradients of two `run`s. atol is far under the gradients here, of order 1e-2 to 1.
+
+    Not two_pass_rows, the last: it says how the others were computed.
+    """
+    for a, b in zip((*actual[0][:-1], *actual[1]), (*expected[0][:-1], *expected[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
@@ -137,7 +140,13 @@ def test_rows_longer_and_shorter_than_a_chunk(monkeypatch):
     kwargs = make_terms(*inputs) | {"ratio": "sequence", "entropy_coef": 0.1}
     kwargs["row_id"] = torch.repeat_interleave(torch.tensor([9, 4, 7, 0, 3, -2, 100, 8]), torch.tensor(lengths))
     expected = run("reference", *inputs, monkeypatch, **kwargs)
-    assert_same(run("torch", *inputs, monkeypatch, chunk_targets=CHUNK, **kwargs), expected)
+    actual = run("torch", *inputs, monkeypatch, chunk_targets=CHUNK, **kwargs)
+    assert_same(actual, expected)
+    assert actual[0].two_pass_rows == 2  # of 40 and 17 targets
+    with torch.no_grad():
+        out = fused_linear_cipo_loss(*inputs[0][:2], *inputs[1:], bias=inputs[0][2], chunk_targets=CHUNK, **kwargs)
+    assert out.two_pass_rows == 0
+    assert run("torch", *inputs, monkeypatch, chunk_targets=40, **kwargs)[0].two_pass_rows == 0
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
@@ -324,7 +333,7 @@ def test_only_the_loss_is_differentiable_and_only_once():
     (hidden, weight, bias), pred_index, target_id = make_inputs()
     terms = make_terms((hidden, weight, bias), pred_index, target_id)
     out = fused_linear_cipo_loss(hidden, weight, pred_index, target_id, bias=bias, **terms)
-    assert [x.requires_grad for x in out] == [True] + [False] * 7
+    assert [x.requires_grad for x in out] == [True] + [False] * 8
     logp = fused_linear_logprob(hidden, weight, pred_index, target_id, bias=bias)
     for loss in (out.loss, logp.sum()):
         with pytest.raises(RuntimeError, match="can be differentiated once"):

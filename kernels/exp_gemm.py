@@ -1,0 +1,284 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""The token-level loss without a pass over the logits: the GEMM's epilogue stores E = exp(z - k), not z.
+
+With z = (x W^T + bias) / temperature and, per target n, an anchor k near lse(z), known before the GEMM:
+
+    k = z[target] - old_logp                       (z[target] alone when there is no old_logp)
+    E_v = exp(z_v - k),  S = sum_v E_v,  T = sum_v E_v (z_v - k)           # the epilogue: E stored, S and T fp32
+    logp = z[target] - k - log S,   H = log S - T / S,   p = E / S
+    dr = g (onehot - p) / temperature = u E',   u = -g / (S temperature),   E'_target = E_target - S, else E
+    d hidden = u (E' W),   dW = E'^T (u x)
+
+so that after the GEMM only one element a row changes, and u is applied to the narrow side of the two others. E is
+bf16 for bf16 inputs, 2 bytes a logit instead of 4; logp, H and S come from the fp32 epilogue. S outside
+[2^-40, 2^40], where E or u would leave bf16's range, means a bad anchor: `reanchor_kernel` computes that row again
+with k = max z. That is slow (two passes over W by one program), exact, and without host synchronisation.
+
+dr is not a multiple of E under a softcap or an entropy bonus: those, as sequence-level ratios, run on the logits.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .fused_linear_cipo_loss_triton import (
+    LOWEST,
+    TritonHead,
+    gpu_chunk_targets,
+    load_or,
+    multiprocessors,
+    target_loss_of_token,
+)
+
+
+class Tiles(NamedTuple):
+    """Of the GEMM: m x n of E, k along H. The epilogue takes half of n at once: all of it would spill."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+TMA_TILES, POINTER_TILES = Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 8, 4)
+GROUP_M = 16  # rows of tiles that share W in L2, while theirs of x stay there
+BLOCK_H = 1024  # of the target's dot product
+REPAIR_V, REPAIR_H = 64, 64
+MAX_SUM = tl.constexpr(2.0**40)
+
+
+@triton.jit(do_not_specialize=["first"])
+def anchor_kernel(
+    x, weight, first, bias, target_id, inv_temperature, old_logp, z_target_out, anchor_out,
+    H, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Row i of x [n, H] belongs to target first + i; x and weight [V, H] are contiguous, outputs [n]."""
+    i = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_id + first + i)
+    total = tl.zeros((BLOCK_H,), anchor_out.dtype.element_ty)
+    for start in range(0, H, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        a = tl.load(x + i * H + h, mask=h < H, other=0.0).to(total.dtype)
+        total += a * tl.load(weight + target * H + h, mask=h < H, other=0.0).to(total.dtype)
+    z = (tl.sum(total, 0) + load_or(bias, target, 0.0)) * load_or(inv_temperature, first + i, 1.0)
+    old = load_or(old_logp, first + i, 0.0)
+    tl.store(z_target_out + i, z)
+    tl.store(anchor_out + i, z - tl.where((old <= 0) & (old > -60), old, 0.0))  # masked targets may hold anything
+
+
+@triton.jit
+def _load_tile(x, row, k, rows, H, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """[ROWS, BLOCK_K] of x [rows, H] from (row, k), zeros outside."""
+    if TMA:
+        return x.load([row, k])
+    else:
+        r, h = row + tl.arange(0, ROWS), k + tl.arange(0, BLOCK_K)
+        inside = (r < rows)[:, None] & (h < H)[None, :]
+        return tl.load(x + r.to(tl.int64)[:, None] * H + h[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_exp(acc, row, column, part, parts, e_out, e_stride, first, bias, inv_temperature, anchor, sums, n, vocab):
+    """Epilogue of acc [M, N], raw logits from (row, column): E, and column `part` of the partial S and T [n, parts]."""
+    i, v = row + tl.arange(0, acc.shape[0]), column + tl.arange(0, acc.shape[1])
+    z = acc
+    if bias is not None:
+        z += tl.load(bias + v, mask=v < vocab, other=0.0)[None, :]
+    if inv_temperature is not None:
+        z *= tl.load(inv_temperature + first + i, mask=i < n, other=1.0)[:, None]
+    z -= tl.load(anchor + i, mask=i < n, other=0.0)[:, None]
+    e = tl.where((v < vocab)[None, :], tl.exp(z), 0.0)
+    inside = (i < n)[:, None] & (v < vocab)[None, :]
+    i = i.to(tl.int64)
+    tl.store(e_out + i[:, None] * e_stride + v[None, :], e.to(e_out.dtype.element_ty), mask=inside)
+    tl.store(sums + i * parts + part, tl.sum(e, 1), mask=i < n)
+    tl.store(sums + (n + i) * parts + part, tl.sum(e * z, 1), mask=i < n)
+
+
+@triton.jit(do_not_specialize=["first", "n"])
+def exp_gemm_kernel(
+    x, weight, e_out, e_stride, first, bias, inv_temperature, anchor, sums,
+    n, vocab, H,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """E [n, V] of x [n, H], weight [V, H] (contiguous, or descriptors of them); sums [2, n, parts]: partial S, T.
+
+    Persistent: program p takes tiles p, p + programs, ...; they run down GROUP_M row tiles, then on to the next column.
+    """
+    row_tiles, column_tiles = tl.cdiv(n, BLOCK_M), tl.cdiv(vocab, BLOCK_N)
+    for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        group, within = tile // (GROUP_M * column_tiles), tile % (GROUP_M * column_tiles)
+        group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
+        row = (group * GROUP_M + within % group_rows) * BLOCK_M
+        column = within // group_rows * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), anchor.dtype.element_ty)
+        for k in range(0, H, BLOCK_K):
+            a = _load_tile(x, row, k, n, H, BLOCK_M, BLOCK_K, TMA)
+            b = _load_tile(weight, column, k, vocab, H, BLOCK_N, BLOCK_K, TMA)
+            acc = tl.dot(a, b.T, acc, input_precision="ieee", out_dtype=acc.dtype)
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        part, parts = column // HALF, 2 * column_tiles
+        _store_exp(
+            left, row, column, part, parts, e_out, e_stride, first, bias, inv_temperature, anchor, sums, n, vocab
+        )  # fmt: skip
+        _store_exp(
+            right, row, column + HALF, part + 1, parts, e_out, e_stride, first, bias, inv_temperature, anchor, sums,
+            n, vocab,
+        )  # fmt: skip
+
+
+@triton.jit
+def _total(sums, parts, BLOCK: tl.constexpr):
+    """Sum of the `parts` values from `sums` on."""
+    total = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    for start in range(0, parts, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        total += tl.load(sums + j, mask=j < parts, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _logits_tile(x_row, weight, start, bias, inv_t, vocab, H, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, dtype):
+    """z [BLOCK_V] from column `start` on, of one row of x; LOWEST past the vocabulary."""
+    v = start + tl.arange(0, BLOCK_V)
+    z = tl.zeros((BLOCK_V,), dtype)
+    for k in range(0, H, BLOCK_H):
+        h = k + tl.arange(0, BLOCK_H)
+        inside = (v < vocab)[:, None] & (h < H)[None, :]
+        w = tl.load(weight + v.to(tl.int64)[:, None] * H + h[None, :], mask=inside, other=0.0)
+        z += tl.sum(w.to(dtype) * tl.load(x_row + h, mask=h < H, other=0.0).to(dtype)[None, :], 1)
+    if bias is not None:
+        z += tl.load(bias + v, mask=v < vocab, other=0.0)
+    return tl.where(v < vocab, z * inv_t, LOWEST)
+
+
+@triton.jit(do_not_specialize=["first", "n"])
+def reanchor_kernel(
+    x, weight, e_out, e_stride, first, bias, inv_temperature, anchor, sums, n, vocab, H, parts,
+    BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Rows whose S is out of range, nan included: E, S and T again, with the anchor max z. Others: nothing."""
+    i = tl.program_id(0).to(tl.int64)
+    s = _total(sums + i * parts, parts, 1024)
+    if not ((s > 1.0 / MAX_SUM) & (s < MAX_SUM)):
+        dtype: tl.constexpr = anchor.dtype.element_ty
+        inv_t = load_or(inv_temperature, first + i, 1.0)
+        m = tl.full((), LOWEST, dtype)
+        for start in range(0, vocab, BLOCK_V):
+            m = tl.maximum(
+                m, tl.max(_logits_tile(x + i * H, weight, start, bias, inv_t, vocab, H, BLOCK_V, BLOCK_H, dtype), 0)
+            )  # fmt: skip
+        s = tl.zeros((), dtype)
+        t = tl.zeros((), dtype)
+        for start in range(0, vocab, BLOCK_V):
+            z = _logits_tile(x + i * H, weight, start, bias, inv_t, vocab, H, BLOCK_V, BLOCK_H, dtype) - m
+            e, v = tl.exp(z), start + tl.arange(0, BLOCK_V)
+            tl.store(e_out + i * e_stride + v, e.to(e_out.dtype.element_ty), mask=v < vocab)
+            s += tl.sum(e, 0)
+            t += tl.sum(e * z, 0)
+        tl.store(anchor + i, m)
+        for start in range(0, parts, 1024):
+            j = start + tl.arange(0, 1024)
+            tl.store(sums + i * parts + j, tl.where(j == 0, s, 0.0), mask=j < parts)
+            tl.store(sums + (n + i) * parts + j, tl.where(j == 0, t, 0.0), mask=j < parts)
+
+
+@triton.jit(do_not_specialize=["first", "n_rows"])
+def exp_loss_kernel(
+    e, e_stride, first, target_id, inv_temperature, z_target, anchor, sums, n_rows, parts,
+    old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
+    loss_out, logp_out, entropy_out, ratio_out, clipped_out, u_out,
+    eps_low, eps_high, beta, is_cap,
+):  # fmt: skip
+    """Row i of E belongs to target first + i. Writes the target's outputs, E'_target over E_target, and u [n]."""
+    i = tl.program_id(0).to(tl.int64)
+    n = first + i
+    s, t = _total(sums + i * parts, parts, 1024), _total(sums + (n_rows + i) * parts, parts, 1024)
+    z = tl.load(z_target + i) - tl.load(anchor + i)
+    logp = tl.minimum(z - tl.log(s), 0.0)  # z[target] is not the GEMM's, to rounding
+    entropy = tl.log(s) - t / s
+    loss, q, clipped, g, _ = target_loss_of_token(
+        n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
+        eps_low, eps_high, beta, None, is_cap,
+    )  # fmt: skip
+    tl.store(loss_out + n, loss)
+    tl.store(logp_out + n, logp)
+    tl.store(entropy_out + n, entropy)
+    tl.store(ratio_out + n, q)
+    tl.store(clipped_out + n, clipped)
+    tl.store(u_out + i, -g / s * load_or(inv_temperature, n, 1.0))
+    tl.store(e + i * e_stride + tl.load(target_id + n), (tl.exp(z) - s).to(e.dtype.element_ty))
+
+
+class ExpHead(TritonHead):
+    """As TritonHead, with E in place of the logits, in the operands' dtype."""
+
+    @staticmethod
+    def auto_chunk_targets(weight: Tensor) -> int:
+        if not weight.is_cuda:
+            return TritonHead.auto_chunk_targets(weight)
+        vocab, width = weight.shape
+        return gpu_chunk_targets(vocab, width, multiprocessors(weight.device), weight.element_size())
+
+    def allocate(self, rows: int) -> None:
+        self.weight = self.weight.contiguous()
+        vocab = self.weight.shape[0]
+        columns = triton.cdiv(vocab, 64) * 64  # aligned rows, whatever V
+        self.e = torch.empty(rows, columns, dtype=self.weight.dtype, device=self.weight.device)[:, :vocab]
+
+    def exp_logits(self, start: int, x: Tensor, old_logp: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """E of targets start on, x [n, H], into the buffer; (z[target] [n], anchor [n], partial sums [2, n, parts])."""
+        n, (vocab, width) = len(x), self.weight.shape
+        z_target, anchor = torch.empty(2, n, dtype=self.dtype, device=x.device).unbind()
+        anchor_kernel[(n,)](
+            x, self.weight, start, self.bias, self.target_id, self.inv_temperature, old_logp, z_target, anchor,
+            width, BLOCK_H=BLOCK_H,
+        )  # fmt: skip
+        tma = use_tma(self.weight)
+        tiles = TMA_TILES if tma else POINTER_TILES
+        row_tiles, column_tiles = triton.cdiv(n, tiles.m), triton.cdiv(vocab, tiles.n)
+        sums = torch.empty(2, n, 2 * column_tiles, dtype=self.dtype, device=x.device)
+        programs = multiprocessors(x.device) if x.is_cuda else 2
+        exp_gemm_kernel[(min(programs, row_tiles * column_tiles),)](
+            TensorDescriptor.from_tensor(x, [tiles.m, tiles.k]) if tma else x,
+            TensorDescriptor.from_tensor(self.weight, [tiles.n, tiles.k]) if tma else self.weight,
+            self.e, self.e.stride(0), start, self.bias, self.inv_temperature, anchor, sums, n, vocab, width,
+            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=GROUP_M, TMA=tma,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        reanchor_kernel[(n,)](
+            x, self.weight, self.e, self.e.stride(0), start, self.bias, self.inv_temperature, anchor, sums,
+            n, vocab, width, 2 * column_tiles, BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H,
+        )  # fmt: skip
+        return z_target, anchor, sums
+
+
+def use_tma(weight: Tensor) -> bool:
+    """Descriptors need rows on 16 bytes. sm_90 and sm_100 have TMA and the memory for TMA_TILES; sm_120 only TMA."""
+    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device)[0] not in (9, 10):
+        return False
+    return weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
+
+
+def exp_loss(head: ExpHead, group: list[tuple[int, int]], terms: dict[str, Any], out: Any) -> None:
+    """As fused_linear_cipo_loss.py's `_group_loss`, for one chunk, the ratio of tokens, and gradients."""
+    [(start, end)] = group
+    x = head.gather(start, end)
+    z_target, anchor, sums = head.exp_logits(start, x, terms["old_logp"])
+    u = torch.empty_like(anchor)
+    exp_loss_kernel[(end - start,)](
+        head.e, head.e.stride(0), start, head.target_id, head.inv_temperature, z_target, anchor, sums,
+        end - start, sums.shape[2],
+        terms["old_logp"], terms["advantage"], terms["rl_weight"], terms["ce_weight"],
+        terms["ref_logp"] if terms["beta"] != 0 else None,
+        terms["sampler_logp"] if terms["is_cap"] is not None else None,
+        out.loss, out.logp, out.entropy, out.ratio, out.clipped, u,
+        terms["eps_low"], terms["eps_high"], terms["beta"], terms["is_cap"],
+    )  # fmt: skip
+    head.accumulate(head.pred_index[start:end], x, head.e[: end - start], scale=u)

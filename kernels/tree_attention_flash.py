@@ -1,0 +1,199 @@
+"""Tree attention on any flash attention with variable lengths, exactly.
+
+What a tree lets its tokens see is a union of rectangles, two kinds a segment:
+
+    queries [start, end)           x keys [start, end)   causal
+    queries [end, subtree_end)     x keys [start, end)   full
+
+All rectangles of the first kind are one varlen call. So are all of the second kind at one depth, where subtrees are
+disjoint: depth + 1 calls whatever the number of segments. With o_i, lse_i the result of call i on a query's keys,
+
+    lse = log sum_i exp(lse_i)      o = sum_i exp(lse_i - lse) o_i
+
+and with s = scale * <q, k>, flash attention's backward given the *merged* o and lse takes a rectangle's softmax from
+them, so that what the calls return is their exact share of the gradients, and adds up:
+
+    p = exp(s - lse)      ds = p * (<do, v> - rowsum(do * o))      dv = p^T do,   dk = scale ds^T q,   dq = scale ds k
+
+Merged outputs and sums of gradients are fp32 (fp64 for fp64 inputs). Within a call no query and no key occurs twice,
+so sums have a fixed order. Ours; merging by lse is common practice (ring attention, arXiv 2310.01889).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fused_linear_logprob import refuse_create_graph
+from .tree_layout import TreeLayout
+
+aten = torch.ops.aten
+
+
+class VarlenCall(NamedTuple):
+    """Rectangle i: tokens query[cu_q[i] : cu_q[i + 1]] by key[cu_k[i] : cu_k[i + 1]]."""
+
+    query: Tensor | slice  # token indices
+    key: Tensor | slice
+    cu_q: Tensor  # [n + 1] int32
+    cu_k: Tensor
+    max_q: int  # the most queries of one rectangle
+    max_k: int
+    causal: bool
+
+
+def tree_attention_flash(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, *, scale: float | None = None) -> Tensor:
+    """Arguments as `tree_attention`; differentiable once. Not run on a GPU.
+
+    CUDA: torch's FlashAttention-2, or what `torch.nn.attention.activate_flash_attention_impl` put in its place. It
+    takes bf16 and fp16, head_dim a multiple of 8 up to 256, and raises RuntimeError for others. Its backward adds up
+    dq with atomics, unless `torch.use_deterministic_algorithms(True)`.
+    CPU: torch's CPU flash kernel, one rectangle at a time, in any float dtype: it is there to test the rectangles.
+
+    A nan in v can reach earlier tokens of its own segment (or merged chain), where flash attention multiplies it by a
+    masked 0; it never reaches another branch.
+    """
+    return _TreeAttentionFlash.apply(q, k, v, varlen_calls(tree), q.shape[2] ** -0.5 if scale is None else scale)
+
+
+class _TreeAttentionFlash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: list[VarlenCall], scale: float) -> Tensor:
+        T, Hq, _ = q.shape
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        o = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        lse = torch.full((Hq, T), float("-inf"), dtype=dtype, device=q.device)
+        for call in calls:
+            o_i, lse_i = _varlen_forward(q[call.query], k[call.key], v[call.key], call, scale)
+            before = lse[:, call.query]
+            after = torch.logaddexp(before, lse_i)
+            o[call.query] = _weight(before, after) * o[call.query] + _weight(lse_i, after) * o_i
+            lse[:, call.query] = after
+        o = o.to(q.dtype)
+        ctx.calls, ctx.scale = calls, scale
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_create_graph("tree_attention")
+        q, k, v, o, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+        for call in ctx.calls:
+            do_i, q_i, o_i = (x[call.query] for x in (do, q, o))
+            lse_i = lse[:, call.query].contiguous()  # FlashAttention-2 does not look at its strides
+            dq_i, dk_i, dv_i = _varlen_backward(do_i, q_i, k[call.key], v[call.key], o_i, lse_i, call, ctx.scale)
+            dq[call.query] += dq_i
+            dk[call.key] += dk_i
+            dv[call.key] += dv_i
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _weight(lse_i: Tensor, lse: Tensor) -> Tensor:
+    """exp(lse_i - lse) of [Hq, n], as [n, Hq, 1]."""
+    return (lse_i - lse).exp().T[..., None]
+
+
+# ---- work lists
+
+_CALLS: WeakKeyDictionary[TreeLayout, list[VarlenCall]] = WeakKeyDictionary()
+
+
+def varlen_calls(tree: TreeLayout) -> list[VarlenCall]:
+    """The calls of a layout, on its device. Built on the CPU once a layout, and dropped with it."""
+    if tree not in _CALLS:
+        start, end, subtree_end, depth = _merge_chains(tree)
+        calls = [_call(start, end, start, end, tree.device)._replace(query=slice(None), key=slice(None), causal=True)]
+        for d in range(int(depth.max())):
+            at = (depth == d) & (end < subtree_end)
+            calls.append(_call(end[at], subtree_end[at], start[at], end[at], tree.device))
+        _CALLS[tree] = calls
+    return _CALLS[tree]
+
+
+def _merge_chains(tree: TreeLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """start, end, subtree_end and depth [S'] of the segments, an only child being a part of its parent.
+
+    In preorder an only child starts where its parent ends, and both have the same subtree_end.
+    """
+    has_parent = tree.parent >= 0
+    n_children = torch.bincount(tree.parent[has_parent], minlength=len(tree.parent))
+    only_child = has_parent & (n_children[tree.parent] == 1)
+    depth: list[int] = []
+    for parent, only in zip(tree.parent.tolist(), only_child.tolist(), strict=True):
+        depth.append(0 if parent < 0 else depth[parent] + (not only))
+    first = ~only_child
+    start = tree.start[first]
+    end = torch.cat([start[1:], tree.end[-1:]])
+    return start, end, tree.subtree_end[first], torch.tensor(depth)[first]
+
+
+def _call(q_first: Tensor, q_end: Tensor, k_first: Tensor, k_end: Tensor, device: torch.device) -> VarlenCall:
+    """Queries [q_first, q_end) by keys [k_first, k_end), [n] each, without a mask."""
+    n_q, n_k = q_end - q_first, k_end - k_first
+    tensors = _tokens(q_first, n_q), _tokens(k_first, n_k), _cumulative(n_q), _cumulative(n_k)
+    query, key, cu_q, cu_k = (x.to(device, non_blocking=True) for x in tensors)
+    return VarlenCall(query, key, cu_q, cu_k, int(n_q.max()), int(n_k.max()), causal=False)
+
+
+def _tokens(first: Tensor, length: Tensor) -> Tensor:
+    """The ranges [first, first + length) in a row."""
+    skipped = first - (length.cumsum(0) - length)
+    return torch.arange(int(length.sum())) + skipped.repeat_interleave(length)
+
+
+def _cumulative(length: Tensor) -> Tensor:
+    return F.pad(length.cumsum(0), (1, 0)).int()
+
+
+# ---- flash attention: q, o, do [Nq, Hq, D]; k, v [Nk, Hkv, D], Hq a multiple of Hkv; lse [Hq, Nq], in nats
+
+
+def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float) -> tuple[Tensor, Tensor]:
+    """o and lse of every rectangle of `call`."""
+    if q.is_cuda:
+        lengths = call.cu_q, call.cu_k, call.max_q, call.max_k
+        o, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, call.causal, False, scale=scale)
+        return o, lse
+    sequences = zip(_split(q, call.cu_q), _split(k, call.cu_k), _split(v, call.cu_k), strict=True)
+    forward = aten._scaled_dot_product_flash_attention_for_cpu
+    results = [forward(*x, 0.0, call.causal, scale=scale) for x in sequences]
+    return _join([o for o, _ in results]), torch.cat([lse[0] for _, lse in results], 1)
+
+
+def _varlen_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, call: VarlenCall, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of every rectangle of `call`, from the merged o and lse."""
+    if q.is_cuda:
+        lengths = call.cu_q, call.cu_k, call.max_q, call.max_k
+        unused = lse.new_empty(0)  # dropout's random state
+        return aten._flash_attention_backward(
+            do, q, k, v, o, lse, *lengths, 0.0, call.causal, unused, unused, scale=scale
+        )
+    sequences = zip(
+        _split(do, call.cu_q),
+        _split(q, call.cu_q),
+        _split(k, call.cu_k),
+        _split(v, call.cu_k),
+        _split(o, call.cu_q),
+        lse[None].split(call.cu_q.diff().tolist(), 2),  # [1, Hq, n]
+        strict=True,
+    )
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    gradients = [backward(*x, 0.0, call.causal, scale=scale) for x in sequences]
+    dq, dk, dv = (_join(x) for x in zip(*gradients, strict=True))
+    return dq, dk, dv
+
+
+def _split(x: Tensor, cu: Tensor) -> list[Tensor]:
+    """The sequences of x [N, H, D], each as [1, H, n, D]."""
+    return [x_i.transpose(0, 1)[None] for x_i in x.split(cu.diff().tolist())]
+
+
+def _join(sequences: Sequence[Tensor]) -> Tensor:
+    """`_split` undone."""
+    return torch.cat([x[0].transpose(0, 1) for x in sequences])

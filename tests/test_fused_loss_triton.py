@@ -1,0 +1,485 @@
+"""The Triton head: interpreted on CPU tensors in fp64, compiled in fp32 where there is a GPU; always against fp64."""
+
+import math
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
+
+import cipo_kernels.exp_gemm as exp_gemm
+import cipo_kernels.fused_linear_cipo_loss_triton as triton_head
+from cipo_kernels.fused_linear_cipo_loss import (
+    LossOutput,
+    _linear_cipo_loss,
+    fused_linear_cipo_loss,
+    target_loss,
+    target_loss_gradient,
+)
+from cipo_kernels.fused_linear_logprob import (
+    _linear_logprob,
+    _linear_logprob_backward,
+    fused_linear_logprob,
+    fused_linear_logprob_reference,
+    gemm,
+)
+from test_fused_loss import HEADS, TERMS, extreme_head, make_inputs, make_terms
+
+if torch.cuda.is_available():
+    DEVICE, DTYPE, RTOL, ATOL = "cuda", torch.float32, 1e-4, 1e-5
+else:
+    DEVICE, DTYPE, RTOL, ATOL = "cpu", torch.float64, 1e-10, 1e-12
+N, CHUNK = 13, 5
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch):
+    monkeypatch.setenv("CIPO_KERNELS", "triton")
+    monkeypatch.setattr(triton_head, "BLOCK_V", 64)  # several blocks a row, the last one ragged
+
+
+@pytest.fixture
+def exp_chunks(monkeypatch) -> list:
+    """Small tiles, several of each, none of them whole; and a list that grows by one for each chunk `exp` runs."""
+    chunks, exp_loss = [], exp_gemm.exp_loss
+
+    def counted(*args):
+        chunks.append(1)
+        return exp_loss(*args)
+
+    monkeypatch.setattr(exp_gemm, "exp_loss", counted)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(exp_gemm, "POINTER_TILES", exp_gemm.Tiles(2, 64, 16, 4, 1))
+        monkeypatch.setattr(exp_gemm, "TMA_TILES", exp_gemm.Tiles(4, 64, 16, 4, 1))
+        monkeypatch.setattr(exp_gemm, "GROUP_M", 2)
+    return chunks
+
+
+def to_device(x):
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.detach().to(DEVICE, DTYPE if x.is_floating_point() else x.dtype)
+
+
+def loss_and_grads(inputs, kwargs) -> tuple[LossOutput, list]:
+    (hidden, weight, bias), pred_index, target_id = inputs
+    leaves = [None if p is None else p.detach().requires_grad_() for p in (hidden, weight, bias)]
+    out = fused_linear_cipo_loss(*leaves[:2], pred_index, target_id, bias=leaves[2], **kwargs)
+    (out.loss * 1.7).backward()
+    return out, [p.grad for p in leaves if p is not None]
+
+
+def assert_matches_reference(inputs, kwargs, monkeypatch, place=to_device):
+    """Outputs and gradients against the fp64 reference on CPU; not two_pass_rows, which is about how, not what."""
+    monkeypatch.setenv("CIPO_KERNELS", "reference")
+    expected = loss_and_grads(inputs, kwargs)
+    monkeypatch.setenv("CIPO_KERNELS", "triton")
+    parameters, *index = inputs
+    inputs = ([place(p) for p in parameters], *(place(i) for i in index))
+    actual = loss_and_grads(inputs, {"chunk_targets": CHUNK} | {k: place(v) for k, v in kwargs.items()})
+    for a, e in zip((*actual[0][:-1], *actual[1]), (*expected[0][:-1], *expected[1]), strict=True):
+        torch.testing.assert_close(a.cpu().to(e.dtype), e, rtol=RTOL, atol=ATOL)
+    return actual
+
+
+# ---- the formula
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("name", TERMS)
+def test_derivative_of_the_target_loss(name, ratio):
+    inputs = make_inputs()
+    terms = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None, "ratio": ratio}
+    terms |= make_terms(*inputs) | TERMS[name]
+    logp = fused_linear_logprob_reference(*inputs[0][:2], *inputs[1:], bias=inputs[0][2])[0].detach().requires_grad_()
+    entropy = torch.rand_like(logp).requires_grad_()
+    loss, q, clipped = target_loss(logp, entropy, **terms)
+    expected = torch.autograd.grad(loss.sum(), (logp, entropy), materialize_grads=True)
+    g_logp, g_entropy = target_loss_gradient(logp.detach(), q, clipped, terms)
+    torch.testing.assert_close(g_logp, expected[0], rtol=1e-12, atol=1e-14)
+    if terms["entropy_coef"] == 0:
+        assert g_entropy is None
+    else:
+        torch.testing.assert_close(g_entropy, expected[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("name", TERMS)
+def test_matches_reference_for_every_term(name, ratio, monkeypatch):
+    inputs = make_inputs(n=N)
+    assert_matches_reference(inputs, make_terms(*inputs) | TERMS[name] | {"ratio": ratio}, monkeypatch)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.2])
+@pytest.mark.parametrize("name", HEADS)
+def test_matches_reference_for_every_head(name, entropy_coef, monkeypatch):
+    inputs = make_inputs(n=N)
+    head = {k: v[:N] if isinstance(v, torch.Tensor) else v for k, v in HEADS[name].items()}
+    kwargs = make_terms(*inputs, **head) | head | {"entropy_coef": entropy_coef}
+    assert_matches_reference(inputs, kwargs, monkeypatch)
+
+
+@pytest.mark.parametrize("vocab", [37, 257, 1000])
+@pytest.mark.parametrize("n", [0, 1, CHUNK, CHUNK + 1])
+def test_matches_reference_for_ragged_sizes(vocab, n, monkeypatch):
+    inputs = make_inputs(n=n, vocab=vocab)
+    assert_matches_reference(inputs, make_terms(*inputs) | {"entropy_coef": 0.1}, monkeypatch)
+
+
+def test_matches_reference_without_bias_and_for_branch_points(monkeypatch):
+    (hidden, weight, _), _, target_id = make_inputs(n=N)
+    pred_index = torch.arange(N) // 6  # six targets of one chunk share a hidden row
+    kwargs = make_terms((hidden, weight, None), pred_index, target_id)
+    assert_matches_reference(((hidden, weight, None), pred_index, target_id), kwargs, monkeypatch)
+
+
+def strided(x):
+    """The values of x on its device, every other element along the last axis of something larger."""
+    x = to_device(x)
+    return torch.stack((x, torch.full_like(x, 9)), -1).flatten(-2)[..., ::2] if isinstance(x, torch.Tensor) else x
+
+
+def test_strided_inputs(monkeypatch):
+    inputs = make_inputs(n=N)
+    kwargs = make_terms(*inputs) | {"entropy_coef": 0.1, "temperature": torch.linspace(0.5, 2, N, dtype=torch.float64)}
+    assert_matches_reference(inputs, kwargs, monkeypatch, place=strided)
+
+
+HOW = {
+    "token": {"entropy_coef": 0.2},
+    "sequence": {"entropy_coef": 0.2, "ratio": "sequence"},
+    "exp": {"impl": "exp"},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_no_output_depends_on_uninitialised_memory(how, exp_chunks, monkeypatch):
+    """Deterministic mode fills what torch.empty returns with nan."""
+    inputs = make_inputs(n=N)
+    kwargs = make_terms(*inputs) | HOW[how]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        assert_matches_reference(inputs, kwargs, monkeypatch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_zero_weight_targets_give_exactly_nothing(how, exp_chunks):
+    parameters, *index = make_inputs(n=N)
+    kwargs = make_terms(parameters, *index) | {"beta": 0.3, "is_cap": 1.1} | HOW[how]
+    inputs = ([to_device(p) for p in parameters], *(to_device(i) for i in index))
+    off = torch.arange(N, device=DEVICE) % 2 == 0
+    kwargs = {k: to_device(v) for k, v in kwargs.items()} | {"chunk_targets": CHUNK}
+    kwargs |= {k: kwargs[k].masked_fill(off, 0) for k in ("rl_weight", "ce_weight")}
+    clean = loss_and_grads(inputs, kwargs)
+    # `exp` anchors on old_logp, so that a sane one in place of nan changes its rounding
+    tolerance = {"rtol": RTOL, "atol": ATOL} if how == "exp" else {"rtol": 0, "atol": 0}
+    for poison in (math.inf, math.nan):
+        dirty = {k: kwargs[k].masked_fill(off, poison) for k in ("old_logp", "ref_logp", "sampler_logp", "advantage")}
+        actual = loss_and_grads(inputs, kwargs | dirty)
+        for a, e in zip((*actual[0], *actual[1]), (*clean[0], *clean[1]), strict=True):
+            torch.testing.assert_close(a, e, **tolerance)
+    nothing = {k: torch.zeros_like(kwargs[k]) for k in ("rl_weight", "ce_weight")}
+    out, grads = loss_and_grads(inputs, kwargs | nothing)
+    assert out.loss == 0
+    assert all((g == 0).all() for g in grads)
+
+
+# ---- impl="exp"; on a GPU it takes bf16 only: test_bf16_inputs and bench/gpu/fused_loss.py
+
+cpu_only = pytest.mark.skipif(DEVICE == "cuda", reason="fp64 inputs need the interpreter")
+
+
+@cpu_only
+@pytest.mark.parametrize("name", ["rl", "rl tight clip", "kl", "is_cap", "temperature", "per-target temperature"])
+def test_exp_matches_reference(name, exp_chunks, monkeypatch):
+    inputs = make_inputs(n=N)
+    head = {"temperature": HEADS[name]["temperature"]} if name in HEADS else {}
+    head = {k: v[:N] if isinstance(v, torch.Tensor) else v for k, v in head.items()}
+    kwargs = make_terms(*inputs, **head) | TERMS.get(name, {}) | head | {"impl": "exp"}
+    assert_matches_reference(inputs, kwargs, monkeypatch)
+    assert len(exp_chunks) == math.ceil(N / CHUNK)
+
+
+@pytest.mark.parametrize("vocab", [37, 257])
+@pytest.mark.parametrize("n", [0, 1, CHUNK + 1])
+def test_exp_matches_reference_for_ragged_sizes(vocab, n, exp_chunks, monkeypatch):
+    (hidden, weight, _), *index = make_inputs(n=n, vocab=vocab)
+    inputs = ((hidden, weight, None), *index)
+    kwargs = make_terms(*inputs) | {"old_logp": None, "is_cap": 1.1, "beta": 0.3, "impl": "exp"}
+    assert_matches_reference(inputs, kwargs, monkeypatch)
+
+
+@cpu_only
+def test_exp_through_tensor_descriptors(exp_chunks, monkeypatch):
+    monkeypatch.setattr(exp_gemm, "use_tma", lambda weight: True)
+    inputs = make_inputs(n=N)
+    assert_matches_reference(inputs, make_terms(*inputs) | {"impl": "exp"}, monkeypatch)
+    assert exp_chunks
+
+
+@cpu_only
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_exp_recomputes_rows_whose_anchor_is_far_off(exp_chunks, monkeypatch):
+    """Cross-entropy targets whose old_logp is 40 too low or missing at -40 nats: S is exp(-40), exp(40)."""
+    (hidden, weight, bias), pred_index, target_id = make_inputs(n=N)
+    bias = bias.detach().clone()
+    bias[target_id[1]] = bias[target_id[4]] = -40
+    inputs = ((hidden, weight, bias.requires_grad_()), pred_index, target_id)
+    kwargs = make_terms(*inputs) | {"ce_weight": torch.linspace(0.1, 1, N, dtype=torch.float64), "impl": "exp"}
+    kwargs["old_logp"][1], kwargs["old_logp"][2] = math.nan, kwargs["old_logp"][2] - 40
+    kwargs["rl_weight"][1] = kwargs["rl_weight"][2] = 0
+    repaired, kernel = [], exp_gemm.exp_loss_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*args):
+                sums = args[7]  # [2, n, parts]: a recomputed row has its S in the first part alone
+                repaired.append((sums[0, :, 1:] == 0).all(1).sum().item())
+                return kernel[grid](*args)
+
+            return launch
+
+    monkeypatch.setattr(exp_gemm, "exp_loss_kernel", Spy())
+    assert_matches_reference(inputs, kwargs, monkeypatch)
+    assert sum(repaired) == 2  # targets 1 and 2; 4's old_logp is near its log-prob of -40
+
+
+def test_exp_runs_on_the_logits_where_it_does_not_apply(exp_chunks, monkeypatch):
+    inputs = make_inputs(n=3)
+    for other in ({"entropy_coef": 0.1}, {"softcap": 3.0}, {"ratio": "sequence"}):
+        assert_matches_reference(inputs, make_terms(*inputs) | other | {"impl": "exp"}, monkeypatch)
+    assert not exp_chunks
+
+
+# ---- numbers
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of targets far below the maximum, recomputed
+@pytest.mark.parametrize("impl", ["logits", "exp"])
+def test_bf16_inputs(impl, exp_chunks):
+    """Log-probs within 1e-5 of fp64 from the same inputs; gradient errors at most twice those of bf16 eager torch."""
+    g = torch.Generator().manual_seed(0)
+    n, width, vocab = 16, 64, 300
+    hidden, weight = torch.randn(n, width, generator=g), torch.randn(vocab, width, generator=g) * 0.3
+    hidden, weight = hidden.bfloat16().to(DEVICE), weight.bfloat16().to(DEVICE)
+    pred_index, target_id = torch.arange(n), torch.randint(vocab, (n,), generator=g)
+    terms = {k: torch.rand(n, generator=g).to(DEVICE) for k in ("advantage", "rl_weight", "ce_weight")}
+    kwargs = terms | {"old_logp": None, "entropy_coef": 0.1 if impl == "logits" else 0.0}
+    index = (pred_index.to(DEVICE), target_id.to(DEVICE))
+    out, grads = loss_and_grads(((hidden, weight, None), *index), kwargs | {"chunk_targets": CHUNK, "impl": impl})
+    assert bool(exp_chunks) == (impl == "exp")
+
+    def eager(dtype):
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        z = h[index[0]] @ w.T
+        logp_v = torch.log_softmax(z, -1)
+        logp, entropy = logp_v.gather(1, index[1][:, None])[:, 0], -(logp_v.exp() * logp_v).sum(1)
+        defaults = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "is_cap": None, "ratio": "token", "row_id": None}
+        loss, _, _ = target_loss(logp, entropy, **(defaults | kwargs), ref_logp=None, sampler_logp=None)
+        (loss.sum() * 1.7).backward()
+        return logp.detach(), [h.grad.double(), w.grad.double()]
+
+    logp, exact = eager(torch.float64)
+    torch.testing.assert_close(out.logp.double(), logp, rtol=0, atol=1e-5)
+    for actual, baseline, e in zip(grads, eager(torch.bfloat16)[1], exact, strict=True):
+        assert (actual.double() - e).norm() <= 2 * (baseline - e).norm()
+
+
+def test_extreme_logits_in_fp32():
+    """All -1e4; a target at -80 nats; a probability within 1e-7 of 1; a target at -1e4: finite and fp32-accurate."""
+    z = torch.full((4, 137), -1e4)
+    z[1:] = 0
+    z[1, 5], z[2, 0], z[3, 100] = 80.0, 20.0, 1e4
+    hidden, weight = (x.to(DEVICE).requires_grad_() for x in extreme_head(z))
+    index = torch.arange(4, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    logp, entropy = fused_linear_logprob(hidden, weight, *index, return_entropy=True)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = fused_linear_logprob_reference(*exact, *index)
+    torch.testing.assert_close(logp.double(), expected[0], rtol=2e-7, atol=1e-7)
+    torch.testing.assert_close(entropy.double(), expected[1], rtol=1e-6, atol=1e-6)
+    assert (logp <= 0).all()
+    (logp.sum() + entropy.sum()).backward()
+    (expected[0].sum() + expected[1].sum()).backward()
+    for p, e in zip((hidden, weight), exact, strict=True):
+        torch.testing.assert_close(p.grad.double(), e.grad, rtol=1e-5, atol=1e-5 * e.grad.abs().max().item())
+
+
+def test_logp_is_bitwise_the_same_for_any_chunk_size():
+    """Inputs of small integers make every GEMM exact, whatever its blocking: what is left is the row kernel."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-3, 4, (m, 8), generator=g).float().to(DEVICE) for m in (N, 257))
+    index = torch.arange(N, device=DEVICE), torch.randint(257, (N,), generator=g).to(DEVICE)
+    outputs = [fused_linear_logprob(hidden, weight, *index, return_entropy=True, chunk_targets=c) for c in (1, 4, 50)]
+    for logp, entropy in outputs[1:]:
+        assert torch.equal(logp, outputs[0][0])
+        assert torch.equal(entropy, outputs[0][1])
+
+
+# ---- modes
+
+
+def test_logprob_matches_reference():
+    inputs = make_inputs(n=N)
+    head = {"softcap": 3.0, "temperature": 1.3}
+    parameters, *index = inputs
+    expected = fused_linear_logprob_reference(*parameters[:2], *index, bias=parameters[2], **head)
+    leaves = [to_device(p).requires_grad_() for p in parameters]
+    index = [to_device(i) for i in index]
+    actual = fused_linear_logprob(*leaves[:2], *index, bias=leaves[2], return_entropy=True, chunk_targets=CHUNK, **head)
+    mix = torch.linspace(-1, 2, N, dtype=torch.float64)
+    for a, b in ((mix, mix.flip(0)), (mix, None), (None, mix)):
+        grads = []
+        for values, of in ((actual, leaves), (expected, parameters)):
+            total = sum((c.to(v) * v).sum() for c, v in zip((a, b), values, strict=True) if c is not None)
+            grads.append(torch.autograd.grad(total, of, retain_graph=True))
+        for d, e in zip(*grads, strict=True):
+            torch.testing.assert_close(d.cpu().double(), e, rtol=RTOL, atol=ATOL)
+    for v, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(v.cpu().double(), e, rtol=RTOL, atol=ATOL)
+
+
+def count_gemms(monkeypatch) -> list:
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return gemm(*args, **kwargs)
+
+    monkeypatch.setitem(gemm.__globals__, "gemm", counted)  # the module's name is that of a function, too
+    monkeypatch.setattr(triton_head, "gemm", counted)
+    return calls
+
+
+MODES = {"both": ((True, True), 3), "frozen head": ((True, False), 2), "frozen hidden": ((False, True), 2)}
+
+
+@pytest.mark.parametrize("mode", [*MODES, "no grad"])
+def test_each_mode_runs_only_the_gemms_it_needs(mode, monkeypatch):
+    (hidden, weight, bias), *index = make_inputs(n=N)
+    kwargs = make_terms((hidden, weight, bias), *index) | {"bias": bias.detach()}
+    kwargs = {k: to_device(v) for k, v in kwargs.items()} | {"chunk_targets": N}
+    requires_grad, gemms = MODES.get(mode, ((True, True), 1))
+    leaves = [to_device(p).requires_grad_(r) for p, r in zip((hidden, weight), requires_grad, strict=True)]
+    index = [to_device(i) for i in index]
+    calls = count_gemms(monkeypatch)
+    with torch.set_grad_enabled(mode != "no grad"):
+        out = fused_linear_cipo_loss(*leaves, *index, **kwargs)
+    assert len(calls) == gemms  # of 2NHV FLOPs each
+    assert out.loss.requires_grad == (mode != "no grad")
+    if mode != "no grad":
+        out.loss.backward()
+        assert len(calls) == gemms
+        assert [p.grad is not None for p in leaves] == list(requires_grad)
+
+
+def test_a_row_longer_than_a_chunk_takes_two_passes(monkeypatch):
+    inputs = make_inputs(n=N)
+    kwargs = make_terms(*inputs) | {"ratio": "sequence", "row_id": torch.tensor([0] * 3 + [1] * 8 + [2] * 2)}
+    calls = count_gemms(monkeypatch)
+    out, _ = assert_matches_reference(inputs, kwargs, monkeypatch)  # chunks of 5: [3], [5 + 3] twice, [2]
+    assert out.two_pass_rows == 1
+    assert len(calls) == 3 + (4 + 4) + 3
+
+
+@pytest.mark.parametrize("op", ["logprob", "loss"])
+def test_tied_embeddings(op, monkeypatch):
+    """The table's gradient as embedding, by autograd, and as head, by us, add up."""
+    inputs = make_inputs(n=N)
+    index, terms = [to_device(i) for i in inputs[1:]], {k: to_device(v) for k, v in make_terms(*inputs).items()}
+    tokens = to_device(torch.arange(30) * 7)
+    grads = {}
+    for impl in ("reference", "triton"):
+        monkeypatch.setenv("CIPO_KERNELS", impl)
+        table = to_device(inputs[0][1]).requires_grad_()
+        hidden = torch.tanh(torch.nn.functional.embedding(tokens, table))
+        if op == "loss":
+            total = fused_linear_cipo_loss(hidden, table, *index, chunk_targets=CHUNK, **terms).loss
+        else:
+            total = fused_linear_logprob(hidden, table, *index, chunk_targets=CHUNK).sum()
+        grads[impl] = torch.autograd.grad(total, table)[0]
+    torch.testing.assert_close(grads["triton"], grads["reference"], rtol=RTOL, atol=ATOL)
+
+
+def test_differentiable_once():
+    parameters, *index = make_inputs(n=N)
+    leaves = [to_device(p).requires_grad_() for p in parameters]
+    terms = {k: to_device(v) for k, v in make_terms(parameters, *index).items()}
+    index = [to_device(i) for i in index]
+    out = fused_linear_cipo_loss(*leaves[:2], *index, bias=leaves[2], **terms)
+    assert [x.requires_grad for x in out] == [True] + [False] * (len(out) - 1)
+    logp = fused_linear_logprob(*leaves[:2], *index, bias=leaves[2])
+    for loss in (out.loss, logp.sum()):
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
+            torch.autograd.grad(loss, leaves[1], create_graph=True)
+
+
+# ---- as operators of torch
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_opcheck(impl, monkeypatch):
+    monkeypatch.setenv("CIPO_KERNELS", impl)
+    parameters, *index = make_inputs(n=4, vocab=37)
+    terms = {k: to_device(v) for k, v in make_terms(parameters, *index).items()}
+    leaves, index = [to_device(p).requires_grad_() for p in parameters], [to_device(i) for i in index]
+    head = (*leaves, *index, torch.rand_like(terms["old_logp"]) + 0.5, 3.0, 3)
+    options = {"eps_low": 0.2, "eps_high": 0.3, "beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0, "ratio": "token"}
+    torch.library.opcheck(_linear_cipo_loss, (*head, [True] * 3), terms | options | {"impl": "logits"})
+    torch.library.opcheck(_linear_logprob, head)
+    torch.library.opcheck(
+        _linear_logprob_backward,
+        (terms["old_logp"], None, *(x.detach() for x in leaves), *head[3:], [True, True, False]),
+    )
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compiles_as_one_graph(impl, ratio, monkeypatch):
+    monkeypatch.setenv("CIPO_KERNELS", impl)
+    parameters, *index = make_inputs(n=6, vocab=37)
+    kwargs = make_terms(parameters, *index) | {"ratio": ratio}
+    kwargs = {k: to_device(v) for k, v in kwargs.items()} | {"chunk_targets": 4}
+    leaves, index = [to_device(p).requires_grad_() for p in parameters], [to_device(i) for i in index]
+
+    def step(hidden, weight, bias):
+        hidden = torch.tanh(hidden)
+        out = fused_linear_cipo_loss(hidden, weight, *index, bias=bias, **kwargs)
+        return out.loss + fused_linear_logprob(hidden, weight, *index, bias=bias, temperature=0.7).sum()
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = run(*leaves)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+# ---- chunk size
+
+
+@pytest.mark.parametrize("width", [2560, 4096])
+def test_chunk_of_a_large_vocabulary(width):
+    n = triton_head.gpu_chunk_targets(151936, width, processors=132)
+    assert n % 128 == 0
+    assert 2**29 < 4 * n * 151936 <= 2**31  # bytes
+    tiles = n // 128 * width // 256
+    assert tiles / (math.ceil(tiles / 132) * 132) > 0.95  # of the last wave is filled
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_no_host_synchronisation():
+    parameters, *index = make_inputs(n=N)
+    kwargs = make_terms(parameters, *index) | {"beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0}
+    inputs = ([to_device(p) for p in parameters], *(to_device(i) for i in index))
+    kwargs = {k: to_device(v) for k, v in kwargs.items()}
+    loss_and_grads(inputs, kwargs)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_and_grads(inputs, kwargs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

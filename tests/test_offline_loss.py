@@ -1,0 +1,161 @@
+"""The loss kernels, compiled for sm_80, sm_90 and sm_100 without a GPU, at the configurations they run with.
+
+`python tests/test_offline_loss.py` prints the table of bench/results/offline_loss.md. The compilation runs in a
+process of its own: in one that interprets Triton nothing can be compiled.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+ROW_TERMS = ("bias", "inv_temperature", "softcap", "entropy_coef", "ref_logp", "sampler_logp", "is_cap")
+TYPES = {"target_id": "*i64", "clipped_out": "*i1", "e": "*bf16", "e_out": "*bf16", "x": "*bf16", "weight": "*bf16"}
+TYPES |= dict.fromkeys(("d_logits",), "*bf16")
+TYPES |= dict.fromkeys(("first", "vocab", "row_stride", "d_row_stride", "e_stride", "n", "n_rows", "H", "parts"), "i32")
+TYPES |= dict.fromkeys(("softcap", "eps_low", "eps_high", "beta", "entropy_coef", "is_cap"), "fp32")
+ALIGNED = ("row_stride", "d_row_stride", "vocab", "e_stride", "H")  # multiples of 16; so are the pointers
+
+
+def cases(arch: int) -> dict:
+    """Name -> (kernel, absent arguments, constexprs, options, types that differ)."""
+    from cipo_kernels import exp_gemm as e
+    from cipo_kernels import fused_linear_cipo_loss_triton as v0
+
+    row, warps = {"BLOCK_V": v0.BLOCK_V}, {"num_warps": v0.NUM_WARPS}
+    repair = {"BLOCK_V": e.REPAIR_V, "BLOCK_H": e.REPAIR_H}
+    found = {
+        "token_loss_kernel": (v0.token_loss_kernel, ROW_TERMS, row, warps, {}),
+        "token_loss_kernel, every term": (v0.token_loss_kernel, (), row, warps, {}),
+        "token_loss_kernel, no gradient": (v0.token_loss_kernel, (*ROW_TERMS, "d_logits"), row, warps, {}),
+        "logp_kernel, every term": (v0.logp_kernel, (), row, warps, {}),
+        "gradient_kernel, every term": (v0.gradient_kernel, (), row, warps, {}),
+        "anchor_kernel": (e.anchor_kernel, (), {"BLOCK_H": e.BLOCK_H}, {}, {}),
+        "reanchor_kernel": (e.reanchor_kernel, (), repair, {}, {}),
+        "exp_loss_kernel": (e.exp_loss_kernel, (), {}, {}, {}),
+    }
+    tma = arch >= 90
+    t = e.TMA_TILES if tma else e.POINTER_TILES
+    blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP_M": e.GROUP_M, "TMA": tma}
+    options = {"num_warps": t.warps, "num_stages": t.stages}
+    tiles = {"x": f"tensordesc<bf16[{t.m},{t.k}]>", "weight": f"tensordesc<bf16[{t.n},{t.k}]>"} if tma else {}
+    found["exp_gemm_kernel"] = (e.exp_gemm_kernel, ("bias", "inv_temperature"), blocks, options, tiles)
+    found["exp_gemm_kernel, every term"] = (e.exp_gemm_kernel, (), blocks, options, tiles)
+    return found
+
+
+def compile_case(kernel, absent, constants, options, types, arch: int) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = constants | dict.fromkeys((name for name in absent if name in kernel.arg_names), None)
+    types = TYPES | types
+    signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
+    aligned = [i for i, (n, t) in enumerate(signature.items()) if t[0] == "*" or (n in ALIGNED and t == "i32")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    found = re.findall(
+        r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|cp\.async\.bulk\.tensor|ld\.global\.v4|\batom\.|\bred\.",
+        compiled.asm["ptx"],
+    )
+    return {
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "instructions": sorted(set(found)),
+        "accesses": [m[0] for m in itertools.groupby(re.findall(r"[ls][dt]\.global|bar\.sync", compiled.asm["ptx"]))],
+    }
+
+
+def compile_all() -> list[dict]:
+    return [
+        {"kernel": name, "arch": arch} | compile_case(*case, arch)
+        for arch in SHARED_LIMIT
+        for name, case in cases(arch).items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", __file__, "--json"]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def test_nothing_spills_and_everything_fits(compiled):
+    assert {row["arch"] for row in compiled} == set(SHARED_LIMIT)
+    for row in compiled:
+        assert row["spilled"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[row["arch"]], row
+        assert not {"atom.", "red."} & set(row["instructions"]), row  # results are reproducible
+
+
+def test_row_kernels_leave_room_for_two_programs_and_load_16_bytes_at_once(compiled):
+    rows = [row for row in compiled if "loss_kernel" in row["kernel"] and row["kernel"] != "exp_loss_kernel"]
+    assert len(rows) == 3 * len(SHARED_LIMIT)
+    for row in rows:
+        assert 2 * row["registers"] * 32 * row["warps"] <= 65536, row  # of the multiprocessor's registers
+        assert "ld.global.v4" in row["instructions"], row
+
+
+def test_rows_are_overwritten_only_after_a_barrier(compiled):
+    """d(logits) lies over the logits: in the last loop, a block is loaded by all warps before one stores."""
+    rows = [row for row in compiled if row["kernel"].startswith(("token_loss", "gradient"))]
+    rows = [row for row in rows if "no gradient" not in row["kernel"]]
+    assert len(rows) == 3 * len(SHARED_LIMIT)
+    for row in rows:
+        assert row["accesses"][-3:] == ["ld.global", "bar.sync", "st.global"], row
+
+
+def test_the_gemm_uses_tensor_cores_and_tma(compiled):
+    rows = [row for row in compiled if row["kernel"].startswith("exp_gemm")]
+    assert len(rows) == 2 * len(SHARED_LIMIT)
+    for row in rows:
+        assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[row["arch"]] in row["instructions"], row
+        assert (row["arch"] >= 90) == ("cp.async.bulk.tensor" in row["instructions"]), row
+
+
+def table(rows: list[dict]) -> str:
+    import triton
+
+    lines = [
+        f"Triton {triton.__version__}, `python tests/test_offline_loss.py`: compiled for these chips, not run on them. "
+        "Logits fp32, operands bf16.",
+        "Every term: bias, temperature, softcap, KL, entropy and importance weight, as far as the kernel has them.",
+        "",
+        "| kernel | sm | warps | registers | spilled bytes | shared bytes | instructions |",
+        "|---|" + "---:|" * 5 + "---|",
+    ]
+    for r in rows:
+        cells = (
+            r["kernel"],
+            r["arch"],
+            r["warps"],
+            r["registers"],
+            r["spilled"],
+            r["shared"],
+            ", ".join(r["instructions"]),
+        )
+        lines.append("| " + " | ".join(str(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    rows = compile_all()
+    print(json.dumps(rows) if "--json" in sys.argv else table(rows))

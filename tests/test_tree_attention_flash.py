@@ -1,0 +1,191 @@
+"""Tree attention by rectangles against its definition; on CPU, through torch's CPU flash kernel."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from cipo_kernels import tree_attention_flash as flash
+from cipo_kernels.tree_attention import tree_attention_reference
+from cipo_kernels.tree_attention_flash import tree_attention_flash, varlen_calls
+from cipo_kernels.tree_layout import TreeLayout
+from test_tree_attention import STREAMS, assert_same, cipo_tree, forest, qkv, root_path, with_gradients
+
+STREAMS = STREAMS | {
+    "no descendants": ([5, 1, 40], [-1, -1, -1]),
+    "chain under a branch": ([7, 3, 4, 5, 6, 2], [-1, 0, 1, 2, 0, 4]),
+    "branch under a chain": ([7, 3, 4, 5, 6, 2], [-1, 0, 1, 1, -1, 4]),
+    "cipo": cipo_tree(50, 60, 7, 30, n_rollouts=3, n_corrections=3),
+}
+
+
+@pytest.fixture(params=STREAMS.values(), ids=STREAMS.keys())
+def stream(request):
+    return request.param
+
+
+def most_branch_points(parents):
+    """Segments with several children above a segment: the depth of the tree once its chains are merged."""
+    branches = {p for p in parents if p >= 0 and parents.count(p) > 1}
+    return max(len(branches & set(root_path(parents, s)[:-1])) for s in range(len(parents)))
+
+
+def rectangles(call, num_tokens):
+    """The query and the key tokens of every rectangle of a call."""
+    token = torch.arange(num_tokens)
+    queries = token[call.query].split(call.cu_q.diff().tolist())
+    keys = token[call.key].split(call.cu_k.diff().tolist())
+    return list(zip(queries, keys, strict=True))
+
+
+# ---- work lists
+
+
+def test_rectangles_hold_every_visible_pair_once(stream):
+    tree = TreeLayout.from_parents(*stream)
+    met = torch.zeros(tree.num_tokens, tree.num_tokens, dtype=torch.int64)
+    for call in varlen_calls(tree):
+        for q, k in rectangles(call, tree.num_tokens):
+            met[q[:, None], k] += (q[:, None] >= k) if call.causal else 1
+        assert call.max_q == max(len(q) for q, _ in rectangles(call, tree.num_tokens))
+        assert call.max_k == max(len(k) for _, k in rectangles(call, tree.num_tokens))
+    assert torch.equal(met, tree.dense_mask().long())
+
+
+def test_within_a_call_no_token_occurs_twice(stream):
+    for call in varlen_calls(TreeLayout.from_parents(*stream)):
+        for index in (call.query, call.key):
+            assert isinstance(index, slice) or len(index.unique()) == len(index)
+
+
+def test_calls_number_merged_depth_plus_one(stream, monkeypatch):
+    lengths, parents = stream
+    counts = {"forward": 0, "backward": 0}
+
+    def counted(name, function):
+        def call(*args):
+            counts[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(flash, f"_varlen_{name}", call)
+
+    counted("forward", flash._varlen_forward)
+    counted("backward", flash._varlen_backward)
+    tree = TreeLayout.from_parents(lengths, parents)
+    with_gradients(tree_attention_flash, *qkv(tree.num_tokens), tree)
+    expected = most_branch_points(parents) + 1
+    assert counts == {"forward": expected, "backward": expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "n_calls"),
+    [("one segment", 1), ("no descendants", 1), ("chain", 1), ("depth 2", 2), ("depth 4", 4), ("cipo", 3)],
+)
+def test_calls_of_known_streams(name, n_calls):
+    assert len(varlen_calls(TreeLayout.from_parents(*STREAMS[name]))) == n_calls
+
+
+def test_work_lists_are_built_once_and_dropped_with_their_layout():
+    tree = TreeLayout.from_parents(*STREAMS["depth 3"])
+    assert varlen_calls(tree) is varlen_calls(tree)
+    cu_q = weakref.ref(varlen_calls(tree)[0].cu_q)
+    del tree
+    gc.collect()
+    assert cu_q() is None
+
+
+# ---- attention
+
+
+def test_equals_reference_on_every_stream(stream):
+    tree = TreeLayout.from_parents(*stream)
+    inputs = qkv(tree.num_tokens)
+    expected = with_gradients(tree_attention_reference, *inputs, tree)
+    assert_same(with_gradients(tree_attention_flash, *inputs, tree), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (8, 1)], ids=["groups 1", "groups 2", "groups 8"])
+def test_equals_reference_for_heads(heads, head_dim):
+    tree = TreeLayout.from_parents(*forest(6, [3, 2, 4]))
+    inputs = qkv(tree.num_tokens, heads, head_dim)
+    expected = with_gradients(tree_attention_reference, *inputs, tree, scale=0.3)
+    assert_same(with_gradients(tree_attention_flash, *inputs, tree, scale=0.3), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_stays_near_fp64(dtype):
+    tree = TreeLayout.from_parents(*STREAMS["cipo"])
+    inputs = [x.detach().to(dtype).requires_grad_() for x in qkv(tree.num_tokens, head_dim=32)]
+    exact = with_gradients(tree_attention_reference, *[x.detach().double().requires_grad_() for x in inputs], tree)
+    actual = with_gradients(tree_attention_flash, *inputs, tree)
+    assert all(x.dtype == dtype for x in actual)
+    # probabilities, ds, and each call's outputs and gradients are rounded
+    assert_same([x.double() for x in actual], exact, rtol=4 * torch.finfo(dtype).eps)
+
+
+def test_scores_far_apart_do_not_overflow():
+    tree = TreeLayout.from_parents(*STREAMS["cipo"])
+    q, k, v = qkv(tree.num_tokens)
+    inputs = [(30 * q).detach().requires_grad_(), (30 * k).detach().requires_grad_(), v]
+    expected = with_gradients(tree_attention_reference, *inputs, tree)
+    actual = with_gradients(tree_attention_flash, *inputs, tree)
+    assert all(x.isfinite().all() for x in actual)
+    assert_same(actual, expected)  # 1e-10: scores of 10^4 are rounded by 10^-12
+
+
+@pytest.mark.parametrize("name", ["depth 4", "hundreds of tiny segments", "embedded", "branch under a chain"])
+@pytest.mark.parametrize("sibling", ["another", "nan"])
+def test_changing_a_branch_leaves_the_others_bitwise(name, sibling):
+    tree = TreeLayout.from_parents(*STREAMS[name])
+    inputs = qkv(tree.num_tokens, dtype=torch.float32)
+    before = with_gradients(tree_attention_flash, *inputs, tree)
+    leaf = int(torch.nonzero(tree.end == tree.subtree_end)[1])  # not the last of the stream
+    start, end = int(tree.start[leaf]), int(tree.end[leaf])
+    with torch.no_grad():
+        for x in inputs:
+            x[start:end] = float("nan") if sibling == "nan" else x[start:end] * -30 + 5
+    o, dq, _, _ = with_gradients(tree_attention_flash, *inputs, tree)
+    others = torch.ones(tree.num_tokens, dtype=torch.bool)
+    others[start:end] = False
+    assert not torch.equal(o[~others], before[0][~others])
+    assert torch.equal(o[others], before[0][others])
+    assert torch.equal(dq[others], before[1][others])
+
+
+def test_gradients_of_two_runs_are_bitwise_equal():
+    tree = TreeLayout.from_parents(*STREAMS["cipo"])
+    inputs = qkv(tree.num_tokens, dtype=torch.bfloat16)
+    first, second = (with_gradients(tree_attention_flash, *inputs, tree) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_strided_inputs_and_gradient():
+    tree = TreeLayout.from_parents(*STREAMS["depth 3"])
+    T = tree.num_tokens
+    packed = torch.randn(T, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs = [x.requires_grad_() for x in packed.split([4, 2, 2], 1)]  # q, k and v of one projection
+    do = torch.ones((), dtype=torch.float64).expand(T, 4, 16)  # of o.sum()
+    expected = torch.autograd.grad(tree_attention_reference(*inputs, tree), inputs, do)
+    actual = torch.autograd.grad(tree_attention_flash(*inputs, tree), inputs, do)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_create_graph_is_refused():
+    tree = TreeLayout.from_parents([2, 4], [-1, 0])
+    inputs = qkv(6)
+    o = tree_attention_flash(*inputs, tree)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(o.sum(), inputs, create_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_stays_near_fp64(stream):
+    tree = TreeLayout.from_parents(*stream)
+    inputs = [x.detach().bfloat16().requires_grad_() for x in qkv(tree.num_tokens, head_dim=128)]
+    exact = with_gradients(tree_attention_reference, *[x.detach().double().requires_grad_() for x in inputs], tree)
+    on_cuda = [x.detach().cuda().requires_grad_() for x in inputs]
+    actual = with_gradients(tree_attention_flash, *on_cuda, tree.to("cuda"))
+    assert_same([x.cpu().double() for x in actual], exact, rtol=4 * torch.finfo(torch.bfloat16).eps)
