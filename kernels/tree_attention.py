@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from cipo_kernels.dispatch import implementation
-from cipo_kernels.tree_layout import QueryBlock, TreeLayout
 from torch.utils.checkpoint import checkpoint
+
+from .dispatch import implementation
+from .tree_layout import QueryBlock, TreeLayout
 
 # Blocks with more keys than this are recomputed in the backward: saved for it, their gathered keys and masks would
 # grow with the square of a tree's length. Below it they cost a bounded number of bytes a token.
@@ -24,12 +25,18 @@ def tree_attention(
 
     Returns: o [T, Hq, D] in q's dtype, differentiable in q, k and v.
 
-    Raises ValueError for shapes that do not fit, or a layout on another device. Ours.
+    Raises ValueError for shapes that do not fit, a layout on another device, or what the Triton kernels do not take:
+    head dims above 128 or no multiples of 8, mixed dtypes, a scale that is not positive. Ours.
     """
     _check(q, k, v, tree)
-    if implementation(q) == "reference":
+    name = implementation(q)
+    if name == "reference":
         return tree_attention_reference(q, k, v, tree, scale=scale)
-    return tree_attention_torch(q, k, v, tree, scale=scale)  # "triton" too, until it has a kernel
+    if name == "triton" and q.dtype != torch.float64:  # fp64 is for tests, and has no kernel
+        from .tree_attention_triton import tree_attention_triton  # CPU installations may lack Triton
+
+        return tree_attention_triton(q, k, v, tree, scale=scale)
+    return tree_attention_torch(q, k, v, tree, scale=scale)
 
 
 def tree_attention_reference(

@@ -6,6 +6,8 @@ from typing import NamedTuple, Self
 
 import torch
 
+from .tree_attention_worklist import tree_work
+
 # A tree of L tokens is cut into runs of about L / 16 queries, within these bounds: the CPU flash kernel's tiles
 # have 32 queries at least, and 512 queries of a 16k-token tree already need a float mask of 32 MiB.
 MIN_QUERIES, MAX_QUERIES = 32, 512
@@ -147,6 +149,12 @@ class TreeLayout:
         slot = torch.arange(len(query), device=self.device)
         # The first slot of each token: later ones are padding.
         return slot.new_empty(self.num_tokens).scatter_reduce_(0, query, slot, "amin", include_self=False)
+
+    @cached_property
+    def attention_work(self) -> list[torch.Tensor]:
+        """`TreeWork.tensors()`, what the Triton kernels loop over, on `device`. Built once a pack."""
+        work = tree_work(self.start, self.end, self.subtree_end)
+        return [x.to(self.device, non_blocking=True) for x in work.tensors()]
 
     @property
     def _subtree_end_cpu(self) -> torch.Tensor:

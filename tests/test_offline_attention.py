@@ -1,0 +1,117 @@
+"""Compiles every tree attention kernel for sm_80, sm_90 and sm_100, without a GPU, and reads the result.
+
+`python tests/test_offline_attention.py` prints the table in bench/results/offline_attention.md.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Bytes of shared memory a program may have. The configurations of sm_80 also run on sm_86, sm_89 and sm_120: 99 KiB.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# PTX of the tensor cores.
+MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+OWN = {"forward": ["q"], "dq": ["q", "o", "do"], "dkdv": ["k", "v"]}
+STREAMED = {"forward": ["k", "v"], "dq": ["k", "v"], "dkdv": ["q", "do"]}
+CASES = [(cc, name, D, "bf16") for cc in (80, 90, 100) for D in (64, 96, 128) for name in ("forward", "dq", "dkdv")]
+
+
+def signature(kernel, name, config, constants, dtype):
+    """Triton types by argument, and which arguments are multiples of 16, as a launch on aligned tensors has them."""
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types |= dict.fromkeys(("items", "full", "masked"), "*i32")
+    types |= dict.fromkeys(("lse", "delta", "partial"), "*fp32")
+    types |= dict.fromkeys(("o", "dq", "dk", "dv"), f"*{dtype}")
+    types |= dict.fromkeys(("scale", "scale2"), "fp32")
+    types |= {"subtree_end": "*i64"}
+    for names, rows in ((OWN[name], config.own), (STREAMED[name], config.step)):
+        descriptor = f"tensordesc<{dtype}[1,{rows},{constants['DP']}]>"
+        types |= dict.fromkeys(names, descriptor if config.tma else (f"*{dtype}", "i32", "i32"))
+    types |= dict.fromkeys(constants, "constexpr")
+    types = {argument: types[argument] for argument in kernel.arg_names}
+    multiples = {}
+    for i, kind in enumerate(types.values()):
+        if isinstance(kind, tuple):
+            multiples |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+        elif kind.startswith("*"):
+            multiples[(i,)] = [["tt.divisibility", 16]]
+    return types, multiples
+
+
+def compile_case(cc, name, head_dim, dtype):
+    """What a launch with 4 query heads a key head compiles to."""
+    import torch
+    import triton
+    from cipo_kernels import tree_attention_triton as ops
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    kernel, config = ops.KERNELS[name], ops.config(name, torch_dtype, head_dim, cc)
+    constants = ops.constants(config, head_dim, group=4)
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages", "enable_fp_fusion")}
+    types, multiples = signature(kernel, name, config, constants, dtype)
+    source = ASTSource(kernel, types, constants, multiples)
+    binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(binary.asm["cubin"])
+        f.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.check_output([tool, "--dump-resource-usage", f.name], text=True)
+    return {
+        "sm": cc,
+        "kernel": name,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "config": list(config),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": binary.metadata.shared,
+        "mma": binary.asm["ptx"].count(MMA[cc]),
+        "tma": binary.asm["ptx"].count("cp.async.bulk.tensor"),
+    }
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Of a process of its own: here the kernels may be the interpreter's."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    lines = subprocess.check_output([sys.executable, __file__, "--json"], env=env, text=True).splitlines()
+    return {(case["sm"], case["kernel"], case["head_dim"], case["dtype"]): case for case in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_kernel_compiles_for_tensor_cores_without_spilling(results, case):
+    result = results[case]
+    assert result["stack"] == 0
+    assert result["shared"] <= SHARED_LIMIT[case[0]]
+    assert result["mma"] > 0
+    assert (result["tma"] > 0) == (case[0] >= 90)
+
+
+def print_table():
+    print("| sm | kernel | dtype | head dim | own x step, warps, stages | registers | stack | shared | MMA | TMA |")
+    print("|---:|---|---|---:|---|---:|---:|---:|---|---:|")
+    fp32 = [(80, name, 32, "fp32") for name in ("forward", "dq", "dkdv")]
+    for case in CASES + fp32:
+        r = compile_case(*case)
+        own, step, warps, stages, _ = r["config"]
+        shape = f"{own} x {step}, {warps}, {stages}"
+        mma = f"{r['mma']} {MMA[r['sm']]}"
+        row = (r["sm"], r["kernel"], r["dtype"], r["head_dim"], shape, r["registers"], r["stack"], r["shared"], mma)
+        print("|", " | ".join(map(str, (*row, r["tma"]))), "|", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--json"]:
+        for case in CASES:
+            print(json.dumps(compile_case(*case)), flush=True)
+    else:
+        print_table()

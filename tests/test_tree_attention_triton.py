@@ -1,0 +1,334 @@
+"""The Triton tree attention: its work lists by counting pairs, its results against the definition in fp64.
+
+On CUDA where there is one, otherwise under Triton's interpreter.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from cipo_kernels import tree_attention_worklist as worklist
+from cipo_kernels.tree_attention import tree_attention
+from cipo_kernels.tree_attention_worklist import MASKED_TILE, TILE, tree_work
+from cipo_kernels.tree_layout import TreeLayout
+from test_tree_attention import STREAMS, cipo_tree, forest, qkv
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are defined: before this import
+triton_ops = pytest.importorskip("cipo_kernels.tree_attention_triton")
+
+# Rows of a tile past its last token end in 0 / 0; they are not stored.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+STREAMS = STREAMS | {
+    "cipo": cipo_tree(150, 200, 64, 140, n_rollouts=2, n_corrections=2),
+    "T % tile = 0": ([256, 128, 128], [-1, 0, 1]),
+    "T % tile = 1": ([129, 128, 256], [-1, 0, 0]),
+    "T % tile = tile - 1": ([127, 128, 256], [-1, 0, 0]),
+    "short after long": ([300, 2, 3, 200, 1], [-1, 0, 1, 0, -1]),
+}
+
+
+def attention_inputs(tree, heads=(2, 1), head_dim=64, dtype=torch.float32):
+    """q, k, v and do."""
+    q, k, v = (x.detach() for x in qkv(tree.num_tokens, heads, head_dim))
+    do = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
+    return [x.to(DEVICE, dtype) for x in (q, k, v, do)]
+
+
+def run(tree, q, k, v, do, scale=None):
+    """o, lse, dq, dk, dv of the kernels."""
+    tree = tree.to(DEVICE)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    layout = tree.subtree_end_of_token, tree.attention_work
+    o, lse = triton_ops.attention_op(q, k, v, *layout, scale)
+    return o, lse, *triton_ops.attention_backward_op(do, q, k, v, o, lse, *layout, scale)
+
+
+def exact(tree, q, k, v, do, scale=None):
+    """o, lse, dq, dk, dv by autograd over the dense mask, in fp64."""
+    q, k, v = (x.cpu().double().requires_grad_() for x in (q, k, v))
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    k_THD, v_THD = (x.repeat_interleave(group, 1) for x in (k, v))
+    s_HTT = (scale * torch.einsum("qhd,khd->hqk", q, k_THD)).masked_fill(~tree.dense_mask(), float("-inf"))
+    o = torch.einsum("hqk,khd->qhd", s_HTT.softmax(-1), v_THD)
+    grads = torch.autograd.grad(o, (q, k, v), do.cpu().double())
+    return o.detach(), s_HTT.detach().logsumexp(-1), *grads
+
+
+def assert_close(actual, expected, rtol):
+    """Within rtol of the largest element, or of 1, the inputs' scale."""
+    for name, a, e in zip(("o", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+        error, largest = (a.cpu().double() - e).abs().max().item(), max(1.0, e.abs().max().item())
+        assert error <= rtol * largest, f"{name}: error {error:.2e}, largest element {largest:.2e}"
+
+
+def assert_equal(actual, expected):
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+FP32 = 1e-5  # sums of up to 1000 products of fp32 rounding 6e-8, and exp2 of scores up to 10
+
+
+# ---- work lists
+
+
+def pairs_met(work, tree, mask):
+    """How often each pair (own token, streamed token) is met; what a mask hides is not."""
+    met = torch.zeros(tree.num_tokens, tree.num_tokens, dtype=torch.int32)
+    for first, stop, full_first, full_stop, masked_first, masked_stop, _ in work.item.tolist():
+        for x in work.full[full_first:full_stop].tolist():
+            met[first:stop, x : x + TILE] += 1
+        for x, x_stop in work.masked[masked_first:masked_stop].tolist():
+            assert x_stop - x <= MASKED_TILE
+            met[first:stop, x:x_stop] += mask[first:stop, x:x_stop]
+    return met
+
+
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
+def test_every_visible_pair_is_met_once(stream):
+    tree = TreeLayout.from_parents(*stream)
+    work = tree_work(tree.start, tree.end, tree.subtree_end)
+    mask = tree.dense_mask()
+    assert torch.equal(pairs_met(work.by_query, tree, mask), mask.int())
+    assert torch.equal(pairs_met(work.by_key, tree, mask.T), mask.T.int())
+
+
+def test_tiles_of_long_segments_never_cross_them_and_short_ones_share():
+    tree = TreeLayout.from_parents([300, 2, 3, 200, 1], [-1, 0, 1, 0, -1])
+    item = tree_work(tree.start, tree.end, tree.subtree_end).by_query.item
+    tiles = sorted(item[:, :2].tolist())
+    assert tiles == [[0, 128], [128, 256], [256, 300], [300, 305], [305, 433], [433, 505], [505, 506]]
+
+
+def test_masks_are_few():
+    tree = TreeLayout.from_parents(*cipo_tree(512, 1024, 64, 1024, n_rollouts=8, n_corrections=4))
+    work = tree_work(tree.start, tree.end, tree.subtree_end)
+    for side in (work.by_query, work.by_key):
+        slots = TILE * TILE * len(side.full) + TILE * MASKED_TILE * len(side.masked)
+        assert slots < 1.12 * tree.visible_pairs()
+        assert len(side.masked) < len(side.full) / 3
+
+
+def test_work_is_longest_first_and_its_largest_share_bounded():
+    tree = TreeLayout.from_parents(*cipo_tree(512, 512, 64, 512, n_rollouts=8, n_corrections=4))
+    work = tree_work(tree.start, tree.end, tree.subtree_end)
+    for side in (work.by_query, work.by_key):
+        cost = worklist._cost(side.item)
+        assert (cost.diff() <= 0).all()
+    largest = max(cost.sum() * worklist.MAX_SHARE, worklist.MIN_SPLIT)
+    assert cost.max() <= largest + 2  # full and masked tiles are cut apart
+    n = work.partial[:, 2]
+    assert n.sum() == len(n) > 0
+    assert sorted(side.item[side.item[:, 6] >= 0, 6].tolist()) == list(range(len(n)))
+
+
+# ---- kernels
+
+
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
+def test_equals_fp64_on_every_stream(stream):
+    tree = TreeLayout.from_parents(*stream)
+    inputs = attention_inputs(tree)
+    assert_close(run(tree, *inputs), exact(tree, *inputs), FP32)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1), (6, 2)], ids=["groups 1", "groups 4", "groups 3"])
+def test_equals_fp64_for_heads(heads, head_dim):
+    tree = TreeLayout.from_parents([150, 4, 30, 129], [-1, 0, 1, 0])
+    inputs = attention_inputs(tree, heads, head_dim)
+    assert_close(run(tree, *inputs, scale=0.2), exact(tree, *inputs, scale=0.2), FP32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_low_precision_stays_near_fp64(dtype, head_dim):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter has no bf16 products")
+    tree = TreeLayout.from_parents(*STREAMS["short after long"])
+    inputs = attention_inputs(tree, head_dim=head_dim, dtype=dtype)
+    actual = run(tree, *inputs)
+    assert [x.dtype for x in actual] == [dtype, torch.float32, dtype, dtype, dtype]
+    assert_close(actual, exact(tree, *inputs), 2 * torch.finfo(dtype).eps)  # p, ds and the results are rounded
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the interpreter's tiles")
+@pytest.mark.parametrize("config", [(128, 64, 8, 3, False), (64, 32, 4, 3, False), (32, 32, 8, 1, False)])
+def test_every_tile_shape_agrees(monkeypatch, config):
+    tree = TreeLayout.from_parents(*STREAMS["short after long"])
+    inputs = attention_inputs(tree, head_dim=32)
+    expected = run(tree, *inputs)
+    monkeypatch.setattr(triton_ops, "INTERPRETER_CONFIG", triton_ops.Config(*config))
+    actual = run(tree, *inputs)
+    if config[:2] == (128, 64):  # only the loads differ
+        assert_equal(actual, expected)
+    assert_close(actual, [x.cpu().double() for x in expected], FP32)
+
+
+def test_split_and_unsplit_keys_agree(monkeypatch):
+    stream = [400, 50, 200], [-1, 0, 0]
+    unsplit, split = TreeLayout.from_parents(*stream), TreeLayout.from_parents(*stream)
+    monkeypatch.setattr(worklist, "MIN_SPLIT", 10**6)
+    assert len(unsplit.attention_work[-1]) == 0
+    monkeypatch.setattr(worklist, "MIN_SPLIT", 4)
+    assert len(split.attention_work[-1]) > 4
+    inputs = attention_inputs(split, heads=(2, 1))
+    expected = run(unsplit, *inputs)
+    actual = run(split, *inputs)
+    assert_equal(actual[:3], expected[:3])  # the queries are not split
+    assert_close(actual, [x.cpu().double() for x in expected], FP32)
+
+
+def test_two_runs_are_bitwise_equal(monkeypatch):
+    monkeypatch.setattr(worklist, "MIN_SPLIT", 4)
+    tree = TreeLayout.from_parents([400, 50, 200], [-1, 0, 0])
+    assert len(tree.attention_work[-1]) > 4  # partial results, too
+    inputs = attention_inputs(tree, dtype=torch.float16)
+    assert_equal(run(tree, *inputs), run(tree, *inputs))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("stream_name", "where"),
+    [("cipo", "qkv"), ("embedded", "qkv"), ("embedded", "v"), ("short after long", "qkv")],
+)
+def test_nan_in_a_segment_reaches_only_those_who_see_it(stream_name, where, value):
+    lengths, parents = STREAMS[stream_name]
+    tree = TreeLayout.from_parents(lengths, parents)
+    inputs = attention_inputs(tree, head_dim=32)
+    clean = run(tree, *inputs)
+    segment = len(lengths) // 2
+    bad = slice(int(tree.start[segment]), int(tree.end[segment]))
+    for name, x in zip("qkv", inputs, strict=False):
+        if name in where:
+            x[bad] = value
+    inputs[3][bad] = value  # as the output's gradient would be
+    o, lse, dq, dk, dv = run(tree, *inputs)
+
+    mask = tree.dense_mask()
+    sees = mask[:, bad].any(1).to(DEVICE)  # tokens whose o depends on the bad ones
+    seen = mask[sees.cpu()].any(0).to(DEVICE)  # tokens whose dk, dv do
+    assert not sees.all()
+    assert not seen.all()
+    assert o[sees].isnan().all()
+    assert dk[bad].isnan().all()
+    for actual, expected, reached in (
+        (o, clean[0], sees),
+        (dq, clean[2], sees),
+        (dk, clean[3], seen),
+        (dv, clean[4], seen),
+    ):
+        assert torch.equal(actual[~reached], expected[~reached])
+    assert torch.equal(lse[:, ~sees], clean[1][:, ~sees])
+
+
+def test_any_strides():
+    tree = TreeLayout.from_parents(*STREAMS["depth 4"])
+    inputs = attention_inputs(tree, heads=(4, 2), head_dim=16)
+    inputs[3] = inputs[3][:1, :1, :1].expand_as(inputs[3])
+    expected = run(tree, *[x.clone(memory_format=torch.contiguous_format) for x in inputs])
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs[:3]]
+    assert_equal(run(tree, *heads_first, inputs[3]), expected)
+    unaligned = [torch.cat((x[..., :1], x), 2)[..., 1:] for x in inputs[:3]]
+    assert_equal(run(tree, *unaligned, inputs[3]), expected)
+
+
+# ---- the operator
+
+
+@pytest.fixture
+def small():
+    """tree, then q, k, v that require grad."""
+    tree = TreeLayout.from_parents(*forest(6, [3, 2])).to(DEVICE)
+    return tree, *(x.requires_grad_() for x in attention_inputs(tree, (4, 2), 16)[:3])
+
+
+def test_opcheck(small):
+    tree, q, k, v = small
+    layout = tree.subtree_end_of_token, tree.attention_work, 0.25
+    torch.library.opcheck(triton_ops.attention_op, (q, k, v, *layout))
+    q, k, v = (x.detach() for x in (q, k, v))
+    o, lse = triton_ops.attention_op(q, k, v, *layout)
+    torch.library.opcheck(triton_ops.attention_backward_op, (torch.ones_like(o), q, k, v, o, lse, *layout))
+
+
+def test_dispatch_runs_the_kernels(monkeypatch, small):
+    monkeypatch.setenv("CIPO_KERNELS", "triton")
+    tree, q, k, v = small
+    o = tree_attention(q, k, v, tree)
+    do = torch.ones_like(o)
+    actual = (o, *torch.autograd.grad(o, (q, k, v), do))
+    o, _lse, *grads = run(tree, *(x.detach() for x in (q, k, v)), do)
+    assert_equal(actual, (o, *grads))
+
+
+def test_fullgraph_compile(monkeypatch, small):
+    monkeypatch.setenv("CIPO_KERNELS", "triton")
+    tree = small[0]
+
+    def layer(q, k, v, tree):
+        return tree_attention(q * 2, k, v, tree).square()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for layout in (tree, TreeLayout.from_parents(*forest(7, [2, 3])).to(DEVICE)):
+        _ = layout.attention_work
+        q, k, v = (x.requires_grad_() for x in attention_inputs(layout, (4, 2), 16)[:3])
+        expected = torch.autograd.grad(layer(q, k, v, layout).sum(), (q, k, v))
+        assert_equal(torch.autograd.grad(compiled(q, k, v, layout).sum(), (q, k, v)), expected)
+
+
+@pytest.mark.parametrize("save_output", [False, True])
+def test_checkpointing(monkeypatch, small, save_output):
+    """A policy that saves the operator's output runs it once; plain checkpointing runs it again."""
+    tree, *inputs = small
+    calls = []
+    launch = triton_ops._launch
+    monkeypatch.setattr(triton_ops, "_launch", lambda name, *args: (calls.append(name), launch(name, *args)))
+
+    def layer(q, k, v):
+        return triton_ops.tree_attention_triton(q * 2, k, v, tree).square()
+
+    def contexts():
+        return torch.utils.checkpoint.create_selective_checkpoint_contexts(
+            [torch.ops.cipo_kernels.tree_attention.default] if save_output else []
+        )
+
+    expected = torch.autograd.grad(layer(*inputs).sum(), inputs)
+    calls.clear()
+    o = torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
+    assert_equal(torch.autograd.grad(o.sum(), inputs), expected)
+    assert calls == ["forward"] * (1 if save_output else 2) + ["dq", "dkdv"]
+
+
+def test_second_derivatives_are_refused(small):
+    tree, *inputs = small
+    o = triton_ops.tree_attention_triton(*inputs, tree)
+    with pytest.raises(RuntimeError, match="tree_attention can be differentiated once"):
+        torch.autograd.grad(o.sum(), inputs, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtypes", "scale", "message"),
+    [
+        (12, ["float32"] * 3, None, "head_dim 12: the Triton kernels take multiples of 8 up to 128"),
+        (136, ["float32"] * 3, None, "head_dim 136"),
+        (16, ["float32", "float16", "float32"], None, "k torch.float16"),
+        (16, ["float64"] * 3, None, "expected one of float32, bfloat16 and float16"),
+        (16, ["float32"] * 3, 0.0, "scale 0.0: the Triton kernels take positive ones"),
+    ],
+)
+def test_refused(head_dim, dtypes, scale, message):
+    tree = TreeLayout.from_parents([3], [-1]).to(DEVICE)
+    q, k, v = (torch.zeros(3, 1, head_dim, dtype=getattr(torch, dtype), device=DEVICE) for dtype in dtypes)
+    with pytest.raises(ValueError, match=message):
+        triton_ops.tree_attention_triton(q, k, v, tree, scale=scale)
+
+
+def test_interpreter_refuses_bf16():
+    x = torch.zeros(3, 1, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="bfloat16 on CPU"):
+        triton_ops.tree_attention_triton(x, x, x, TreeLayout.from_parents([3], [-1]))
