@@ -57,6 +57,8 @@ class ModelConfig(Section):
     """`embedded`, a local folder or a hub name; anything `AutoModelForCausalLM` loads and that has a chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the forward and backward pass. Weights, their gradients and the optimiser are float32 in either case."""
+    attention: Literal["auto", "torch", "triton", "flash"] = "auto"
+    """Back-end of the tree attention; auto is Triton on a GPU, torch elsewhere."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     embedded: EmbeddedModel = EmbeddedModel()

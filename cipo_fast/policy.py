@@ -32,6 +32,7 @@ def cipo_tree_attention(
     attention_mask: Tensor | None,
     *,
     tree: TreeLayout | None = None,
+    tree_impl: str = "auto",
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -39,7 +40,7 @@ def cipo_tree_attention(
     if tree is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError("cipo_tree attention takes one packed stream and its TreeLayout, and no attention mask")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return tree_attention(q, k, v, tree, scale=scaling)[None], None
+    return tree_attention(q, k, v, tree, scale=scaling, impl=tree_impl)[None], None
 
 
 # No mask function is registered under this name: transformers then builds no mask.
@@ -52,12 +53,13 @@ class Policy(nn.Module):
     Both run in `forward`, inside the FSDP root, so that its hooks unshard the head once for the fused loss.
     """
 
-    def __init__(self, model: PreTrainedModel, loss: LossConfig, temperature: float):
+    def __init__(self, model: PreTrainedModel, loss: LossConfig, temperature: float, attention: str = "auto"):
         super().__init__()
         refuse_unsupported(model)
         self.model = model
         self.loss = loss
         self.temperature = temperature
+        self.attention = attention
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.train()
 
@@ -66,6 +68,7 @@ class Policy(nn.Module):
             input_ids=pack.input_ids[None],
             position_ids=pack.layout.position_ids[None],
             tree=pack.layout,
+            tree_impl=self.attention,
             use_cache=False,
         ).last_hidden_state[0]  # [T, H]
         head = self.model.get_output_embeddings()
@@ -104,7 +107,7 @@ def build_policy(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Po
     """Shard `model` (FSDP2) and wrap it. Parameters, gradients and optimiser state stay fp32."""
     if config.model.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model, config.loss, config.rollout.temperature)
+    policy = Policy(model, config.loss, config.rollout.temperature, config.model.attention)
     # Without cast_forward_inputs=False FSDP2 would rebuild the pack and cast its fp32 log-probs.
     precision = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.model.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .dispatch import implementation
+from .tree_attention_flash import tree_attention_flash
 from .tree_layout import QueryBlock, TreeLayout
 
 # Blocks with more keys than this are recomputed in the backward: saved for it, their gathered keys and masks would
@@ -13,7 +14,13 @@ MAX_SAVED_KEYS = 1024
 
 
 def tree_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tree: TreeLayout, *, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tree: TreeLayout,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
 ) -> torch.Tensor:
     """o[q] = sum_k softmax_k(scale <q, k>) v[k] over the keys with k <= q < subtree_end[k].
 
@@ -22,6 +29,7 @@ def tree_attention(
         k, v: [T, Hkv, D]; GQA: Hq is a multiple of Hkv, query head h reads key head h // (Hq / Hkv).
         tree: the layout of the T tokens, on q's device.
         scale: factor of the scores, 1 / sqrt(D) if None.
+        impl: reference, torch, triton or flash; auto is dispatch.py's choice.
 
     Returns: o [T, Hq, D] in q's dtype, differentiable in q, k and v.
 
@@ -29,7 +37,9 @@ def tree_attention(
     head dims above 128 or no multiples of 8, mixed dtypes, a scale that is not positive. Ours.
     """
     _check(q, k, v, tree)
-    name = implementation(q)
+    name = implementation(q) if impl == "auto" else impl
+    if name == "flash":
+        return tree_attention_flash(q, k, v, tree, scale=scale)
     if name == "reference":
         return tree_attention_reference(q, k, v, tree, scale=scale)
     if name == "triton" and q.dtype != torch.float64:  # fp64 is for tests, and has no kernel

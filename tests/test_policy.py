@@ -70,9 +70,9 @@ def with_terms(pack: Pack, seed: int = 1) -> Pack:
 
 
 def loss_and_gradients(
-    model: PreTrainedModel, packs: list[Pack], loss: LossConfig = LOSS
+    model: PreTrainedModel, packs: list[Pack], loss: LossConfig = LOSS, attention: str = "auto"
 ) -> tuple[float, dict[str, Tensor]]:
-    policy = Policy(model, loss, temperature=0.8)
+    policy = Policy(model, loss, temperature=0.8, attention=attention)
     policy.zero_grad()
     total = 0.0
     for pack in packs:
@@ -169,6 +169,23 @@ def test_every_implementation_gives_the_same(implementation: str, monkeypatch: p
     expected = loss_and_gradients(build(), packs)
     monkeypatch.setenv("CIPO_KERNELS", implementation)
     assert_same(loss_and_gradients(build(), packs), expected)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_flash_attention_over_rectangles_gives_the_same(seed: int) -> None:
+    conversations = random_conversations(30 + seed, n_trees=3, depth=4, vocab=VOCAB)
+    packs = [pack_of(conversations, "tree")]
+    assert_same(loss_and_gradients(build(), packs, attention="flash"), loss_and_gradients(build(), packs))
+
+
+def test_triton_gives_the_same_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, where there is no GPU; the tolerance is fp32's, against fp64."""
+    conversations = random_conversations(9, n_trees=2, depth=3, vocab=VOCAB)
+    packs = [pack_of(conversations, "tree")]
+    expected = loss_and_gradients(build(), packs)
+    monkeypatch.setenv("CIPO_KERNELS", "triton")
+    loss, gradients = loss_and_gradients(build().float(), packs)
+    assert_same((loss, {name: gradient.double() for name, gradient in gradients.items()}), expected, 1e-4)
 
 
 def test_sharded_policy_equals_the_plain_one(mesh) -> None:

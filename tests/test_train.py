@@ -164,6 +164,7 @@ def test_every_recipe_runs(name: str, tmp_path: Path, warm: Path) -> None:
         "loss.normalize=sequences", "loss.scale_advantages=false", "correction.risk_norm=pooled",
         "correction.risk_norm=literal", "correction.preference=soft", "model.activation_checkpointing=true",
         "train.pack_tokens=140", "loss.is_cap=null", "optim.schedule=cosine", "rollout.temperature=0.8",
+        "model.attention=flash",
     ],
 )  # fmt: skip
 def test_every_switch_runs(override: str, tmp_path: Path, warm: Path) -> None:
