@@ -10,8 +10,8 @@ import sys
 
 if __package__ in (None, ""):
     sys.path.pop(0)  # run as a file: this folder's names (config, evaluate...) must not hide installed packages
-# On CPU, threads that spin at barriers stall a small model as soon as another process wants a core.
-os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+# On CPU: threads that spin long at a barrier stall a small model as soon as another process wants a core.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 
 import copy
 import math
