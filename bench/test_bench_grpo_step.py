@@ -88,9 +88,7 @@ def test_grpo_step_against_trl(benchmark, tmp_path: Path, capsys: pytest.Capture
         mine, theirs = statistics.median(ours), statistics.median(clock.seconds)
         benchmark.extra_info.update(ours_s=mine, trl_s=theirs, ratio=mine / theirs, steps=len(ours))
         with capsys.disabled():
-            print(
-                f"\nGRPO step ({len(ours)}): ours {mine:.3f} s, TRL {theirs:.3f} s, ours / TRL {mine / theirs:.2f}"
-            )
+            print(f"\nGRPO step ({len(ours)}): ours {mine:.3f} s, TRL {theirs:.3f} s, ours / TRL {mine / theirs:.2f}")
 
         def step() -> None:
             nonlocal progress

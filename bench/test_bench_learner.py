@@ -70,8 +70,6 @@ def test_learner_trees_against_rows(benchmark, capsys: pytest.CaptureFixture[str
         sizes = {packing: sum(len(p.input_ids) for p in packs(packing)) for packing in seconds}
         benchmark.extra_info.update(tree_s=tree, rows_s=rows, ratio=rows / tree, tokens=sizes)
         with capsys.disabled():
-            print(
-                f"\nupdate: tree {tree:.3f} s, rows {rows:.3f} s, rows / tree {rows / tree:.2f} {sizes}"
-            )
+            print(f"\nupdate: tree {tree:.3f} s, rows {rows:.3f} s, rows / tree {rows / tree:.2f} {sizes}")
         benchmark.pedantic(lambda: update("tree"), rounds=5)
     assert rows / tree >= 1.5
