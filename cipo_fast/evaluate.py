@@ -15,7 +15,7 @@ from rich.console import Console
 from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, process_group
+from cipo_fast.distributed import is_main, leave, process_group
 from cipo_fast.errors import UserError
 from cipo_fast.model import eos_ids, load_model, load_tokenizer
 from cipo_fast.records import Anchor, Group
@@ -90,4 +90,4 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -17,6 +17,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,7 +33,7 @@ from cipo_fast.cipo.objective import conversations
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, process_group
+from cipo_fast.distributed import is_main, leave, process_group
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
 from cipo_fast.learner import Learner, Update
@@ -94,10 +95,12 @@ def train(config: Config, mesh: DeviceMesh) -> None:
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
-    with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view:
+    with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
         run, progress = build(config, mesh, view)
         checkpoints = config.run_dir / "checkpoints"
         recorder = Recorder(config, progress.step if config.checkpoint.resume else None) if is_main() else None
+        if recorder is not None:
+            open_files.callback(recorder.close)
         if progress.before is None:
             progress = replace(progress, before=timed_evaluation(run, view, "before training"))
         while progress.step < config.train.steps:
@@ -305,7 +308,6 @@ def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, 
             "config": config.model_dump(mode="json"),
         }
     )
-    recorder.close()
     view.say("")
     view.console.print(summary_table(progress.before, after, saved))
     view.say(f"{progress.step} steps in {progress.seconds:.0f}s; everything is in {config.run_dir}/")
@@ -322,4 +324,4 @@ def due(step: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from cipo_fast.config import load_config
-from cipo_fast.distributed import process_group
+from cipo_fast.distributed import leave, process_group
 from cipo_fast.model import load_model
 from cipo_fast.packing import Pack, build_trees, make_pack
 from cipo_fast.policy import ATTENTION, build_policy
@@ -66,3 +66,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

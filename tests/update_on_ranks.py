@@ -5,15 +5,22 @@ import sys
 import torch.distributed as dist
 from conversations import random_conversations
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.config import OptimConfig, load_config
-from cipo_fast.distributed import process_group
+from cipo_fast.distributed import leave, process_group
 from cipo_fast.learner import Learner
 from cipo_fast.model import load_model
 from cipo_fast.packing import build_trees, make_pack, pack_trees
 from cipo_fast.policy import ATTENTION, build_policy, cost_model
 
-with process_group() as mesh:
+
+def main(target: str) -> None:
+    with process_group() as mesh:
+        update(mesh, target)
+
+
+def update(mesh: DeviceMesh, target: str) -> None:
     config = load_config([], ["model.embedded.hidden=32", "model.embedded.mlp=48", "loss.entropy_coef=0.1"])
     model = load_model(config, ATTENTION)
     cost = cost_model(model.config, model.num_parameters())
@@ -26,4 +33,9 @@ with process_group() as mesh:
         assert learner.update([make_pack(members) for members in packs], step).applied
     weights = {name: tensor.clone() for name, tensor in policy.full_weights()}
     if dist.get_rank() == 0:
-        save_file(weights, sys.argv[1])
+        save_file(weights, target)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    leave(0)
