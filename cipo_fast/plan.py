@@ -31,7 +31,7 @@ class Options:
     R: int = 2048
     F: int = 4
     K: int = 4
-    I: int = 64  # noqa: E741  (the issue's own letter)
+    I: int = 64  # noqa: E741
     C: int = 2048
     run: str = ""
     params: float = 3.63e9  # Qwen3-4B without its embedding

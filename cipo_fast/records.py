@@ -1,4 +1,4 @@
-"""What flows through a step: Problem -> Rollout -> Anchor -> correction Rollouts (ALGORITHM terms, section 2)."""
+"""What flows through a step: Problem -> Rollout -> Anchor -> correction Rollouts."""
 
 from __future__ import annotations
 

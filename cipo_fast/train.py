@@ -128,7 +128,7 @@ def train(config: Config, mesh: DeviceMesh) -> None:
 
 
 def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, list[Group], list[Anchor], Progress]:
-    """One step of ALGORITHM section 3: sample, choose anchors, correct, learn, sync, adapt rho."""
+    """One step of CIPO: sample, choose anchors, correct, learn, sync, adapt rho."""
     config, step, started = run.config, progress.step + 1, time.perf_counter()
     rng = np.random.default_rng(seed_for(config.seed, step, "anchors"))
 

@@ -1,4 +1,4 @@
-"""The algorithm: the numeric checks of ALGORITHM section 3, anchors, prompts, weights, metrics."""
+"""The algorithm: numeric checks by hand, anchors, prompts, weights, metrics."""
 
 from dataclasses import replace
 

@@ -73,7 +73,7 @@ def test_the_embedded_recipe_is_the_base_only_for_the_embedded_model() -> None:
 
 
 def test_defaults_of_the_algorithm() -> None:
-    """ALGORITHM section 4."""
+    """The published values, and our own where there are none."""
     c = Config()
     assert (c.train.steps, c.rollout.prompts_per_step, c.rollout.samples_per_prompt) == (500, 32, 8)
     assert (c.correction.anchors_per_prompt, c.correction.lambda_corr, c.correction.lambda_risk) == (1.0, 1.0, 1.0)

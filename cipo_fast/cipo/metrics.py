@@ -1,4 +1,4 @@
-"""What a step tells about its rollouts and corrections (ALGORITHM section 6). None where there was nothing to count."""
+"""What a step tells about its rollouts and corrections. None where there was nothing to count."""
 
 from __future__ import annotations
 
