@@ -39,10 +39,10 @@ class Node:
 
 @dataclass(frozen=True)
 class CostModel:
-    """FLOPs of a forward and backward pass: what packs are balanced by."""
+    """Time of a forward and backward pass, what packs are balanced by, in FLOPs of the linear layers."""
 
     per_token: float  # linear layers
-    per_pair: float  # attention, one visible (query, key) pair
+    per_pair: float  # attention, one visible (query, key) pair: its FLOPs times linear rate / attention rate
     per_target: float  # language-model head
 
     def of(self, node: Node, depth: int = 0) -> float:

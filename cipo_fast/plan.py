@@ -1,31 +1,37 @@
 """What sharing saves: tokens, FLOPs and predicted learner time of rows, prompt-only sharing and trees.
 
-    python -m cipo_fast.plan [P=512] [G=8] [R=2048] [F=4] [K=4] [I=64] [C=2048]     one prompt of those lengths
-    python -m cipo_fast.plan run=runs/embedded                                      the lengths a run recorded
+    python -m cipo_fast.plan [B=1] [P=512] [G=8] [R=2048] [F=4] [K=4] [I=64] [C=2048]     a step of those lengths
+    python -m cipo_fast.plan run=runs/embedded                                            as a run recorded them
 
-P prompt, G rollouts of R tokens, F anchors with a follow-up turn of I tokens and K corrections of C tokens each.
+B prompts of P tokens, each with G rollouts of R tokens, and F anchors with a follow-up turn of I tokens and K
+corrections of C tokens each.
 `params`, `layers`, `width` (query heads x head_dim) and `head` (vocabulary x hidden) give the model, Qwen3-4B unless
-given; `linear` and `attention` are rates in TFLOP/s. Times are predictions from those rates, not measurements.
+given. Trees are cut and packed as the learner does it, into packs of `pack_tokens` tokens for `ranks` devices. `linear`
+and `attention` are a device's rates in TFLOP/s, this one's unless given (kernels/device_rates.json). Times are
+predictions from those rates, not measurements: a pack takes its FLOPs over their rates, and a step the slowest rank's
+pack, then its next.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cipo_kernels import device_rates
 from rich.console import Console
 from rich.table import Table
 
 from cipo_fast.errors import UserError
-from cipo_fast.packing import CostModel, Node, build_trees
+from cipo_fast.packing import CostModel, Node, build_trees, pack_trees
 from cipo_fast.records import Conversation, Segment
 
 
 @dataclass(frozen=True)
 class Options:
+    B: int = 1
     P: int = 512
     G: int = 8
     R: int = 2048
@@ -38,29 +44,32 @@ class Options:
     layers: int = 36
     width: int = 32 * 128
     head: float = 151936 * 2560
-    linear: float = 600.0  # TFLOP/s of the linear layers: assumed, between bare GEMMs (about 790) and what steps reach
-    attention: float = 300.0  # TFLOP/s of attention, forward and backward: assumed
+    pack_tokens: int = 65536
+    ranks: int = 1
+    linear: float = field(default_factory=lambda: device_rates().linear)  # TFLOP/s of the linear layers
+    attention: float = field(default_factory=lambda: device_rates().attention_rate)  # ... of the attention
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 2 for bad input, with one line."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
-        batch = recorded(Path(options.run)) if options.run else synthetic(options)
+        table = report(recorded(Path(options.run)) if options.run else synthetic(options), options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Console().print(report(batch, options))
+    Console().print(table)
     return 0
 
 
 def parse(args: Sequence[str]) -> Options:
     values: dict[str, int | float | str] = {}
+    defaults = vars(Options())
     for arg in args:
         key, equals, text = arg.partition("=")
-        default = getattr(Options, key, None) if equals else None
+        default = defaults.get(key) if equals else None
         if default is None:
-            known = ", ".join(Options.__dataclass_fields__)
+            known = ", ".join(defaults)
             raise UserError(f"argument {arg!r}: expected key=value with one of {known}")
         try:
             values[key] = type(default)(text)
@@ -75,10 +84,12 @@ def parse(args: Sequence[str]) -> Options:
 
 
 def synthetic(o: Options) -> list[Conversation]:
-    """One prompt's rollouts and corrections."""
-    prompt = _segment(o.P)
-    attempts = [_segment(o.R) for _ in range(o.G)]
-    return _conversations(prompt, attempts, [(i, _segment(o.I), [o.C] * o.K) for i in range(o.F)])
+    """B prompts' rollouts and corrections."""
+    found = []
+    for _ in range(o.B):
+        attempts = [_segment(o.R) for _ in range(o.G)]
+        found += _conversations(_segment(o.P), attempts, [(i, _segment(o.I), [o.C] * o.K) for i in range(o.F)])
+    return found
 
 
 def recorded(run_dir: Path) -> list[Conversation]:
@@ -105,39 +116,43 @@ def recorded(run_dir: Path) -> list[Conversation]:
     return found
 
 
-def report(batch: list[Conversation], options: Options) -> Table:
-    """Rows, prompt-only sharing and trees, side by side."""
-    cost = CostModel(6 * options.params, 14.0 * options.layers * options.width, 6 * options.head)
-    table = Table(title=f"{len(batch)} conversations, forward and backward", title_justify="left", title_style="bold")
+def report(batch: list[Conversation], o: Options) -> Table:
+    """Rows, prompt-only sharing and trees, side by side. Raises UserError where a conversation is above pack_tokens."""
+    flops = CostModel(6 * o.params, 14.0 * o.layers * o.width, 6 * o.head)
+    attention = CostModel(0.0, flops.per_pair, 0.0)
+    cost = replace(flops, per_pair=flops.per_pair * o.linear / o.attention)
+    title = f"{len(batch)} conversations, forward and backward; packs of {o.pack_tokens:,} tokens on each of {o.ranks}"
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
-    for column in ("tokens", "PFLOP", "attention", "predicted", "rows / this"):
+    for column in ("tokens", "PFLOP", "attention", "packs", "predicted", "speed-up"):
         table.add_column(column, justify="right")
     packings = {
-        "one row a conversation": build_trees(batch, "rows"),
+        "rows": build_trees(batch, "rows"),
         "prompt shared": build_trees(_prompt_only(batch)),
         "trees": build_trees(batch),
     }
     rows_seconds = 0.0
     for name, trees in packings.items():
-        pairs = _attention(trees, cost)
-        flops = sum(cost.of(tree) for tree in trees)
-        seconds = (flops - pairs) / (options.linear * 1e12) + pairs / (options.attention * 1e12)
+        ranks = pack_trees(trees, o.pack_tokens, cost, o.ranks)
+        pieces = [piece for packs in ranks for pack in packs for piece in pack]  # a piece of a cut tree has its prompt
+        total = sum(map(flops.of, pieces))
+        seconds = _slowest_rank(ranks, cost) / (o.linear * 1e12)
         rows_seconds = rows_seconds or seconds
-        tokens = sum(tree.num_tokens for tree in trees)
         table.add_row(
             name,
-            f"{tokens:,}",
-            f"{flops / 1e15:.3g}",
-            f"{pairs / flops:.1%}",
+            f"{sum(piece.num_tokens for piece in pieces):,}",
+            f"{total / 1e15:.3g}",
+            f"{sum(map(attention.of, pieces)) / total:.1%}",
+            str(len(ranks[0])),
             f"{seconds:.3g} s",
             f"{rows_seconds / seconds:.2f}",
         )
     return table
 
 
-def _attention(trees: Iterable[Node], cost: CostModel) -> float:
-    pairs_only = CostModel(0.0, cost.per_pair, 0.0)
-    return sum(pairs_only.of(tree) for tree in trees)
+def _slowest_rank(ranks: list[list[list[Node]]], cost: CostModel) -> float:
+    """Cost of a step: FSDP keeps ranks in step, so all wait for the costliest of the packs they run at a time."""
+    return sum(max(sum(map(cost.of, pack)) for pack in packs) for packs in zip(*ranks, strict=True))
 
 
 def _prompt_only(batch: list[Conversation]) -> list[Conversation]:

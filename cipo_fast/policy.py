@@ -7,14 +7,24 @@ Stock attention with tree positions is silently wrong (a rollout would see its s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from cipo_kernels import LossOutput, TreeLayout, fused_linear_cipo_loss, fused_linear_logprob, tree_attention
+import torch.distributed as dist
+from cipo_kernels import (
+    LossOutput,
+    TreeLayout,
+    device_rates,
+    fused_linear_cipo_loss,
+    fused_linear_logprob,
+    tree_attention,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from cipo_fast.config import Config, LossConfig
@@ -22,6 +32,7 @@ from cipo_fast.errors import UserError
 from cipo_fast.packing import CostModel, Pack
 
 ATTENTION = "cipo_tree"
+ATTENTION_OPS = ("cipo_kernels::tree_attention", "cipo_kernels::tree_attention_flash")
 
 
 def cipo_tree_attention(
@@ -63,7 +74,7 @@ class Policy(nn.Module):
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.train()
 
-    def forward(self, pack: Pack, what: str = "loss") -> LossOutput | Tensor:
+    def forward(self, pack: Pack, what: str = "loss", temperature: float | None = None) -> LossOutput | Tensor:
         hidden = self.model.base_model(
             input_ids=pack.input_ids[None],
             position_ids=pack.layout.position_ids[None],
@@ -75,7 +86,8 @@ class Policy(nn.Module):
         bias = getattr(head, "bias", None)
         inputs = (hidden, head.weight, pack.pred_index, pack.target_id)
         if what == "logp":
-            return fused_linear_logprob(*inputs, bias=bias, softcap=self.softcap, temperature=self.temperature)
+            temperature = self.temperature if temperature is None else temperature
+            return fused_linear_logprob(*inputs, bias=bias, softcap=self.softcap, temperature=temperature)
         return fused_linear_cipo_loss(
             *inputs,
             old_logp=pack.old_logp,
@@ -83,7 +95,7 @@ class Policy(nn.Module):
             rl_weight=pack.rl_weight,
             ce_weight=pack.ce_weight,
             ref_logp=pack.ref_logp,
-            sampler_logp=pack.sampler_logp,
+            sampler_logp=self._sampler_logp(pack),
             eps_low=self.loss.eps_low,
             eps_high=self.loss.eps_high,
             beta=self.loss.beta,
@@ -96,17 +108,44 @@ class Policy(nn.Module):
             softcap=self.softcap,
         )
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+    @torch.no_grad()
+    def log_probs(self, pack: Pack, temperature: float | None = None) -> Tensor:
+        """[N] fp32, without a backward pass to follow; at the sampling temperature unless given."""
+        logp = self(pack, "logp", temperature)
+        if isinstance(self, FSDPModule):
+            self.reshard()  # FSDP2 leaves the root's parameters gathered for a backward pass
+        return logp
+
+    def _sampler_logp(self, pack: Pack) -> Tensor:
+        """[N] such that exp(old_logp - it) is the importance weight of the target, or of its whole sequence.
+
+        A sequence's weight is the product of its tokens': prod_t exp(old_t - sampler_t)."""
+        if self.loss.is_level == "token" or self.loss.is_cap is None:
+            return pack.sampler_logp
+        assert pack.old_logp is not None
+        gap = (pack.old_logp - pack.sampler_logp).nan_to_num(0.0)
+        total = gap.new_zeros(len(pack.conversations)).index_add(0, pack.conversation, gap)
+        return pack.old_logp - total[pack.conversation]
+
+    def full_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of every parameter, gathered one at a time; a collective under FSDP."""
         for name, parameter in self.model.named_parameters():
-            data = parameter.detach()
+            data = parameter.detach().to(dtype)
             yield name, data.full_tensor() if isinstance(data, DTensor) else data
+
+    @property
+    def tied_head(self) -> str | None:
+        """Name of the embedding that is the head as well."""
+        embedding = self.model.get_input_embeddings().weight
+        if embedding is not self.model.get_output_embeddings().weight:
+            return None
+        return next(name for name, parameter in self.model.named_parameters() if parameter is embedding)
 
 
 def build_policy(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Policy:
     """Shard `model` (FSDP2) and wrap it. Parameters, gradients and optimiser state stay fp32."""
     if config.model.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recompute_all_but_attention})
     policy = Policy(model, config.loss, config.rollout.temperature, config.model.attention)
     # Without cast_forward_inputs=False FSDP2 would rebuild the pack and cast its fp32 log-probs.
     precision = MixedPrecisionPolicy(
@@ -121,6 +160,18 @@ def build_policy(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Po
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     return policy
+
+
+def recompute_all_but_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """How a checkpointed layer goes forward and is recomputed: tree attention runs once, its output and LSE are kept.
+
+    That is one [T, Hq, D] a layer more than recomputing all. The `torch` back-end is no operator of ours: recomputed.
+    """
+
+    def keep_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op.name() in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(keep_attention)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -156,13 +207,17 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 
 
 def cost_model(config: PretrainedConfig, num_parameters: int) -> CostModel:
-    """FLOPs of forward and backward from the shape: 6 a weight and token, and 4 + 10 (D a head) a visible pair."""
+    """From the shape: 6 FLOPs a weight and token, 4 + 10 (D a head) a visible pair, forward and backward."""
+    rates = [device_rates()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(rates)  # with costs of their own, ranks would disagree on who has which trees
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     head = text.vocab_size * text.hidden_size
     tables = head if text.tie_word_embeddings else 2 * head
+    pair_flops = 14.0 * text.num_hidden_layers * text.num_attention_heads * head_dim
     return CostModel(
         per_token=6.0 * (num_parameters - tables),
-        per_pair=14.0 * text.num_hidden_layers * text.num_attention_heads * head_dim,
+        per_pair=pair_flops * rates[0].linear / rates[0].attention_rate,
         per_target=6.0 * head,
     )

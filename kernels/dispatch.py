@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from .device_rates import fastest_attention
+
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 
 
@@ -19,3 +21,10 @@ def implementation(x: torch.Tensor) -> str:
     if name == "triton" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("CIPO_KERNELS=triton on a CPU tensor: set TRITON_INTERPRET=1 to run Triton's interpreter")
     return name
+
+
+def attention_implementation(q: torch.Tensor) -> str:
+    """As `implementation`; but bf16 and fp16 on CUDA run what was measured to be fastest there, `flash` included."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not os.environ.get("CIPO_KERNELS"):
+        return fastest_attention(q.device)
+    return implementation(q)

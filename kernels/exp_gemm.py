@@ -12,7 +12,8 @@ With z = (x W^T + bias) / temperature and, per target n, an anchor k near lse(z)
 so that after the GEMM only one element a row changes, and u is applied to the narrow side of the two others. E is
 bf16 for bf16 inputs, 2 bytes a logit instead of 4; logp, H and S come from the fp32 epilogue. S outside
 [2^-40, 2^40], where E or u would leave bf16's range, means a bad anchor: `reanchor_kernel` computes that row again
-with k = max z. That is slow (two passes over W by one program), exact, and without host synchronisation.
+with k = max z. That is slow (two passes over W by one program), exact, and without the host synchronisation that
+V0's cuBLAS GEMM over those rows would need for their number.
 
 dr is not a multiple of E under a softcap or an entropy bonus: those, as sequence-level ratios, run on the logits.
 """
@@ -30,6 +31,7 @@ from .fused_linear_cipo_loss_triton import (
     TritonHead,
     gpu_chunk_targets,
     load_or,
+    minimum,
     multiprocessors,
     target_loss_of_token,
 )
@@ -201,7 +203,7 @@ def exp_loss_kernel(
     n = first + i
     s, t = _total(sums + i * parts, parts, 1024), _total(sums + (n_rows + i) * parts, parts, 1024)
     z = tl.load(z_target + i) - tl.load(anchor + i)
-    logp = tl.minimum(z - tl.log(s), 0.0)  # z[target] is not the GEMM's, to rounding
+    logp = minimum(z - tl.log(s), 0.0)  # z[target] is not the GEMM's, to rounding
     entropy = tl.log(s) - t / s
     loss, q, clipped, g, _ = target_loss_of_token(
         n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,

@@ -33,6 +33,12 @@ LOWEST = tl.constexpr(-1e30)  # a logit past the vocabulary: finite, for 0 * (z 
 
 
 @triton.jit
+def minimum(a, b):
+    """nan if one of them is: tl.minimum would return the other, and a diverged run would go on with a finite loss."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _logits(row, bias, v, vocab, inv_t, softcap):
     """z at columns v of the row of raw logits, and dz/dr. inv_t: 1 / temperature, correctly rounded by its maker."""
     z = tl.load(row + v, mask=v < vocab, other=0.0)
@@ -65,7 +71,7 @@ def _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V: tl.constexpr)
     total = tl.sum(s, 0)
     log_s = tl.log(total)
     z_target, _ = _logits(row, bias, target, vocab, inv_t, softcap)
-    logp = tl.minimum(z_target - m - log_s, 0.0)  # a fused multiply-add may round z - m just below 0, s below 1
+    logp = minimum(z_target - m - log_s, 0.0)  # a fused multiply-add may round z - m just below 0, s below 1
     return m, log_s, logp, log_s - tl.sum(t, 0) / total
 
 
@@ -117,8 +123,8 @@ def target_loss_of_token(
     clipped = bounded < free
     importance = 1.0
     if sampler_logp is not None:
-        importance = tl.minimum(tl.exp(old - tl.where(on, tl.load(sampler_logp + n), 0.0)), is_cap)
-    loss = -importance * tl.minimum(free, bounded)
+        importance = minimum(tl.exp(old - tl.where(on, tl.load(sampler_logp + n), 0.0)), is_cap)
+    loss = -importance * minimum(free, bounded)
     g = -importance * tl.where(clipped, 0.0, free)  # d/d logp; that of q is q
     if ref_logp is not None:
         d = tl.where(on, tl.load(ref_logp + n), 0.0) - p

@@ -105,10 +105,10 @@ class ChunkedHead:
         self.temperature = None if temperature is None else temperature.to(self.dtype).contiguous()
         self.softcap = softcap
         self.allocate(min(chunk_targets, pred_index.numel()))
-        self.parameters, self.needs_grad = (hidden, weight, bias), needs_grad
+        self.needs_grad = needs_grad
         self.accumulators = [
             torch.zeros(p.shape, dtype=self.dtype, device=p.device) if needed and p is not None else None
-            for p, needed in zip(self.parameters, needs_grad, strict=True)
+            for p, needed in zip((hidden, weight, bias), needs_grad, strict=True)
         ]
 
     @staticmethod
@@ -176,11 +176,14 @@ class ChunkedHead:
         elif d_bias is not None and scale is not None:
             gemm(d_bias[:, None], dz.T, scale[:, None].to(dz.dtype), beta=1)
 
-    def gradients(self) -> list[Tensor]:
-        """Gradients of (hidden, weight, bias) in their own dtypes; empty where not asked for. The head's last call."""
+    def gradients(self, takers: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients of (hidden, weight, bias) in the dtypes of their takers, those or what stands in for one; empty
+        where not asked for. The head's last call."""
         self.allocate(0)  # the chunk's buffers go before dW exists in two dtypes
-        pairs = zip(self.accumulators, self.parameters, strict=True)
-        return [self.weight.new_empty(0) if d is None or p is None else d.to(p.dtype) for d, p in pairs]
+        _, weight, _ = takers
+        assert weight is not None
+        pairs = zip(self.accumulators, takers, strict=True)
+        return [weight.new_empty(0) if d is None or p is None else d.to(p.dtype) for d, p in pairs]
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, beta: float = 0) -> Tensor:
@@ -257,7 +260,7 @@ def _linear_logprob_backward(
         for start, end in chunk_ranges(pred_index.numel(), size):
             g_h = None if g_entropy is None else g_entropy[start:end]
             head.backward(head.forward(start, end), g_logp[start:end], g_h)
-    d_hidden, d_weight, d_bias = head.gradients()
+    d_hidden, d_weight, d_bias = head.gradients((hidden, weight, bias))
     return d_hidden, d_weight, d_bias
 
 
@@ -268,13 +271,13 @@ def _(
     return fake_gradients((hidden, weight, bias), rest[-1])
 
 
-def fake_gradients(parameters: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
-    """What `ChunkedHead.gradients` returns, for torch's shape propagation. parameters: (hidden, weight, bias)."""
-    _, weight, _ = parameters
+def fake_gradients(takers: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What `ChunkedHead.gradients` returns, for torch's shape propagation."""
+    _, weight, _ = takers
     assert weight is not None
     return tuple(
         weight.new_empty(0) if p is None or not needed else p.new_empty(p.shape)
-        for p, needed in zip(parameters, needs_grad, strict=True)
+        for p, needed in zip(takers, needs_grad, strict=True)
     )
 
 

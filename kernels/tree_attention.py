@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import implementation
+from .dispatch import attention_implementation
 from .tree_attention_flash import tree_attention_flash
 from .tree_layout import QueryBlock, TreeLayout
 
@@ -37,7 +37,7 @@ def tree_attention(
     head dims above 128 or no multiples of 8, mixed dtypes, a scale that is not positive. Ours.
     """
     _check(q, k, v, tree)
-    name = implementation(q) if impl == "auto" else impl
+    name = attention_implementation(q) if impl == "auto" else impl
     if name == "flash":
         return tree_attention_flash(q, k, v, tree, scale=scale)
     if name == "reference":

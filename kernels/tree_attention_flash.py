@@ -21,7 +21,6 @@ so sums have a fixed order. Ours; merging by lse is common practice (ring attent
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -55,41 +54,70 @@ def tree_attention_flash(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, *, s
 
     A nan in v can reach earlier tokens of its own segment (or merged chain), where flash attention multiplies it by a
     masked 0; it never reaches another branch.
+
+    Under torch.compile(fullgraph=True), `varlen_work(tree)` must have been called before the compiled call.
     """
-    return _TreeAttentionFlash.apply(q, k, v, varlen_calls(tree), q.shape[2] ** -0.5 if scale is None else scale)
+    return attention_op(q, k, v, varlen_work(tree), q.shape[2] ** -0.5 if scale is None else scale)[0]
 
 
-class _TreeAttentionFlash(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: list[VarlenCall], scale: float) -> Tensor:
-        T, Hq, _ = q.shape
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        o = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        lse = torch.full((Hq, T), float("-inf"), dtype=dtype, device=q.device)
-        for call in calls:
-            o_i, lse_i = _varlen_forward(q[call.query], k[call.key], v[call.key], call, scale)
-            before = lse[:, call.query]
-            after = torch.logaddexp(before, lse_i)
-            o[call.query] = _weight(before, after) * o[call.query] + _weight(lse_i, after) * o_i
-            lse[:, call.query] = after
-        o = o.to(q.dtype)
-        ctx.calls, ctx.scale = calls, scale
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o
+# ---- operators
 
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_create_graph("tree_attention")
-        q, k, v, o, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
-        for call in ctx.calls:
-            do_i, q_i, o_i = (x[call.query] for x in (do, q, o))
-            lse_i = lse[:, call.query].contiguous()  # FlashAttention-2 does not look at its strides
-            dq_i, dk_i, dv_i = _varlen_backward(do_i, q_i, k[call.key], v[call.key], o_i, lse_i, call, ctx.scale)
-            dq[call.query] += dq_i
-            dk[call.key] += dk_i
-            dv[call.key] += dv_i
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+@torch.library.custom_op("cipo_kernels::tree_attention_flash", mutates_args=())
+def attention_op(q: Tensor, k: Tensor, v: Tensor, work: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """(o [T, Hq, D], lse [Hq, T] in nats, fp32 or fp64). work: `varlen_work`."""
+    T, Hq, _ = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    o = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    lse = torch.full((Hq, T), float("-inf"), dtype=dtype, device=q.device)
+    for call in varlen_calls(work):
+        o_i, lse_i = _varlen_forward(q[call.query], k[call.key], v[call.key], call, scale)
+        before = lse[:, call.query]
+        after = torch.logaddexp(before, lse_i)
+        o[call.query] = _weight(before, after) * o[call.query] + _weight(lse_i, after) * o_i
+        lse[:, call.query] = after
+    return o.to(q.dtype), lse
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, work: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("cipo_kernels::tree_attention_flash_backward", mutates_args=())
+def attention_backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, work: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of `attention_op`, contiguous, in the dtypes of q, k and v."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    for call in varlen_calls(work):
+        do_i, q_i, o_i = (x[call.query] for x in (do, q, o))
+        lse_i = lse[:, call.query].contiguous()  # FlashAttention-2 does not look at its strides
+        dq_i, dk_i, dv_i = _varlen_backward(do_i, q_i, k[call.key], v[call.key], o_i, lse_i, call, scale)
+        dq[call.query] += dq_i
+        dk[call.key] += dk_i
+        dv[call.key] += dv_i
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@attention_backward_op.register_fake
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, work, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *work)
+
+
+def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Any, ...]:
+    refuse_create_graph("tree_attention")
+    q, k, v, o, lse, *work = ctx.saved_tensors
+    return *attention_backward_op(do, q, k, v, o, lse, work, ctx.scale), [None] * len(work), None
+
+
+attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _weight(lse_i: Tensor, lse: Tensor) -> Tensor:
@@ -99,19 +127,39 @@ def _weight(lse_i: Tensor, lse: Tensor) -> Tensor:
 
 # ---- work lists
 
-_CALLS: WeakKeyDictionary[TreeLayout, list[VarlenCall]] = WeakKeyDictionary()
+
+def varlen_work(tree: TreeLayout) -> list[Tensor]:
+    """The calls of a layout as tensors, which is all that an operator takes: of the causal call cu_q (it is its cu_k,
+    too), of each other one query, key, cu_q and cu_k, all on the layout's device; then, on the CPU, max_q and max_k of
+    every call [n_calls, 2] int64. Built on the CPU once a layout, and kept with it.
+    """
+    kept = vars(tree)  # as a cached_property of the layout would
+    if "varlen_work" not in kept:
+        kept["varlen_work"] = _varlen_work(tree)
+    return kept["varlen_work"]
 
 
-def varlen_calls(tree: TreeLayout) -> list[VarlenCall]:
-    """The calls of a layout, on its device. Built on the CPU once a layout, and dropped with it."""
-    if tree not in _CALLS:
-        start, end, subtree_end, depth = _merge_chains(tree)
-        calls = [_call(start, end, start, end, tree.device)._replace(query=slice(None), key=slice(None), causal=True)]
-        for d in range(int(depth.max())):
-            at = (depth == d) & (end < subtree_end)
-            calls.append(_call(end[at], subtree_end[at], start[at], end[at], tree.device))
-        _CALLS[tree] = calls
-    return _CALLS[tree]
+def _varlen_work(tree: TreeLayout) -> list[Tensor]:
+    start, end, subtree_end, depth = _merge_chains(tree)
+    tensors, longest = [_cumulative(end - start)], [[int((end - start).max())] * 2]
+    for d in range(int(depth.max())):
+        at = (depth == d) & (end < subtree_end)
+        n_q, n_k = (subtree_end - end)[at], (end - start)[at]
+        tensors += _tokens(end[at], n_q), _tokens(start[at], n_k), _cumulative(n_q), _cumulative(n_k)
+        longest.append([int(n_q.max()), int(n_k.max())])
+    return [*(x.to(tree.device, non_blocking=True) for x in tensors), torch.tensor(longest)]
+
+
+def varlen_calls(work: list[Tensor]) -> list[VarlenCall]:
+    """The calls that `varlen_work` lists."""
+    cu, *rectangles, longest = work
+    (max_n, _), *max_qk = longest.tolist()
+    everything = slice(None)
+    calls = [VarlenCall(everything, everything, cu, cu, max_n, max_n, causal=True)]
+    for i, (max_q, max_k) in enumerate(max_qk):
+        query, key, cu_q, cu_k = rectangles[4 * i : 4 * i + 4]
+        calls.append(VarlenCall(query, key, cu_q, cu_k, max_q, max_k, causal=False))
+    return calls
 
 
 def _merge_chains(tree: TreeLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -129,14 +177,6 @@ def _merge_chains(tree: TreeLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     start = tree.start[first]
     end = torch.cat([start[1:], tree.end[-1:]])
     return start, end, tree.subtree_end[first], torch.tensor(depth)[first]
-
-
-def _call(q_first: Tensor, q_end: Tensor, k_first: Tensor, k_end: Tensor, device: torch.device) -> VarlenCall:
-    """Queries [q_first, q_end) by keys [k_first, k_end), [n] each, without a mask."""
-    n_q, n_k = q_end - q_first, k_end - k_first
-    tensors = _tokens(q_first, n_q), _tokens(k_first, n_k), _cumulative(n_q), _cumulative(n_k)
-    query, key, cu_q, cu_k = (x.to(device, non_blocking=True) for x in tensors)
-    return VarlenCall(query, key, cu_q, cu_k, int(n_q.max()), int(n_k.max()), causal=False)
 
 
 def _tokens(first: Tensor, length: Tensor) -> Tensor:

@@ -249,6 +249,36 @@ def test_exp_recomputes_rows_whose_anchor_is_far_off(exp_chunks, monkeypatch):
     assert sum(repaired) == 2  # targets 1 and 2; 4's old_logp is near its log-prob of -40
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp", "ignore:All-NaN slice")
+def test_exp_gives_the_numbers_of_the_logits_where_it_recomputes(exp_chunks):
+    """S = inf, S = exp(-40), and a nan in a hidden row: that one stays nan, in its own targets alone."""
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    (hidden, weight, bias), pred_index, target_id = make_inputs(n=N, tokens=N)
+    pred_index, nan = torch.arange(N), torch.arange(N) == 4
+    bias = bias.detach().clone()
+    bias[target_id[1]] = -100
+    terms = make_terms((hidden, weight, bias), pred_index, target_id)
+    terms["old_logp"][1], terms["old_logp"][2] = math.nan, terms["old_logp"][2] - 40
+    terms["rl_weight"][1] = terms["rl_weight"][2] = 0
+    terms["ce_weight"] += 0.1
+    hidden = hidden.detach().clone()
+    hidden[4, 0] = math.nan
+    terms = {k: to_device(v) for k, v in terms.items()}
+    inputs = (
+        [p.detach().to(DEVICE, dtype) for p in (hidden, weight, bias)],
+        to_device(pred_index),
+        to_device(target_id),
+    )
+    (out, grads), (expected, expected_grads) = (loss_and_grads(inputs, terms | {"impl": i}) for i in ("exp", "logits"))
+    assert exp_chunks
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if DEVICE == "cpu" else {"rtol": 2e-2, "atol": 2e-2}
+    for a, e in zip((*out[:4], grads[0]), (*expected[:4], expected_grads[0]), strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True, **tolerance)
+    assert torch.equal(out.logp.isnan().cpu(), nan)
+    assert out.loss.isnan()
+    assert torch.equal(grads[0].isnan().any(1).cpu(), nan)
+
+
 def test_exp_runs_on_the_logits_where_it_does_not_apply(exp_chunks, monkeypatch):
     inputs = make_inputs(n=3)
     for other in ({"entropy_coef": 0.1}, {"softcap": 3.0}, {"ratio": "sequence"}):
@@ -309,8 +339,10 @@ def test_extreme_logits_in_fp32():
         torch.testing.assert_close(p.grad.double(), e.grad, rtol=1e-5, atol=1e-5 * e.grad.abs().max().item())
 
 
-def test_logp_is_bitwise_the_same_for_any_chunk_size():
-    """Inputs of small integers make every GEMM exact, whatever its blocking: what is left is the row kernel."""
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_logp_is_bitwise_the_same_for_any_chunk_size(impl, monkeypatch):
+    """Inputs of small integers make every GEMM exact, however a library blocks it: what is left is our own work."""
+    monkeypatch.setenv("CIPO_KERNELS", impl)
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randint(-3, 4, (m, 8), generator=g).float().to(DEVICE) for m in (N, 257))
     index = torch.arange(N, device=DEVICE), torch.randint(257, (N,), generator=g).to(DEVICE)
@@ -318,6 +350,22 @@ def test_logp_is_bitwise_the_same_for_any_chunk_size():
     for logp, entropy in outputs[1:]:
         assert torch.equal(logp, outputs[0][0])
         assert torch.equal(entropy, outputs[0][1])
+
+
+def test_exp_logp_is_bitwise_the_same_for_any_chunk_size(exp_chunks):
+    """Of any inputs, the GEMM being ours: tiles of 2 targets, and sizes that are below it, odd, and all N."""
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    parameters, *index = make_inputs(n=N, width=40)
+    terms = {k: to_device(v) for k, v in make_terms(parameters, *index).items()}
+    inputs = ([p.detach().to(DEVICE, dtype) for p in parameters], *(to_device(i) for i in index))
+    sizes = (1, 2, 3, 7, N, 50)
+    runs = [loss_and_grads(inputs, terms | {"impl": "exp", "chunk_targets": c}) for c in sizes]
+    assert len(exp_chunks) == sum(math.ceil(N / c) for c in sizes)
+    (first, first_grads), *others = runs
+    for out, grads in others:
+        for name in ("logp", "entropy", "ratio", "clipped"):
+            assert torch.equal(getattr(out, name), getattr(first, name)), name
+        torch.testing.assert_close(grads, first_grads)  # sums over chunks: to the rounding of their dtype
 
 
 # ---- modes
@@ -405,6 +453,95 @@ def test_tied_embeddings(op, monkeypatch):
     torch.testing.assert_close(grads["triton"], grads["reference"], rtol=RTOL, atol=ATOL)
 
 
+MAIN_GRAD = [("reference", "logits"), ("torch", "logits"), ("triton", "logits"), ("triton", "exp")]
+FACTORS = (1.7, -0.5, 1.0, 0.3)  # incoming gradients of the micro-batches
+
+
+def micro_batches(dtype):
+    """(hidden, weight), and of each micro-batch (pred_index, target_id, terms)."""
+    (hidden, weight, bias), *_ = make_inputs()
+    batches = []
+    for seed in range(len(FACTORS)):
+        _, *index = make_inputs(n=N, seed=seed)
+        terms = make_terms((hidden, weight, bias), *index, seed=seed)
+        batches.append((*(to_device(x) for x in index), {k: to_device(v) for k, v in terms.items()}))
+    return [p.detach().to(DEVICE, dtype) for p in (hidden, weight)], batches
+
+
+def accumulate(parameters, batches, main_grad):
+    """The leaves after a forward and a backward pass of each micro-batch."""
+    leaves = [p.clone().requires_grad_() for p in parameters]
+    for (*index, kwargs), factor in zip(batches, FACTORS, strict=True):
+        out = fused_linear_cipo_loss(*leaves, *index, chunk_targets=CHUNK, main_grad=main_grad, **kwargs)
+        (out.loss * factor).backward()
+    return leaves
+
+
+@pytest.mark.parametrize(("implementation", "impl"), MAIN_GRAD)
+def test_main_grad_takes_the_weights_gradient(implementation, impl, monkeypatch):
+    monkeypatch.setenv("CIPO_KERNELS", implementation)
+    parameters, batches = micro_batches(DTYPE)
+    batches = [(*index, terms | {"impl": impl}) for *index, terms in batches]
+    hidden, weight = accumulate(parameters, batches, None)
+    main_grad = torch.ones_like(weight)
+    others = accumulate(parameters, batches, main_grad)
+    assert others[1].grad is None
+    torch.testing.assert_close(others[0].grad, hidden.grad, rtol=0, atol=0)
+    torch.testing.assert_close(main_grad - 1, weight.grad, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+def test_main_grad_of_a_bf16_head_adds_up_in_fp32(impl, monkeypatch):
+    parameters, batches = micro_batches(torch.bfloat16)
+    monkeypatch.setenv("CIPO_KERNELS", "reference")
+    exact = accumulate([p.double() for p in parameters], batches, None)[1].grad
+    monkeypatch.setenv("CIPO_KERNELS", impl)
+    main_grad = torch.zeros_like(exact, dtype=torch.float32)
+    accumulate(parameters, batches, main_grad)
+
+    alone = []  # what each micro-batch gives, to be added here
+    for i in range(len(batches)):
+        alone.append(torch.zeros_like(main_grad))
+        (hidden, weight), (*index, kwargs) = [p.clone().requires_grad_() for p in parameters], batches[i]
+        out = fused_linear_cipo_loss(hidden, weight, *index, chunk_targets=CHUNK, main_grad=alone[-1], **kwargs)
+        (out.loss * FACTORS[i]).backward()
+    torch.testing.assert_close(main_grad, sum(alone), rtol=1e-6, atol=1e-7)  # of order 1: fp32 rounding
+
+    rounded = accumulate(parameters, batches, None)[1].grad
+    assert rounded.dtype == torch.bfloat16
+    errors = [(d - exact).norm() / exact.norm() for d in (main_grad, rounded)]
+    assert errors[0] < errors[1] / 1.5
+    assert impl == "triton" or errors[0] < 1e-6  # Triton's d(logits) are bf16: an error below either way of adding up
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_main_grad_compiles_as_one_graph(impl, monkeypatch):
+    monkeypatch.setenv("CIPO_KERNELS", impl)
+    (hidden, weight), [(*index, kwargs), *_] = micro_batches(DTYPE)
+
+    def step(hidden, weight, main_grad):
+        return fused_linear_cipo_loss(torch.tanh(hidden), weight, *index, main_grad=main_grad, **kwargs).loss
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves, main_grad = [p.clone().requires_grad_() for p in (hidden, weight)], torch.ones_like(weight)
+        (run(*leaves, main_grad) * 1.7).backward()
+        assert leaves[1].grad is None
+        results.append((leaves[0].grad, main_grad))
+    assert (results[0][1] != 1).any()
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_main_grad_is_left_alone_where_the_weight_gets_no_gradient():
+    (hidden, weight), [(*index, kwargs), *_] = micro_batches(DTYPE)
+    main_grad = torch.ones_like(weight)
+    out = fused_linear_cipo_loss(hidden.requires_grad_(), weight, *index, main_grad=main_grad, **kwargs)
+    out.loss.backward()
+    assert (main_grad == 1).all()
+    with pytest.raises(ValueError, match=r"main_grad is torch.bfloat16 .*expected torch.float.* \[V, H\]"):
+        fused_linear_cipo_loss(hidden, weight, *index, main_grad=main_grad.bfloat16(), **kwargs)
+
+
 def test_differentiable_once():
     parameters, *index = make_inputs(n=N)
     leaves = [to_device(p).requires_grad_() for p in parameters]
@@ -429,7 +566,8 @@ def test_opcheck(impl, monkeypatch):
     leaves, index = [to_device(p).requires_grad_() for p in parameters], [to_device(i) for i in index]
     head = (*leaves, *index, torch.rand_like(terms["old_logp"]) + 0.5, 3.0, 3)
     options = {"eps_low": 0.2, "eps_high": 0.3, "beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0, "ratio": "token"}
-    torch.library.opcheck(_linear_cipo_loss, (*head, [True] * 3), terms | options | {"impl": "logits"})
+    for main_grad in (None, torch.zeros_like(leaves[1])):
+        torch.library.opcheck(_linear_cipo_loss, (*head, [True] * 3, main_grad), terms | options | {"impl": "logits"})
     torch.library.opcheck(_linear_logprob, head)
     torch.library.opcheck(
         _linear_logprob_backward,

@@ -1,6 +1,6 @@
 """Compiles every tree attention kernel for sm_80, sm_90 and sm_100, without a GPU, and reads the result.
 
-`python tests/test_offline_attention.py` prints the table in bench/results/offline_attention.md.
+`python tests/test_offline_attention.py` writes its table to bench/results/offline.md.
 """
 
 import json
@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from test_offline_loss import table_in_results, write_table
 
 # Bytes of shared memory a program may have. The configurations of sm_80 also run on sm_86, sm_89 and sm_120: 99 KiB.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -96,17 +97,28 @@ def test_kernel_compiles_for_tensor_cores_without_spilling(results, case):
     assert (result["tma"] > 0) == (case[0] >= 90)
 
 
-def print_table():
-    print("| sm | kernel | dtype | head dim | own x step, warps, stages | registers | stack | shared | MMA | TMA |")
-    print("|---:|---|---|---:|---|---:|---:|---:|---|---:|")
+def table_row(r):
+    own, step, warps, stages, _ = r["config"]
+    cells = (r["sm"], r["kernel"], r["dtype"], r["head_dim"], f"{own} x {step}, {warps}, {stages}")
+    cells += (r["registers"], r["stack"], r["shared"], f"{r['mma']} {MMA[r['sm']]}", r["tma"])
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def test_results_hold_this_table(results):
+    written = table_in_results("Tree attention")
+    assert not {table_row(r) for r in results.values()} - set(written)
+
+
+def write_results():
     fp32 = [(80, name, 32, "fp32") for name in ("forward", "dq", "dkdv")]
-    for case in CASES + fp32:
-        r = compile_case(*case)
-        own, step, warps, stages, _ = r["config"]
-        shape = f"{own} x {step}, {warps}, {stages}"
-        mma = f"{r['mma']} {MMA[r['sm']]}"
-        row = (r["sm"], r["kernel"], r["dtype"], r["head_dim"], shape, r["registers"], r["stack"], r["shared"], mma)
-        print("|", " | ".join(map(str, (*row, r["tma"]))), "|", flush=True)
+    write_table(
+        "Tree attention",
+        [
+            "| sm | kernel | dtype | head dim | own x step, warps, stages | registers | stack | shared | MMA | TMA |",
+            "|---:|---|---|---:|---|---:|---:|---:|---|---:|",
+            *(table_row(compile_case(*case)) for case in CASES + fp32),
+        ],
+    )
 
 
 if __name__ == "__main__":
@@ -114,4 +126,4 @@ if __name__ == "__main__":
         for case in CASES:
             print(json.dumps(compile_case(*case)), flush=True)
     else:
-        print_table()
+        write_results()

@@ -1,6 +1,6 @@
 """The loss kernels, compiled for sm_80, sm_90 and sm_100 without a GPU, at the configurations they run with.
 
-`python tests/test_offline_loss.py` prints the table of bench/results/offline_loss.md. The compilation runs in a
+`python tests/test_offline_loss.py` writes its table to bench/results/offline.md. The compilation runs in a
 process of its own: in one that interprets Triton nothing can be compiled.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+RESULTS = Path(__file__).parents[1] / "bench/results/offline.md"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 ROW_TERMS = ("bias", "inv_temperature", "softcap", "entropy_coef", "ref_logp", "sampler_logp", "is_cap")
 TYPES = {"target_id": "*i64", "clipped_out": "*i1", "e": "*bf16", "e_out": "*bf16", "x": "*bf16", "weight": "*bf16"}
@@ -131,31 +132,47 @@ def test_the_gemm_uses_tensor_cores_and_tma(compiled):
         assert (row["arch"] >= 90) == ("cp.async.bulk.tensor" in row["instructions"]), row
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict]) -> list[str]:
+    columns = ("kernel", "arch", "warps", "registers", "spilled", "shared")
+    cells = [[str(row[name]) for name in columns] + [", ".join(row["instructions"])] for row in rows]
+    return [
+        "| kernel | sm | warps | registers | spilled | shared | instructions |",
+        "|---|" + "---:|" * 5 + "---|",
+        *("| " + " | ".join(row) + " |" for row in cells),
+    ]
+
+
+def _section(name: str) -> re.Pattern:
+    """The section of this Triton in RESULTS: (heading and text) (lines of its table)."""
     import triton
 
-    lines = [
-        f"Triton {triton.__version__}, `python tests/test_offline_loss.py`: compiled for these chips, not run on them. "
-        "Logits fp32, operands bf16.",
-        "Every term: bias, temperature, softcap, KL, entropy and importance weight, as far as the kernel has them.",
-        "",
-        "| kernel | sm | warps | registers | spilled bytes | shared bytes | instructions |",
-        "|---|" + "---:|" * 5 + "---|",
-    ]
-    for r in rows:
-        cells = (
-            r["kernel"],
-            r["arch"],
-            r["warps"],
-            r["registers"],
-            r["spilled"],
-            r["shared"],
-            ", ".join(r["instructions"]),
-        )
-        lines.append("| " + " | ".join(str(c) for c in cells) + " |")
-    return "\n".join(lines)
+    heading = re.escape(f"## {name}, Triton {triton.__version__}")
+    return re.compile(rf"(^{heading}\n(?:(?![#|]).*\n)+)((?:\|.*\n)+)", re.MULTILINE)
+
+
+def table_in_results(name: str) -> list[str]:
+    """Lines of a table in RESULTS. Another Triton compiles other code: without a section of it the test is skipped."""
+    found = _section(name).search(RESULTS.read_text())
+    if found is None:
+        pytest.skip(f"{RESULTS.name} has no table of {name} for this Triton")
+    return found[2].splitlines()
+
+
+def write_table(name: str, lines: list[str]) -> None:
+    """Replace a table in RESULTS; its heading has to be there."""
+    text, replaced = _section(name).subn(lambda found: found[1] + "\n".join(lines) + "\n", RESULTS.read_text())
+    if not replaced:
+        sys.exit(f"{RESULTS}: write a heading for {name} and this Triton, and a line of its table, first")
+    RESULTS.write_text(text)
+
+
+def test_results_hold_this_table(compiled: list[dict]) -> None:
+    assert table_in_results("Fused head and loss") == table(compiled)
 
 
 if __name__ == "__main__":
     rows = compile_all()
-    print(json.dumps(rows) if "--json" in sys.argv else table(rows))
+    if "--json" in sys.argv:
+        print(json.dumps(rows))
+    else:
+        write_table("Fused head and loss", table(rows))

@@ -1,9 +1,19 @@
 """The savings report: token counts by the formulas, and a run's own lengths."""
 
+import json
+from pathlib import Path
+
 import pytest
+from cipo_kernels import device_rates
 
 from cipo_fast.packing import build_trees, row_tokens
-from cipo_fast.plan import Options, _prompt_only, main, parse, synthetic
+from cipo_fast.plan import Options, _prompt_only, main, parse, recorded, report, synthetic
+
+
+def rows_of(options: Options) -> dict[str, list[str]]:
+    """The report's cells by packing."""
+    columns = [list(column.cells) for column in report(synthetic(options), options).columns]
+    return {name: cells for name, *cells in zip(*columns, strict=True)}
 
 
 def test_tokens_follow_the_formulas() -> None:
@@ -29,4 +39,59 @@ def test_the_table_and_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None
         assert main([bad]) == 2
         assert message in capsys.readouterr().err
     assert main(["run=/no/such/run"]) == 2
+    assert main(["pack_tokens=1000"]) == 2
+    assert "cannot hold one conversation of 2560 tokens" in capsys.readouterr().err
     assert parse(["linear=700"]).linear == 700
+
+
+def test_rates_are_this_devices_unless_given() -> None:
+    assert parse([]).linear == device_rates().linear
+    assert parse([]).attention == device_rates().attention_rate
+
+
+def test_times_are_flops_over_rates() -> None:
+    o = Options(P=512, G=2, R=1024, F=1, K=2, I=64, C=1024, linear=500.0, attention=200.0)
+    tokens, targets = 512 + 2 * 1024 + 64 + 2 * 1024, 4 * 1024
+    pairs = 512 * 513 // 2 + 2 * (1024 * 512 + 1024 * 1025 // 2)  # prompt, rollouts
+    pairs += 64 * 1536 + 64 * 65 // 2 + 2 * (1024 * 1600 + 1024 * 1025 // 2)  # follow-up, corrections
+    linear, attention = 6 * (tokens * o.params + targets * o.head), 14 * o.layers * o.width * pairs
+    cells = rows_of(o)["trees"]
+    assert cells[0] == f"{tokens:,}"
+    assert cells[1] == f"{(linear + attention) / 1e15:.3g}"
+    assert cells[2] == f"{attention / (linear + attention):.1%}"
+    assert cells[4] == f"{linear / 500e12 + attention / 200e12:.3g} s"
+
+
+def test_cut_trees_repeat_their_prompt_and_ranks_share_the_packs() -> None:
+    shape = dict(B=4, P=500, G=8, R=1000, F=4, K=4, I=50, C=1000)  # noqa: C408
+    whole, cut = rows_of(Options(**shape)), rows_of(Options(**shape, pack_tokens=8192))
+    assert tokens_of(cut["trees"]) > tokens_of(whole["trees"])
+    assert tokens_of(cut["rows"]) == tokens_of(whole["rows"])
+    shared = rows_of(Options(**shape, pack_tokens=8192, ranks=4))
+    for name, cells in shared.items():
+        assert int(cells[3]) == -(-int(cut[name][3]) // 4)  # equally many packs a rank
+        assert seconds_of(cells) < seconds_of(cut[name]) / 2
+
+
+def tokens_of(cells: list[str]) -> int:
+    return int(cells[0].replace(",", ""))
+
+
+def seconds_of(cells: list[str]) -> float:
+    return float(cells[4].removesuffix(" s"))
+
+
+def test_lengths_of_a_run(tmp_path: Path) -> None:
+    """The last recorded step: a problem with two rollouts of 30 and 40 tokens, the second corrected twice."""
+    corrections = [{"prompt_tokens": 20 + 40 + 9, "tokens": n} for n in (11, 12)]
+    rollouts = [
+        {"problem": "a", "prompt_tokens": 20, "tokens": 30, "corrections": None},
+        {"problem": "a", "prompt_tokens": 20, "tokens": 40, "corrections": corrections},
+        {"problem": "b", "prompt_tokens": 5, "tokens": 6, "corrections": None},
+    ]
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step-00001.jsonl").write_text("{}\n")
+    (tmp_path / "rollouts" / "step-00002.jsonl").write_text("\n".join(map(json.dumps, rollouts)))
+    batch = recorded(tmp_path)
+    assert [tree.num_tokens for tree in build_trees(batch)] == [20 + 30 + 40 + 9 + 11 + 12, 5 + 6]
+    assert row_tokens(batch) == 50 + 60 + (69 + 11) + (69 + 12) + 11

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from cipo_kernels import TreeLayout
+from cipo_kernels import TreeLayout, tree_attention_flash
 from conversations import random_conversations
 from torch import Tensor
 from transformers import (
@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from cipo_fast.config import LossConfig, load_config
 from cipo_fast.errors import UserError
@@ -259,3 +260,32 @@ def test_cost_model_counts_the_weights_of_the_layers() -> None:
     cost = cost_model(model.config, model.num_parameters())
     assert cost.per_token == 6 * (model.num_parameters() - 2 * VOCAB * 32)
     assert cost.per_target == 6 * VOCAB * 32
+
+
+@pytest.mark.parametrize("attention", ["flash", "torch"])
+def test_recomputed_layers_keep_their_attention(mesh, monkeypatch: pytest.MonkeyPatch, attention: str) -> None:
+    pack = pack_of(random_conversations(12, n_trees=2, depth=3, vocab=VOCAB), "tree")
+    seen = {"layers": 0, "attention": 0}
+    layer_forward, attention_forward = Qwen3DecoderLayer.forward, tree_attention_flash._varlen_forward
+
+    def count_layer(*args, **kwargs):
+        seen["layers"] += 1
+        return layer_forward(*args, **kwargs)
+
+    def count_attention(q, k, v, call, scale):
+        seen["attention"] += call.causal  # one such call an attention
+        return attention_forward(q, k, v, call, scale)
+
+    monkeypatch.setattr(Qwen3DecoderLayer, "forward", count_layer)
+    monkeypatch.setattr(tree_attention_flash, "_varlen_forward", count_attention)
+    gradients, runs = [], []
+    for checkpointing in ("false", "true"):
+        keys = [f"model.activation_checkpointing={checkpointing}", f"model.attention={attention}"]
+        policy = build_policy(build().float(), load_config([], keys), mesh)
+        policy(pack).loss.backward()
+        gradients.append([p.grad.full_tensor() for p in policy.parameters()])
+        runs.append(dict(seen))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    counted = 2 if attention == "flash" else 0  # one a layer
+    assert runs[0] == {"layers": 2, "attention": counted}
+    assert runs[1] == {"layers": 2 + 2 * 2, "attention": 2 * counted}  # layers go forward twice, attention does not

@@ -1,13 +1,11 @@
 """Tree attention by rectangles against its definition; on CPU, through torch's CPU flash kernel."""
 
-import gc
-import weakref
-
 import pytest
 import torch
+import torch.utils.checkpoint
 from cipo_kernels import tree_attention_flash as flash
-from cipo_kernels.tree_attention import tree_attention_reference
-from cipo_kernels.tree_attention_flash import tree_attention_flash, varlen_calls
+from cipo_kernels.tree_attention import tree_attention, tree_attention_reference
+from cipo_kernels.tree_attention_flash import tree_attention_flash, varlen_work
 from cipo_kernels.tree_layout import TreeLayout
 from test_tree_attention import STREAMS, assert_same, cipo_tree, forest, qkv, root_path, with_gradients
 
@@ -30,6 +28,10 @@ def most_branch_points(parents):
     return max(len(branches & set(root_path(parents, s)[:-1])) for s in range(len(parents)))
 
 
+def calls_of(tree):
+    return flash.varlen_calls(varlen_work(tree))
+
+
 def rectangles(call, num_tokens):
     """The query and the key tokens of every rectangle of a call."""
     token = torch.arange(num_tokens)
@@ -44,7 +46,7 @@ def rectangles(call, num_tokens):
 def test_rectangles_hold_every_visible_pair_once(stream):
     tree = TreeLayout.from_parents(*stream)
     met = torch.zeros(tree.num_tokens, tree.num_tokens, dtype=torch.int64)
-    for call in varlen_calls(tree):
+    for call in calls_of(tree):
         for q, k in rectangles(call, tree.num_tokens):
             met[q[:, None], k] += (q[:, None] >= k) if call.causal else 1
         assert call.max_q == max(len(q) for q, _ in rectangles(call, tree.num_tokens))
@@ -53,7 +55,7 @@ def test_rectangles_hold_every_visible_pair_once(stream):
 
 
 def test_within_a_call_no_token_occurs_twice(stream):
-    for call in varlen_calls(TreeLayout.from_parents(*stream)):
+    for call in calls_of(TreeLayout.from_parents(*stream)):
         for index in (call.query, call.key):
             assert isinstance(index, slice) or len(index.unique()) == len(index)
 
@@ -82,16 +84,12 @@ def test_calls_number_merged_depth_plus_one(stream, monkeypatch):
     [("one segment", 1), ("no descendants", 1), ("chain", 1), ("depth 2", 2), ("depth 4", 4), ("cipo", 3)],
 )
 def test_calls_of_known_streams(name, n_calls):
-    assert len(varlen_calls(TreeLayout.from_parents(*STREAMS[name]))) == n_calls
+    assert len(calls_of(TreeLayout.from_parents(*STREAMS[name]))) == n_calls
 
 
-def test_work_lists_are_built_once_and_dropped_with_their_layout():
+def test_work_lists_are_built_once_a_layout():
     tree = TreeLayout.from_parents(*STREAMS["depth 3"])
-    assert varlen_calls(tree) is varlen_calls(tree)
-    cu_q = weakref.ref(varlen_calls(tree)[0].cu_q)
-    del tree
-    gc.collect()
-    assert cu_q() is None
+    assert varlen_work(tree) is varlen_work(tree)
 
 
 # ---- attention
@@ -178,6 +176,64 @@ def test_create_graph_is_refused():
     o = tree_attention_flash(*inputs, tree)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         torch.autograd.grad(o.sum(), inputs, create_graph=True)
+
+
+# ---- the operator
+
+
+@pytest.fixture
+def small():
+    """tree, then q, k, v that require grad."""
+    tree = TreeLayout.from_parents(*forest(6, [3, 2]))
+    return tree, *qkv(tree.num_tokens, dtype=torch.float32)
+
+
+def assert_equal(actual, expected):
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_opcheck(small):
+    tree, q, k, v = small
+    work = varlen_work(tree), 0.25
+    torch.library.opcheck(flash.attention_op, (q, k, v, *work))
+    q, k, v = (x.detach() for x in (q, k, v))
+    o, lse = flash.attention_op(q, k, v, *work)
+    torch.library.opcheck(flash.attention_backward_op, (torch.ones_like(o), q, k, v, o, lse, *work))
+
+
+def test_fullgraph_compile(small):
+    def layer(q, k, v, tree):
+        return tree_attention(q * 2, k, v, tree, impl="flash").square()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tree in (small[0], TreeLayout.from_parents(*forest(7, [2, 3]))):  # another number of calls, too
+        _ = varlen_work(tree)
+        q, k, v = qkv(tree.num_tokens, dtype=torch.float32)
+        expected = torch.autograd.grad(layer(q, k, v, tree).sum(), (q, k, v))
+        assert_equal(torch.autograd.grad(compiled(q, k, v, tree).sum(), (q, k, v)), expected)
+
+
+@pytest.mark.parametrize("save_output", [False, True])
+def test_checkpointing(monkeypatch, small, save_output):
+    """A policy that saves the operator's output runs it once; plain checkpointing runs it again."""
+    tree, *inputs = small
+    calls = []
+    forward = flash._varlen_forward
+    monkeypatch.setattr(flash, "_varlen_forward", lambda *args: (calls.append(1), forward(*args))[1])
+
+    def layer(q, k, v):
+        return tree_attention_flash(q * 2, k, v, tree).square()
+
+    def contexts():
+        return torch.utils.checkpoint.create_selective_checkpoint_contexts(
+            [torch.ops.cipo_kernels.tree_attention_flash.default] if save_output else []
+        )
+
+    expected = torch.autograd.grad(layer(*inputs).sum(), inputs)
+    calls.clear()
+    o = torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
+    assert_equal(torch.autograd.grad(o.sum(), inputs), expected)
+    assert len(calls) == len(calls_of(tree)) * (1 if save_output else 2)
 
 
 @pytest.mark.gpu

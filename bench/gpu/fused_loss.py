@@ -1,11 +1,13 @@
-"""The fused loss on one GPU: is it right, how fast, in how much memory. One JSON line a measurement, on stdout.
+"""The fused loss on one GPU: is it right, how fast, in how much memory. One process, one JSON line a case.
 
-    python bench/gpu/fused_loss.py > bench/results/fused_loss_<machine>.jsonl        # some minutes; torch and triton
+    python bench/gpu/fused_loss.py            # under 6 minutes; torch and triton, peers where they are installed
+    python bench/gpu/fused_loss.py --smoke    # tiny shapes, on CPU under Triton's interpreter: a check of this file
 
-First log-probs and gradients against fp64, then forward + backward of one call. `floor` is three bare bf16 GEMMs of
-the call's shapes; every method is timed in turn with it, in one process, and `of_floor` is floor time / own time.
-`predicted_ms` is what we expected before any run: see `predict`. Peers that are not installed are left out.
-Without a GPU the same code runs tiny shapes under Triton's interpreter: a check of this file, its times mean nothing.
+The lines go to stdout and to bench/results/<device>-<date>-fused_loss.json, or into the folder $OUT; those of --smoke
+only there. First log-probs and gradients against fp64. Then forward + backward of one call, for each method and shape:
+its time, interleaved with that of the floor, three bare bf16 GEMMs of the call's shapes (`of_floor` is floor time / own
+time), and its peak memory. Beside ours is what we expected before any run: see `predict`. A case that fails prints its
+error, and the next one follows. Exit status 1: a bar of correctness is missed, or our own code failed.
 """
 
 import importlib.util
@@ -13,15 +15,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CUDA = torch.cuda.is_available()
+START = time.perf_counter()
+SMOKE, CUDA = "--smoke" in sys.argv, torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -34,14 +38,16 @@ if importlib.util.find_spec("cipo_kernels") is None:  # not installed: the folde
     sys.modules["cipo_kernels"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["cipo_kernels"])
 
-from cipo_kernels import fused_linear_cipo_loss  # noqa: E402
+from cipo_kernels.fused_linear_cipo_loss import LossOutput, fused_linear_cipo_loss  # noqa: E402
 
-VOCAB = 151936 if CUDA else 300
-SHAPES = [(n, h) for h in (2560, 4096) for n in (8192, 16384, 32768)] if CUDA else [(6, 32)]  # targets, hidden size
-CHECKED = (256, 2560) if CUDA else (6, 32)
-ROUNDS = 5 if CUDA else 1
-SEQUENCE = 1024 if CUDA else 3  # targets a row, for peers that want rows
+VOCAB = 300 if SMOKE else 151936
+SHAPES = [(6, 32)] if SMOKE else [(n, h) for h in (2560, 4096) for n in (8192, 16384, 32768)]  # targets, hidden size
+CHECKED = (6, 32) if SMOKE else (256, 2560)
+ROUNDS = 1 if SMOKE else 5
+SEQUENCE = 3 if SMOKE else 1024  # targets a row, for peers that want rows
+LIMIT_S = 330  # no case begins later
 EPS_LOW, EPS_HIGH = 0.2, 0.28
+OURS = ("logits", "exp")
 
 
 def make_case(n: int, width: int) -> dict[str, Tensor]:
@@ -69,7 +75,11 @@ def make_case(n: int, width: int) -> dict[str, Tensor]:
 
 
 def ours(impl: str) -> Callable[[dict], Tensor]:
-    return lambda case: fused_linear_cipo_loss(**case, eps_low=EPS_LOW, eps_high=EPS_HIGH, impl=impl).loss
+    return lambda case: our_loss(case, impl).loss
+
+
+def our_loss(case: dict, impl: str, chunk_targets: int | Literal["auto"] = "auto") -> LossOutput:
+    return fused_linear_cipo_loss(**case, eps_low=EPS_LOW, eps_high=EPS_HIGH, impl=impl, chunk_targets=chunk_targets)
 
 
 def eager(case: dict, gemm: torch.dtype = torch.bfloat16, softmax: torch.dtype = torch.float32) -> Tensor:
@@ -84,42 +94,42 @@ def clipped_loss(logp: Tensor, case: dict) -> Tensor:
 
 
 def torch_linear_cross_entropy(case: dict) -> Tensor:
-    return F.linear_cross_entropy(case["hidden"], case["weight"], case["target_id"])
+    """In chunks: without options it is eager's."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(case["hidden"], case["weight"], case["target_id"], options=options)
 
 
-def liger_methods() -> dict[str, Callable[[dict], Tensor]]:
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError:
-        return {}
+def liger_grpo(case: dict) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    def grpo(case: dict) -> Tensor:
-        rows = (-1, SEQUENCE)
-        hidden, ids = case["hidden"].view(*rows, case["hidden"].shape[1]), case["target_id"].view(rows)
-        loss = LigerFusedLinearGRPOLoss(beta=0.0, epsilon_low=EPS_LOW, epsilon_high=EPS_HIGH, use_ref_model=False)
-        return loss(
-            _input=hidden,
-            lin_weight=case["weight"],
-            selected_token_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            advantages=case["advantage"].view(rows)[:, 0],
-            old_per_token_logps=case["old_logp"].view(rows),
-        )[0]
-
-    def cross_entropy(case: dict) -> Tensor:
-        return LigerFusedLinearCrossEntropyLoss()(case["weight"], case["hidden"], case["target_id"])
-
-    return {"liger_grpo": grpo, "liger_cross_entropy": cross_entropy}
+    rows = (-1, SEQUENCE)
+    hidden, ids = case["hidden"].view(*rows, case["hidden"].shape[1]), case["target_id"].view(rows)
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, epsilon_low=EPS_LOW, epsilon_high=EPS_HIGH, use_ref_model=False, compiled=CUDA
+    )
+    return loss(
+        _input=hidden,
+        lin_weight=case["weight"],
+        selected_token_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        advantages=case["advantage"].view(rows)[:, 0],
+        old_per_token_logps=case["old_logp"].view(rows),
+    )[0]
 
 
-def methods(n: int) -> dict[str, Callable[[dict], Tensor]]:
-    found = {"logits": ours("logits"), "exp": ours("exp"), "eager": eager}
-    if CUDA and n == 8192:  # compiling costs half a minute a shape
-        found["eager_compiled"] = torch.compile(eager, dynamic=False)
+def liger_cross_entropy(case: dict) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(case["weight"], case["hidden"], case["target_id"])
+
+
+def methods() -> dict[str, Callable[[dict], Tensor]]:
+    found = {impl: ours(impl) for impl in OURS} | {"eager": eager}
+    if importlib.util.find_spec("liger_kernel") is not None:
+        found |= {"liger_grpo": liger_grpo, "liger_cross_entropy": liger_cross_entropy}
     if hasattr(F, "linear_cross_entropy"):
         found["torch_linear_cross_entropy"] = torch_linear_cross_entropy
-    return found | (liger_methods() if CUDA else {})
+    return found | {"eager_compiled": torch.compile(eager, backend="inductor" if CUDA else "aot_eager")}
 
 
 def step(method: Callable[[dict], Tensor], case: dict) -> list[Tensor]:
@@ -131,7 +141,7 @@ def step(method: Callable[[dict], Tensor], case: dict) -> list[Tensor]:
 class Floor:
     """The three GEMMs, 8192 targets at a time."""
 
-    def __init__(self, case: dict) -> None:
+    def __init__(self, case: dict[str, Tensor]) -> None:
         self.chunks, self.weight = case["hidden"].split(8192), case["weight"]
         self.z = torch.empty(len(self.chunks[0]), VOCAB, dtype=torch.bfloat16, device=DEVICE)
         self.dx, self.dw = torch.empty_like(self.chunks[0]), torch.empty_like(self.weight)
@@ -173,91 +183,103 @@ def predict(method: str, n: int, width: int) -> dict:
     The pass reads fp32 logits twice and writes bf16 once; `exp` has none. dW in fp32 is read and written once a chunk,
     within its GEMM.
     """
+    if method not in OURS:
+        return {}
+    gemm_flops, pass_bytes = 2 * n * width * VOCAB, n * VOCAB * 10 if method == "logits" else 0
+    found = {"flops": 3 * gemm_flops, "pass_bytes": pass_bytes}
     chips = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, SXM
     name = torch.cuda.get_device_name() if CUDA else ""
     bandwidth = next((b for chip, b in chips.items() if chip in name), None)
-    gemm_flops, pass_bytes = 2 * n * width * VOCAB, n * VOCAB * 10 if method == "logits" else 0
-    facts = {"flops": 3 * gemm_flops, "pass_bytes": pass_bytes}
     if bandwidth is None:
-        return facts | {"predicted_ms": None}
-    gemms = 3 if method != "exp" else 2 + 1 / 0.8
-    return facts | {"predicted_ms": 1000 * (gemms * gemm_flops / 790e12 + pass_bytes / (0.9 * bandwidth))}
+        return found | {"predicted_ms": None}
+    gemms = 3 if method == "logits" else 2 + 1 / 0.8
+    return found | {"predicted_ms": 1000 * (gemms * gemm_flops / 790e12 + pass_bytes / (0.9 * bandwidth))}
 
 
-def check() -> bool:
-    """The bars: log-prob within 1e-5 of fp64 from the same inputs; gradient error at most twice eager's."""
+def check(impl: str) -> dict:
+    """The bars: log-prob within 1e-5 of fp64 from the same inputs; gradient error at most twice that of bf16 eager.
+
+    Two sizes of chunk, one of them ragged; `same_logp`: their log-probs are bitwise equal, as they must be for `exp`.
+    """
     n, width = CHECKED
-    case = make_case(n, width)
-    exact_z = case["hidden"].double() @ case["weight"].double().T
-    exact_logp = exact_z.log_softmax(-1).gather(1, case["target_id"][:, None])[:, 0]
-    del exact_z
-    exact = step(lambda c: eager(c, torch.float64, torch.float64), case)
-    baseline = [relative_error(d, e) for d, e in zip(step(eager, case), exact, strict=True)]
-    good = True
-    for impl in ("logits", "exp"):
-        with torch.enable_grad():  # without, `exp` would run on the logits
-            leaf = case | {"weight": case["weight"].detach().requires_grad_()}
-            logp = fused_linear_cipo_loss(**leaf, eps_low=EPS_LOW, eps_high=EPS_HIGH, impl=impl).logp
-        logp_error = (logp.double() - exact_logp).abs().max().item()
-        errors = [relative_error(d, e) for d, e in zip(step(ours(impl), case), exact, strict=True)]
-        ok = logp_error <= 1e-5 and all(d <= 2 * b for d, b in zip(errors, baseline, strict=True))
-        good = good and ok
-        print_line(what="check", method=impl, n=n, width=width, vocab=VOCAB, ok=ok, logp_error=logp_error,
-                   gradient_errors=errors, eager_gradient_errors=baseline)  # fmt: skip
-    return good
+    found: dict = {"what": "check", "method": impl, "n": n, "width": width, "vocab": VOCAB, "ok": False}
+    try:
+        case = make_case(n, width)
+        exact_z = case["hidden"].double() @ case["weight"].double().T
+        exact_logp = exact_z.log_softmax(-1).gather(1, case["target_id"][:, None])[:, 0]
+        exact = step(lambda c: eager(c, torch.float64, torch.float64), case)
+        baseline = [relative_error(d, e) for d, e in zip(step(eager, case), exact, strict=True)]
+        trained = case | {"weight": case["weight"].detach().requires_grad_()}  # without grad `exp` runs on the logits
+        logp, again = (our_loss(trained, impl, c).logp for c in ("auto", n // 2 - 1))
+        gradients = step(lambda c: our_loss(c, impl, n // 2 - 1).loss, case)
+    except Exception as error:
+        return found | {"error": sentence(error)}
+    same, logp_error = torch.equal(logp, again), (logp.double() - exact_logp).abs().max().item()
+    errors = [relative_error(d, e) for d, e in zip(gradients, exact, strict=True)]
+    ok = logp_error <= 1e-5 and all(d <= 2 * b for d, b in zip(errors, baseline, strict=True))
+    found |= {"ok": ok and (same or impl == "logits"), "same_logp": same, "logp_error": logp_error}
+    return found | {"gradient_errors": errors, "eager_gradient_errors": baseline}
+
+
+def sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def relative_error(d: Tensor, exact: Tensor) -> float:
     return ((d.double() - exact).norm() / exact.norm()).item()
 
 
-def measure(n: int, width: int) -> None:
-    case = make_case(n, width)
-    floor, failed = Floor(case), {}
-    runs: dict[str, Callable[[], object]] = {"floor": floor}
-    peak = {}
-    for name, method in methods(n).items():
-        runs[name] = lambda method=method: step(method, case)
-        try:
-            runs[name]()  # compiles
-            peak[name] = peak_gib(runs[name])
-        except Exception as error:  # out of memory, or a peer whose interface has moved: say so and go on
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            del runs[name]
+def measure(name: str, method: Callable[[dict], Tensor], n: int, width: int) -> dict:
+    found: dict = {"what": "time", "method": name, "n": n, "width": width, "vocab": VOCAB}
+    found |= predict(name, n, width)
+    if time.perf_counter() - START > LIMIT_S:
+        return found | {"error": f"not run: {LIMIT_S} s were over"}
+    try:
+        case = make_case(n, width)
+        floor = Floor(case)
+        step(method, case)  # compiles
+        peak = peak_gib(lambda: step(method, case))
+        floor()
+        pairs = [(milliseconds(floor), milliseconds(lambda: step(method, case))) for _ in range(ROUNDS)]
+    except Exception as error:  # out of memory, or a peer whose interface has moved: say so and go on
+        return found | {"error": sentence(error)}
+    floor_ms, ms = (median(times) for times in zip(*pairs, strict=True))
+    return found | {"ms": ms, "floor_ms": floor_ms, "of_floor": floor_ms / ms, "peak_gib": peak}
+
+
+def lines() -> Iterator[dict]:
+    import triton
+
+    device, date = torch.cuda.get_device_name() if CUDA else "cpu", time.strftime("%F")
+    yield {"what": "machine", "device": device, "torch": torch.__version__, "triton": triton.__version__, "date": date}
+    yield from map(check, OURS)
+    for name, method in methods().items():
+        for n, width in SHAPES:
+            yield measure(name, method, n, width)
             if CUDA:
                 torch.cuda.empty_cache()
-    floor()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            times[name].append(milliseconds(run))
-    shape = {"n": n, "width": width, "vocab": VOCAB}
-    for name in runs:
-        ms = median(times[name])
-        numbers = {"ms": ms, "of_floor": median(times["floor"]) / ms, "peak_gib": peak.get(name)}
-        expected = predict(name, n, width) if name in ("floor", "logits", "exp") else {}
-        print_line(what="time", method=name, **shape, **numbers, **expected)
-    for name, error in failed.items():
-        print_line(what="failed", method=name, **shape, error=error)
 
 
-def print_line(**fields: object) -> None:
-    print(json.dumps(fields), flush=True)
+def results_path() -> Path:
+    folder = os.environ.get("OUT", "")
+    if SMOKE and not folder:
+        return Path(os.devnull)
+    path = Path(folder) if folder else Path(__file__).resolve().parents[1] / "results"
+    path.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name().replace(" ", "-") if CUDA else "cpu"
+    return path / f"{device}-{time.strftime('%F')}-fused_loss.json"
 
 
 def main() -> None:
-    import triton
-
-    name = torch.cuda.get_device_name() if CUDA else "cpu, interpreted: times mean nothing"
-    print_line(
-        what="machine", device=name, torch=torch.__version__, triton=triton.__version__, date=time.strftime("%F")
-    )
-    if not check():
-        sys.exit("a bar of correctness is missed: no time is worth measuring")
-    for n, width in SHAPES:
-        measure(n, width)
-        if CUDA:
-            torch.cuda.empty_cache()
+    if not (CUDA or SMOKE):
+        sys.exit("no GPU here; --smoke runs tiny shapes without one")
+    good = True
+    with results_path().open("w") as file:
+        for line in lines():
+            for out in (sys.stdout, file):
+                print(json.dumps(line), file=out, flush=True)
+            good &= line.get("ok", True) and not ("error" in line and line["method"] in OURS)
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Forward of the Triton tree attention. With s = scale * <q, k> over the visible pairs,
+
+    lse = log sum_k exp(s)      o = sum_k exp(s - lse) v
+
+by FlashAttention-2's recurrence (arXiv 2307.08691) with fp32 sums: tiles of keys raise a query's running maximum m,
+and rescale what is summed up so far by exp(m - m_new). A program owns a tile of queries of one head.
+"""
+
+import triton
+import triton.language as tl
+
+from .tree_attention_tiles import (
+    LOG2_E,
+    dot,
+    finite,
+    full_step,
+    load_rows,
+    masked_step,
+    store_rows,
+    visible,
+    work_item,
+    zero_or_nan,
+)
+
+
+@triton.jit(do_not_specialize=["T"])
+def forward_kernel(
+    q, k, v,
+    items, full, masked,  # TileWork
+    subtree_end,  # [T]
+    T, Hq,
+    o,  # [T, Hq, D]
+    lse,  # [Hq, T]
+    scale2,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
+    TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    head, _, q0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
+        items, Hq, TILE, MASKED_TILE, OWN, STEP
+    )
+    if q0 >= q_stop:
+        return
+    query = q0 + tl.arange(0, OWN)
+    q_tile = load_rows(q, head, q0, T, OWN, D, DP, TMA)
+    # Finite, so that a row whose first tiles are all masked gets exp2(-inf - m) = 0, not nan.
+    m = tl.full((OWN,), -1e30, tl.float32)
+    total = tl.zeros((OWN,), tl.float32)
+    acc = tl.zeros((OWN, DP), tl.float32)
+
+    for i in range(full_first, full_stop):
+        k0 = full_step(full, i, TILE, STEP)
+        k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
+        v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
+        m, total, acc = _softmax_step(dot(q_tile, k_tile.T), v_tile, m, total, acc, scale2)
+
+    for i in range(masked_first, masked_stop):
+        k0, k_stop = masked_step(masked, i, MASKED_TILE, STEP)
+        key = k0 + tl.arange(0, STEP)
+        key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
+        k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
+        v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
+        # A nan or inf of v reaches the queries that see it through their scores, and no other.
+        s = dot(q_tile, k_tile.T) + tl.sum(zero_or_nan(v_tile), 1)[None, :]
+        s = tl.where(visible(query[:, None], key[None, :], key_end[None, :]), s, float("-inf"))
+        m, total, acc = _softmax_step(s, finite(v_tile), m, total, acc, scale2)
+
+    store_rows(o, acc / total[:, None], head, q0, q_stop, Hq, OWN, D, DP)
+    tl.store(lse + head.to(tl.int64) * T + query, (m + tl.log2(total)) / LOG2_E, mask=query < q_stop)
+
+
+@triton.jit
+def _softmax_step(s, v, m, total, acc, scale2):
+    """Adds keys with scores s / scale and values v to each query's running maximum (base 2), sum and output."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+    p = tl.exp2(s * scale2 - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return m_new, total * alpha + tl.sum(p, 1), acc

@@ -1,0 +1,91 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""What the Triton tree attention kernels share: finding their work, reading and writing tiles, who sees whom.
+
+q, k, v, do and backward's o are tensor descriptors of [H, T, D] in blocks [1, OWN or STEP, DP], or, where there is no
+TMA, (pointer, token stride, head stride); other tensors are pointers to contiguous memory. With descriptors, addresses
+stay out of the registers: dK/dV spills without.
+
+    D             head dim; DP a power of two >= D
+    GROUP         query heads a key head, Hq / Hkv
+    TILE          tokens of a full tile, and of an item's own tile at most; MASKED_TILE of a masked one
+    OWN, STEP     tokens of a program's own tile and of one streamed step; OWN divides TILE, STEP divides MASKED_TILE
+    scale2        scale * log2(e): exponentials are base 2
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def work_item(items, heads, TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+    """This program's head, the part of its item's tile that it owns, that part's first token and past its last one;
+    the ranges of steps through full and through masked tiles; the item's slot."""
+    pid = tl.program_id(0)
+    PARTS: tl.constexpr = TILE // OWN
+    STEPS: tl.constexpr = TILE // STEP
+    MASKED_STEPS: tl.constexpr = MASKED_TILE // STEP
+    head, part, item = pid % heads, pid // heads % PARTS, items + pid // (heads * PARTS) * 7
+    first = tl.load(item) + part * OWN
+    stop = tl.minimum(tl.load(item + 1), first + OWN)
+    full_first, full_stop = tl.load(item + 2) * STEPS, tl.load(item + 3) * STEPS
+    masked_first, masked_stop = tl.load(item + 4) * MASKED_STEPS, tl.load(item + 5) * MASKED_STEPS
+    return head, part, first, stop, full_first, full_stop, masked_first, masked_stop, tl.load(item + 6)
+
+
+@triton.jit
+def full_step(full, i, TILE: tl.constexpr, STEP: tl.constexpr):
+    """First token of the i-th step through full tiles."""
+    STEPS: tl.constexpr = TILE // STEP
+    return tl.load(full + i // STEPS) + i % STEPS * STEP
+
+
+@triton.jit
+def masked_step(masked, i, MASKED_TILE: tl.constexpr, STEP: tl.constexpr):
+    """First token of the i-th step through masked tiles, and past the last one of its tile."""
+    STEPS: tl.constexpr = MASKED_TILE // STEP
+    tile = masked + i // STEPS * 2
+    return tl.load(tile) + i % STEPS * STEP, tl.load(tile + 1)
+
+
+@triton.jit
+def load_rows(x, head, first, T, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr):
+    """[N, DP] tokens of a head from `first` on, zeros past T; unwanted tokens are the caller's to mask."""
+    if TMA:
+        return x.load([head, first, 0]).reshape(N, DP)
+    else:  # without it, the lines below would be compiled too
+        pointer, stride_t, stride_h = x
+        row, column = tl.arange(0, N)[:, None], tl.arange(0, DP)[None, :]
+        pointer += first.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
+        return tl.load(pointer + row * stride_t + column, mask=(first + row < T) & (column < D), other=0.0)
+
+
+@triton.jit
+def store_rows(x, value, head, first, stop, H, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """Writes rows [first, stop) of a head of the contiguous x [T, H, D]."""
+    row = first + tl.arange(0, N)[:, None]
+    column = tl.arange(0, DP)[None, :]
+    pointers = x + (row.to(tl.int64) * H + head) * D + column
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=(row < stop) & (column < D))
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    return tl.dot(a, b, acc, input_precision="ieee")  # of fp32 operands; others have no choice
+
+
+@triton.jit
+def visible(query, key, key_end):
+    return (key <= query) & (query < key_end)
+
+
+@triton.jit
+def zero_or_nan(x):
+    return x.to(tl.float32) * 0.0  # nan for inf, too
+
+
+@triton.jit
+def finite(x):
+    """x with zeros for nan and inf: what a masked score, being 0, may be multiplied by."""
+    return tl.where(zero_or_nan(x) == 0.0, x, 0.0).to(x.dtype)
