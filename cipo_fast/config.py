@@ -58,7 +58,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the forward and backward pass. Weights, their gradients and the optimiser are float32 in either case."""
     attention: Literal["auto", "torch", "triton", "flash"] = "auto"
-    """Back-end of the tree attention; auto is Triton on a GPU, torch elsewhere."""
+    """Back-end of the tree attention; auto: the fastest measured on this GPU (device_rates.json), torch elsewhere."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     embedded: EmbeddedModel = EmbeddedModel()
@@ -76,9 +76,58 @@ class DataConfig(Section):
     """Longer prompts are dropped and counted."""
 
 
+class VllmConfig(Section):
+    """vLLM's own settings, for `rollout.engine=vllm` and for a server that the trainer starts."""
+
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.45
+    """Share of the device's memory for its weights and KV cache [ours]; 0.9 for a server on devices of its own."""
+    cpu_kv_gib: Annotated[float, Field(gt=0)] = 1.0
+    """KV cache without a GPU, in GiB [ours]."""
+    max_sequences: Positive = 256
+    """Sequences decoded at once [vLLM]."""
+    max_model_len: Positive | None = None
+    """Longest prompt and answer together; None: what this run's limits add up to. Longer prompts are dropped [ours]."""
+    fp32_head: bool = True
+    """Logits in fp32 also where dtype is bfloat16, as the trainer has them; False only to see the difference [ours]."""
+    args: dict[str, Any] = {}
+    """More of vLLM's engine arguments by their Python names, such as {data_parallel_size: 4} for a server [vLLM]."""
+
+
+class ServerConfig(Section):
+    """For `rollout.engine=vllm_server`: one that runs (`url`), or one that the trainer starts and looks after."""
+
+    start: bool = False
+    """Start `vllm serve` on this node, restart it when it dies, end it with the run [ours]."""
+    url: str | None = None
+    """... or the address of one, such as http://node7:8100, started as README.md says [ours]."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8100
+    """Port of a started server [ours]."""
+    devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of a started server, such as "6,7"; the trainer must not use them [ours]."""
+    transfer: Literal["auto", "nccl", "shared_memory"] = "auto"
+    """How weights travel: vLLM's NCCL engine [vLLM], or files in /dev/shm of one node [ours]; auto: NCCL on GPUs."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longest wait for a server to answer, in seconds [ours]."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longest wait for one prompt's answers, or for one weight transfer; then the server counts as dead [ours]."""
+    max_restarts: NonNegative = 3
+    """Restarts of a dead server in one run; then the run stops, its state saved [ours]."""
+
+
+class SyncConfig(Section):
+    probe_every: Positive = 1
+    """After every so many syncs, compare the log-probs of trainer and engine on fixed tokens [ours]."""
+    tolerance: Annotated[float, Field(gt=0)] | None = None
+    """Largest mean gap of the probe in nats, 20 times that for one token; None: 1e-5 for float32, 0.03 for bfloat16."""
+    alarm_outside: Share = 0.1
+    """Warn when more than this share of tokens has exp(trainer - sampler log-prob) outside [0.9, 1.1] [ours]."""
+
+
 class RolloutConfig(Section):
-    engine: Literal["local"] = "local"
-    """Who samples: `local` is transformers' generate in this process [ours]."""
+    engine: Literal["local", "vllm", "vllm_server"] = "local"
+    """Who samples: transformers' generate in this process, vLLM in this process, or a vLLM server [ours]."""
+    overlap: Literal[0, 1] = 0
+    """1: a server samples the next batch while this one trains, one policy version behind [ours]."""
     prompts_per_step: Positive = 32
     """B [ThinkTwice]. With G it rules the batch; all else is derived."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
@@ -91,6 +140,10 @@ class RolloutConfig(Section):
     """Longest answer in training, for rollouts and corrections [f2f]."""
     batch_sequences: Positive = 512
     """Sequences the local engine generates at once [ours]."""
+    vllm: VllmConfig = VllmConfig()
+    """Settings of vLLM [vLLM]."""
+    server: ServerConfig = ServerConfig()
+    """Where the server is, or how it is started [ours]."""
 
 
 class CorrectionConfig(Section):
@@ -170,6 +223,8 @@ class LossConfig(Section):
     """Weight of the entropy bonus [ours]."""
     is_cap: Annotated[float, Field(gt=0)] | None = 2.0
     """Cap of the importance weight exp(old_logp - sampler_logp) between trainer and engine [ours]; null for none."""
+    is_level: Literal["token", "sequence"] = "token"
+    """That weight a token, or one a sequence, the product of its tokens': unbiased, an old_logp pass dearer [ours]."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio a token, or one a sequence [GSPO]."""
     normalize: Literal["tokens", "sequences"] = "tokens"
@@ -250,6 +305,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    sync: SyncConfig = SyncConfig()
     correction: CorrectionConfig = CorrectionConfig()
     replay: ReplayConfig = ReplayConfig()
     loss: LossConfig = LossConfig()
@@ -269,6 +325,15 @@ class Config(Section):
         if self.correction.lambda_corr == 0:
             return 0
         return round(self.correction.anchors_per_prompt * self.rollout.prompts_per_step)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and answer together that the engine must hold, in tokens."""
+        if self.rollout.vllm.max_model_len is not None:
+            return self.rollout.vllm.max_model_len
+        correction = self.correction.max_prompt_tokens if self.anchors_per_step else 0
+        prompt = max(self.data.max_prompt_tokens, correction)
+        return prompt + max(self.rollout.max_tokens, self.eval.max_tokens)
 
     @property
     def samples_per_anchor(self) -> int:
@@ -340,6 +405,7 @@ def _check(config: Config) -> None:
             f"train.pack_tokens={config.train.pack_tokens} cannot hold one conversation: the longest prompt plus "
             f"rollout.max_tokens is {longest} tokens"
         )
+    _check_engine(config)
     e = config.model.embedded
     if e.hidden % (2 * e.heads) or e.heads % e.kv_heads:
         raise UserError("model.embedded: hidden must be a multiple of 2*heads, and heads of kv_heads")
@@ -351,6 +417,23 @@ def _check(config: Config) -> None:
         raise UserError(f"run.dir={config.run_dir} is a file; name a folder")
     if config.data.eval is not None and config.data.train is None:
         raise UserError("data.eval is given without data.train: name the training file too")
+
+
+def _check_engine(config: Config) -> None:
+    r = config.rollout
+    if r.engine == "vllm_server" and r.server.start == (r.server.url is not None):
+        raise UserError("rollout.engine=vllm_server: give rollout.server.start=true or rollout.server.url, one of them")
+    if r.server.url is not None and not r.server.url.startswith(("http://", "https://")):
+        raise UserError(f"rollout.server.url={r.server.url}: expected http://host:port")
+    if r.overlap and r.engine != "vllm_server":
+        raise UserError("rollout.overlap=1 needs rollout.engine=vllm_server: only a server samples while this trains")
+    if r.overlap and config.loss.is_cap is None:
+        raise UserError("rollout.overlap=1 needs loss.is_cap: its rollouts are one policy version old")
+    if r.vllm.max_model_len is not None and r.vllm.max_model_len <= r.max_tokens:
+        raise UserError(
+            f"rollout.vllm.max_model_len={r.vllm.max_model_len} leaves no token for a prompt: rollout.max_tokens is "
+            f"{r.max_tokens}"
+        )
 
 
 def _find_file(name: str) -> Path:

@@ -52,12 +52,23 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[dist.get_rank() :: dist.get_world_size()]
 
 
-def gather(mine: list[T]) -> list[T]:
+def gather(mine: list[T], group: dist.ProcessGroup | None = None) -> list[T]:
     """All ranks' shares, in the order `share` took them from."""
     world = dist.get_world_size()
     if world == 1:
         return mine
     parts: list[list[T]] = [[] for _ in range(world)]
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, mine, group)
     total = sum(len(part) for part in parts)
     return [parts[i % world][i // world] for i in range(total)]
+
+
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise the first rank's error on every rank: what one cannot go on with, none may."""
+    errors: list[Exception | None] = [error]
+    if dist.get_world_size() > 1:
+        errors *= dist.get_world_size()
+        dist.all_gather_object(errors, error, group)
+    for found in errors:
+        if found is not None:
+            raise found

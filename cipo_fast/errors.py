@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class TrainingStopped(Exception):
     """The run cannot go on (three non-finite steps in a row, say). State is saved; exits with code 1."""
+
+
+class PolicyBroken(TrainingStopped):
+    """The weights are not fit to be saved: the newest checkpoint is the state to go on from."""

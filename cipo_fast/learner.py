@@ -18,12 +18,23 @@ from cipo_fast.packing import Pack
 from cipo_fast.policy import Policy
 
 STREAMS = ("rollout", "correction")
+STATS = (
+    "entropy",
+    "clip_fraction",
+    "approx_kl",
+    "ratio_max",
+    "sampler_gap",
+    "sampler_gap_max",
+    "mismatch_kl",
+    "mismatch_outside",
+)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimiser step did. `streams[name]` holds entropy, clip_fraction, ratio_max, approx_kl, and the trainer's
-    log-probs against the sampler's: sampler_gap (mean |difference|) and sampler_gap_max."""
+    """What an optimiser step did. `streams[name]` holds STATS over the targets learned from: those of the loss, and the
+    trainer's log-probs against the sampler's: sampler_gap (mean |difference|), sampler_gap_max, mismatch_kl (k3
+    estimate of KL(sampler || trainer), nats a token), mismatch_outside (share of ratios outside [0.9, 1.1])."""
 
     loss: float
     grad_norm: float
@@ -74,9 +85,8 @@ class Learner:
         filled = []
         for pack in packs:
             moved = pack.to(self.device)
-            with torch.no_grad():
-                old = self.policy(moved, "logp") if need_old else None
-                ref = self.reference(moved, "logp") if self.reference is not None else None
+            old = self.policy.log_probs(moved) if need_old else None
+            ref = self.reference.log_probs(moved) if self.reference is not None else None
             filled.append(dataclasses.replace(moved, old_logp=old, ref_logp=ref))
         return filled
 
@@ -111,7 +121,7 @@ class _Stats:
     """Sums and maxima over targets, a stream each, added up over packs and ranks without a sync."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(len(STREAMS), 6, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(STREAMS), 8, dtype=torch.float64, device=device)
         self.maxima = torch.zeros(len(STREAMS), 2, dtype=torch.float64, device=device)
 
     def add(self, logp: Tensor, entropy: Tensor, ratio: Tensor, clipped: Tensor, pack: Pack) -> None:
@@ -120,31 +130,33 @@ class _Stats:
         of_conversation = torch.tensor([STREAMS.index(c.stream) for c in pack.conversations], device=logp.device)
         stream = of_conversation[pack.conversation]
         old = logp if pack.old_logp is None else pack.old_logp
-        gap = (old - pack.sampler_logp).abs()
-        sampled = ~gap.isnan()
-        gap = gap.nan_to_num(0.0)
+        sampled = ~pack.sampler_logp.isnan()
+        sampler = torch.where(sampled, pack.sampler_logp, old)
+        gap = (old - sampler).abs()
+        outside = ((old - sampler).exp() - 1).abs() > 0.1
         ones = torch.ones_like(logp)
-        columns = torch.stack(
-            [ones, entropy, clipped.to(logp.dtype), k3(logp, old), sampled.to(logp.dtype), gap], dim=1
-        )
-        self.sums.index_add_(0, stream, columns.double())
+        columns = [ones, entropy, clipped, k3(logp, old), sampled, gap, k3(old, sampler), outside]
+        self.sums.index_add_(0, stream, torch.stack([c.double() for c in columns], dim=1))
         peaks = torch.stack([ratio, gap], dim=1).double()
         self.maxima = self.maxima.scatter_reduce(0, stream[:, None].expand_as(peaks), peaks, "amax")
 
     def result(self) -> dict[str, dict[str, float]]:
         sums, maxima = _reduce(self.sums, dist.ReduceOp.SUM).tolist(), _reduce(self.maxima, dist.ReduceOp.MAX).tolist()
         found = {}
-        for name, (n, entropy, clipped, kl, n_sampled, gap), (ratio_max, gap_max) in zip(
+        for name, (n, entropy, clipped, kl, sampled, gap, mismatch, outside), (ratio_max, gap_max) in zip(
             STREAMS, sums, maxima, strict=True
         ):
+            n_sampled = max(sampled, 1.0)
             if n:
                 found[name] = {
                     "entropy": entropy / n,
                     "clip_fraction": clipped / n,
                     "approx_kl": kl / n,
                     "ratio_max": ratio_max,
-                    "sampler_gap": gap / n_sampled if n_sampled else 0.0,
+                    "sampler_gap": gap / n_sampled,
                     "sampler_gap_max": gap_max,
+                    "mismatch_kl": mismatch / n_sampled,
+                    "mismatch_outside": outside / n_sampled,
                 }
         return found
 

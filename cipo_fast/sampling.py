@@ -12,10 +12,10 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from cipo_fast.cipo.prompts import chat_ids
-from cipo_fast.distributed import gather, share
-from cipo_fast.errors import UserError
+from cipo_fast.distributed import gather, raise_together, share
+from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
-from cipo_fast.rollout import Engine, Sampling
+from cipo_fast.rollout import Engine, EngineFailure, Sampling
 from cipo_fast.tasks import verify
 
 
@@ -52,13 +52,16 @@ def encode_prompts(
 
 @dataclass
 class Sampler:
-    """Samples and verifies; work is shared between ranks, and every rank gets all of the result."""
+    """Samples and verifies; work is shared between ranks, and every rank gets all of the result. What stops one
+    rank stops all. `group` is for a sampler in a thread, whose collectives must not meet the trainer's."""
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     seed: int
+    group: dist.ProcessGroup | None = None
     generate_s: float = field(default=0.0, init=False)  # seconds since `take_times`
     verify_s: float = field(default=0.0, init=False)
+    prefix_counts: tuple[int, int] = field(default=(0, 0), init=False)  # at the last `take_prefix_hit_rate`
 
     def groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, step: int, purpose: str) -> list[Group]:
         mine = share(prompts)
@@ -67,7 +70,8 @@ class Sampler:
             [
                 Group(p.problem, p.token_ids, [self._verified(p.problem, p.token_ids, c) for c in completions])
                 for p, completions in zip(mine, sampled, strict=True)
-            ]
+            ],
+            self.group,
         )
 
     def correct(self, anchors: list[Anchor], n: int, sampling: Sampling, step: int, purpose: str) -> None:
@@ -81,7 +85,8 @@ class Sampler:
             [
                 [self._verified(a.rollout.problem, context, c) for c in completions]
                 for a, context, completions in zip(mine, contexts, sampled, strict=True)
-            ]
+            ],
+            self.group,
         )
         for anchor, found in zip(anchors, corrections, strict=True):
             anchor.corrections = found
@@ -92,12 +97,23 @@ class Sampler:
         self.generate_s = self.verify_s = 0.0
         return times
 
+    def take_prefix_hit_rate(self) -> float | None:
+        """Share of prompt tokens found in this rank's prefix cache since the last call; None without a cache."""
+        looked_up, found = self.engine.prefix_cache()
+        before, self.prefix_counts = self.prefix_counts, (looked_up, found)
+        return (found - before[1]) / (looked_up - before[0]) if looked_up > before[0] else None
+
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, step: int, purpose: str
     ) -> list[list[Completion]]:
         started = time.perf_counter()
         seed = seed_for(self.seed, step, purpose, dist.get_rank())
-        completions = self.engine.generate(prompts, n, sampling, seed)
+        completions, error = [], None
+        try:
+            completions = self.engine.generate(prompts, n, sampling, seed)
+        except (EngineFailure, TrainingStopped) as failure:
+            error = failure
+        raise_together(error, self.group)
         self.generate_s += time.perf_counter() - started
         return completions
 

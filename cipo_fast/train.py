@@ -16,9 +16,10 @@ os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 import copy
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,24 +28,25 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast import checkpoint
 from cipo_fast.checkpoint import Progress
-from cipo_fast.cipo.anchors import select_anchors
+from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics
 from cipo_fast.cipo.objective import conversations
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, process_group
-from cipo_fast.errors import TrainingStopped, UserError
+from cipo_fast.engines import build_engine, fit_to_engine
+from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
-from cipo_fast.learner import Learner, Update
-from cipo_fast.model import eos_ids, load_model, load_tokenizer
+from cipo_fast.learner import STATS, STREAMS, Learner, Update
+from cipo_fast.model import load_model, load_tokenizer
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
-from cipo_fast.policy import ATTENTION, build_policy, cost_model
+from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
 from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Conversation, Group
-from cipo_fast.rollout import Sampling
-from cipo_fast.rollout.local import LocalEngine
+from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
+from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import load_dataset
 from cipo_fast.view import View, summary_table
 from cipo_fast.warm_start import load_weights, warm_start
@@ -62,8 +64,23 @@ class Run:
     correct: CorrectionPrompts
     sampler: Sampler
     learner: Learner
+    sync: WeightSync
     cost: CostModel
     sampling: Sampling
+    view: View
+    ahead: Future["Batch"] | None = None  # the next step's batch, when rollout.overlap=1
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step learns from, and the replay controller's state after it."""
+
+    groups: list[Group]
+    anchors: list[Anchor]
+    counts: AnchorCounts
+    rho: float
+    replay: ReplayState
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,18 +113,18 @@ def train(config: Config, mesh: DeviceMesh) -> None:
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
     with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
-        run, progress = build(config, mesh, view)
+        run, progress = build(config, mesh, view, open_files)
         checkpoints = config.run_dir / "checkpoints"
         recorder = Recorder(config, progress.step if config.checkpoint.resume else None) if is_main() else None
         if recorder is not None:
             open_files.callback(recorder.close)
         if progress.before is None:
-            progress = replace(progress, before=timed_evaluation(run, view, "before training"))
+            progress = replace(progress, before=timed_evaluation(run, progress, "before training"))
         while progress.step < config.train.steps:
-            metrics, groups, anchors, progress = cipo_step(run, progress)
+            metrics, batch, progress = cipo_step(run, progress)
             view.step(metrics)
             if recorder is not None:
-                recorder.step(metrics, groups, anchors)
+                recorder.step(metrics, batch.groups, batch.anchors)
             if progress.skipped_in_a_row >= MAX_SKIPS:
                 where = checkpoint.save(checkpoints, run.learner, progress, config.checkpoint.keep)
                 raise TrainingStopped(
@@ -117,56 +134,113 @@ def train(config: Config, mesh: DeviceMesh) -> None:
             if due(progress.step, config.checkpoint.every) or progress.step == config.train.steps:
                 checkpoint.save(checkpoints, run.learner, progress, config.checkpoint.keep)
             if due(progress.step, config.eval.every) and progress.step < config.train.steps:
-                result = timed_evaluation(run, view, f"at step {progress.step}")
+                result = timed_evaluation(run, progress, f"at step {progress.step}")
                 if recorder is not None:
                     recorder.evaluation(result, progress.step)
-        after = timed_evaluation(run, view, "after training")
+        after = timed_evaluation(run, progress, "after training")
         finish(run, recorder, view, progress, after)
 
 
 # ------------------------------------------------------------------------------------------------------- one step
 
 
-def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, list[Group], list[Anchor], Progress]:
+def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
     """One step of CIPO: sample, choose anchors, correct, learn, sync, adapt rho."""
     config, step, started = run.config, progress.step + 1, time.perf_counter()
-    rng = np.random.default_rng(seed_for(config.seed, step, "anchors"))
-
-    prompts = prompts_of_step(run.train, config, step)
-    groups = run.sampler.groups(prompts, config.rollout.samples_per_prompt, run.sampling, step, "rollout")
-    anchors, counts = select_anchors(
-        groups, config.anchors_per_step, progress.replay.rho, config.correction, run.correct, rng
-    )
-    run.sampler.correct(anchors, config.samples_per_anchor, run.sampling, step, "correction")
+    with saved_if_stopped(run, progress):
+        batch = sampled_batch(run, step, progress)
+    run.sampler.engine.release()
     sampled = time.perf_counter()
 
-    updates, tokens, old_logp_s = learn(run, groups, anchors, step)
+    updates, tokens, old_logp_s = learn(run, batch.groups, batch.anchors, step)
     learned = time.perf_counter()
 
-    sync = run.sampler.engine.sync(run.learner.policy.full_weights(), step)
-    kept = [r.reward for anchor in anchors if anchor.right for r in anchor.corrections]
-    replay = update_replay(progress.replay, kept, config.replay)
+    wait_for_batch_ahead(run)
+    waited = time.perf_counter()
+    progress = progress.after_step(batch.replay, [update.applied for update in updates], waited - started)
+    with saved_if_stopped(run, progress):
+        sync = run.sync.push(step)
 
     generate_s, verify_s = run.sampler.take_times()
+    if config.rollout.overlap:  # what the loop waited for, not what went on beside it
+        generate_s, verify_s = sampled - started + waited - learned, 0.0
     step_s = time.perf_counter() - started
     train_s = learned - sampled - old_logp_s
     metrics: Metrics = {
         "step": step,
         "seed": config.seed,
-        **batch_metrics(groups, anchors, counts),
-        "replay/rho": progress.replay.rho,
-        "replay/retention": replay.retention,
+        **batch_metrics(batch.groups, batch.anchors, batch.counts),
+        "rollout/prefix_hit_rate": run.sampler.take_prefix_hit_rate(),
+        "replay/rho": batch.rho,
+        "replay/retention": batch.replay.retention,
         **update_metrics(updates),
         **tokens,
+        **sync,
         "time/generate_s": generate_s,
         "time/verify_s": verify_s,
         "time/old_logp_s": old_logp_s,
         "time/train_s": train_s,
-        "time/sync_s": sync.seconds,
-        "time/idle_s": step_s - generate_s - verify_s - old_logp_s - train_s - sync.seconds,
-        "time/step_s": step_s,
     }
-    return metrics, groups, anchors, progress.after_step(replay, [update.applied for update in updates], step_s)
+    metrics["time/idle_s"] = step_s - sum(v for k, v in metrics.items() if k.startswith("time/") and v)
+    metrics["time/step_s"] = step_s
+    alarm(run, metrics)
+    return metrics, batch, progress
+
+
+@contextmanager
+def saved_if_stopped(run: Run, progress: Progress) -> Iterator[None]:
+    """A stop inside loses nothing: `progress` is saved with the weights as they are."""
+    try:
+        yield
+    except PolicyBroken:
+        raise
+    except TrainingStopped as stop:
+        folder = run.config.run_dir / "checkpoints"
+        where = checkpoint.save(folder, run.learner, progress, run.config.checkpoint.keep)
+        raise TrainingStopped(f"{stop}; saved as {where}") from None
+
+
+def sampled_batch(run: Run, step: int, progress: Progress) -> Batch:
+    """The step's batch: with overlap the one sampled meanwhile, else a new one. With overlap the next one is begun."""
+
+    def sample_now() -> Batch:
+        return sample(run, step, progress.replay)
+
+    ahead, run.ahead = run.ahead, None
+    batch = ahead.result() if ahead is not None else run.sync.with_engine(sample_now, progress.step)
+    if run.config.rollout.overlap and step < run.config.train.steps:
+        run.ahead = run.pool.submit(sample, run, step + 1, batch.replay)
+    return batch
+
+
+def wait_for_batch_ahead(run: Run) -> None:
+    """A sync changes the weights that a batch is sampled with, so it waits. A batch that failed is sampled anew, by the
+    next step, from the weights that the sync restores."""
+    if run.ahead is not None and isinstance(run.ahead.exception(), EngineFailure):
+        run.view.say(f"the batch sampled ahead is lost: {run.ahead.exception()}")
+        run.ahead = None
+
+
+def sample(run: Run, step: int, replay: ReplayState) -> Batch:
+    """Rollouts, the anchors among them, their corrections: all of one policy version."""
+    config = run.config
+    rng = np.random.default_rng(seed_for(config.seed, step, "anchors"))
+    prompts = prompts_of_step(run.train, config, step)
+    groups = run.sampler.groups(prompts, config.rollout.samples_per_prompt, run.sampling, step, "rollout")
+    anchors, counts = select_anchors(groups, config.anchors_per_step, replay.rho, config.correction, run.correct, rng)
+    run.sampler.correct(anchors, config.samples_per_anchor, run.sampling, step, "correction")
+    kept = [r.reward for anchor in anchors if anchor.right for r in anchor.corrections]
+    return Batch(groups, anchors, counts, replay.rho, update_replay(replay, kept, config.replay))
+
+
+def alarm(run: Run, metrics: Metrics) -> None:
+    """Say so when trainer and engine drift apart: the importance weights then do more than correct rounding."""
+    outside = max(metrics.get(f"{stream}/mismatch_outside") or 0.0 for stream in STREAMS)
+    if outside > run.config.sync.alarm_outside:
+        run.view.say(
+            f"alarm, step {metrics['step']}: the trainer's probability of {outside:.1%} of the sampled tokens is not "
+            f"within 10% of the engine's (sync.alarm_outside={run.config.sync.alarm_outside:g})"
+        )
 
 
 def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
@@ -194,9 +268,10 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
         forwarded += tokens
         rows += row_tokens(batch)
     old_logp_s = 0.0
-    if n > 1 or run.learner.reference is not None:
+    need_old = n > 1 or (run.config.loss.is_cap is not None and run.config.loss.is_level == "sequence")
+    if need_old or run.learner.reference is not None:
         started = time.perf_counter()
-        batches = [run.learner.with_log_probs(packs, need_old=n > 1) for packs in batches]
+        batches = [run.learner.with_log_probs(packs, need_old) for packs in batches]
         old_logp_s = time.perf_counter() - started
     updates = []
     for part, packs in enumerate(batches):
@@ -225,44 +300,46 @@ def update_metrics(updates: list[Update]) -> Metrics:
     }
     for stream in ("rollout", "correction"):
         found = [u.streams[stream] for u in updates if stream in u.streams]
-        for key in found[0] if found else ():
-            values = [f[key] for f in found]
+        for key in STATS:
+            values = [f[key] for f in found] or [math.nan]  # nothing in the stream to learn from
             metrics[f"{stream}/{key}"] = max(values) if key.endswith("max") else sum(values) / len(values)
-    # The first update's old log-probs are those of the weights the engine sampled with.
-    metrics["sync/parity_max_abs"] = max((s["sampler_gap_max"] for s in updates[0].streams.values()), default=None)
     return {k: v if v is None or math.isfinite(v) else None for k, v in metrics.items()}
 
 
 # ----------------------------------------------------------------------------------------------- before and after
 
 
-def build(config: Config, mesh: DeviceMesh, view: View) -> tuple[Run, Progress]:
-    """Load, shard, warm start or resume; everything that can be refused is refused here."""
+def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) -> tuple[Run, Progress]:
+    """Load, start the engine, shard, warm start or resume; everything that can be refused is refused here."""
     tokenizer = load_tokenizer(config)
-    correct = CorrectionPrompts(tokenizer, config.correction)
     dataset = load_dataset(config)
+    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
+        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
+    model = load_model(config, ATTENTION)
+    refuse_unsupported(model)
+    if config.rollout.engine != "local":
+        view.say(f"starting {config.rollout.engine}")
+    engine = build_engine(config, model, tokenizer, mesh.device_type)
+    open_engine.callback(engine.close)
+    config = fit_to_engine(config, engine)
     limit = config.data.max_prompt_tokens
     train_prompts = encode_prompts(dataset.train, tokenizer, limit, "data.train", view.say)
     held_out = encode_prompts(dataset.held_out, tokenizer, limit, "held-out problems", view.say)
-    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
-        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
-
-    model = load_model(config, ATTENTION)
-    model.to(mesh.device_type)  # type: ignore[arg-type]  # transformers' decorator loses the signature
+    correct = CorrectionPrompts(tokenizer, config.correction)
     view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")
+
     cost = cost_model(model.config, model.num_parameters())
-    twin = copy.deepcopy(model).to(getattr(torch, config.model.dtype))
-    twin.set_attn_implementation("sdpa")
-    engine = LocalEngine(twin, eos_ids(model, tokenizer), tokenizer.pad_token_id or 0, config.rollout.batch_sequences)
     reference_model = copy.deepcopy(model) if config.loss.beta > 0 else None
     policy = build_policy(model, config, mesh)
-    sampler = Sampler(engine, tokenizer, config.seed)
+    sync = WeightSync(policy, engine, config, [p.token_ids for p in train_prompts], view.say)
+    group = dist.new_group(backend="gloo") if config.rollout.overlap else None
+    sampler = Sampler(engine, tokenizer, config.seed, group)
     if config.model.path == "embedded":
 
         def report(steps: int, accuracy: float, seconds: float) -> None:
             view.note(f"warm start: {steps} supervised steps, greedy accuracy {accuracy:.3f}, {seconds:.0f}s")
 
-        warm_start(policy, train_prompts, correct, sampler, config, cost, report)
+        warm_start(policy, train_prompts, correct, sampler, sync, config, cost, report)
     reference = None
     if reference_model is not None:
         reference = build_policy(reference_model, config, mesh)
@@ -273,16 +350,21 @@ def build(config: Config, mesh: DeviceMesh, view: View) -> tuple[Run, Progress]:
     if config.checkpoint.resume:
         progress = checkpoint.load_newest(config.run_dir / "checkpoints", learner)
         view.say(f"resumed after step {progress.step}")
-    engine.sync(policy.full_weights(), progress.step)
+    sync.push(progress.step)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
-    return Run(config, train_prompts, held_out, correct, sampler, learner, cost, sampling), progress
+    run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view)
+    return run, progress
 
 
-def timed_evaluation(run: Run, view: View, when: str) -> dict[str, float | None]:
+def timed_evaluation(run: Run, progress: Progress, when: str) -> dict[str, float | None]:
     started = time.perf_counter()
-    view.busy(f"evaluating {len(run.held_out)} held-out problems {when}")
-    result = evaluate(run.sampler, run.held_out, run.correct, run.config)
-    view.say(f"{when}: greedy {result['greedy']:.3f}, T=1 {result['t1']:.3f} ({time.perf_counter() - started:.1f}s)")
+    run.view.busy(f"evaluating {len(run.held_out)} held-out problems {when}")
+    with saved_if_stopped(run, progress):
+        result = run.sync.with_engine(
+            lambda: evaluate(run.sampler, run.held_out, run.correct, run.config), progress.step
+        )
+    seconds = time.perf_counter() - started
+    run.view.say(f"{when}: greedy {result['greedy']:.3f}, T=1 {result['t1']:.3f} ({seconds:.1f}s)")
     return result
 
 

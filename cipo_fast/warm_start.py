@@ -30,6 +30,7 @@ from cipo_fast.policy import Policy
 from cipo_fast.records import Conversation, Rollout, Segment
 from cipo_fast.rollout import Sampling
 from cipo_fast.sampling import Prompt, Sampler, seed_for
+from cipo_fast.sync import WeightSync
 
 CHECK_EVERY = 10
 CHECK_PROBLEMS = 256
@@ -41,6 +42,7 @@ def warm_start(
     prompts: list[Prompt],
     correct: CorrectionPrompts,
     sampler: Sampler,
+    sync: WeightSync,
     config: Config,
     cost: CostModel,
     report: Report,
@@ -57,6 +59,7 @@ def warm_start(
     examples = Examples(prompts[CHECK_PROBLEMS:] or prompts, correct, config.seed)
     optim = OptimConfig(lr=shape.warm_lr, warmup_steps=20)
     learner = Learner(policy, optim, total_updates=10**6)
+    sampling = Sampling(0.0, 1.0, limit)
     started = time.perf_counter()
     step, accuracy, elapsed = 0, 0.0, 0.0
     while accuracy < shape.warm_accuracy and elapsed < shape.warm_seconds:
@@ -65,8 +68,8 @@ def warm_start(
             bins = pack_trees(trees, config.train.pack_tokens, cost, dist.get_world_size())
             learner.update([make_pack(members) for members in bins[dist.get_rank()]], step)
             step += 1
-        sampler.engine.sync(policy.full_weights(), 0)
-        greedy = sampler.groups(prompts[:CHECK_PROBLEMS], 1, Sampling(0.0, 1.0, config.rollout.max_tokens), 0, "warm")
+        sync.push(0)
+        greedy = sync.with_engine(lambda: sampler.groups(prompts[:CHECK_PROBLEMS], 1, sampling, 0, "warm"), 0)
         accuracy = float(np.mean([g.rollouts[0].reward for g in greedy]))
         elapsed = _same_on_all_ranks(time.perf_counter() - started)
         report(step, accuracy, elapsed)

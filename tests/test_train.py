@@ -118,7 +118,8 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, warm: Path, capsys: pytes
     assert [key for key in KEYS if key not in rows[0]] == []
     assert rows[0]["tokens/rows"] > rows[0]["tokens/forwarded"] > 0
     assert all(row["sync/parity_max_abs"] < 1e-4 for row in rows)  # trainer and engine are the same policy, each step
-    assert all(row["rollout/ratio_max"] == 1.0 for row in rows)  # one update a batch
+    ratios = [row["rollout/ratio_max"] for row in rows if row["rollout/no_variance"] < 1]
+    assert ratios == [1.0] * len(ratios) != []  # one update a batch
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["before"].keys() >= {"greedy", "t1", "pass_at_2"}
     assert summary["after"].keys() >= {
@@ -147,8 +148,11 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, warm: Path, capsys: pytes
     assert AutoTokenizer.from_pretrained(folder / "model").chat_template
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in configs_dir().glob("*.yaml")))
-def test_every_recipe_runs(name: str, tmp_path: Path, warm: Path) -> None:
+EMBEDDED_RECIPES = sorted(p.name for p in configs_dir().glob("*.yaml") if "path:" not in p.read_text())
+
+
+@pytest.mark.parametrize("name", EMBEDDED_RECIPES)
+def test_every_recipe_of_the_embedded_model_runs(name: str, tmp_path: Path, warm: Path) -> None:
     folder = run_dir(tmp_path, warm)
     assert train(folder, str(configs_dir() / name), "train.steps=2") == 0
     rows = metrics(folder)
@@ -263,8 +267,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
     """The loss of the given forward passes (counted over training packs) is multiplied by nan."""
     inner, counter = Policy.forward, [0]
 
-    def forward(self: Policy, pack, what: str = "loss"):
-        output = inner(self, pack, what)
+    def forward(self: Policy, pack, what: str = "loss", temperature: float | None = None):
+        output = inner(self, pack, what, temperature)
         if what == "loss" and (pack.rl_weight != 0).any():
             counter[0] += 1
             if counter[0] in calls:

@@ -19,7 +19,18 @@ from cipo_fast.records import Anchor, Conversation, Group, Rollout, Segment
 
 
 def conversations(groups: list[Group], anchors: list[Anchor], config: Config) -> list[Conversation]:
-    """Every sampled answer of the batch as a Conversation; the corrections of an anchor share its segments."""
+    """The sampled answers of the batch that teach something; the corrections of an anchor share its segments.
+
+    An answer without a gradient (its group has one reward, and there is neither KL nor entropy bonus) is left out
+    here, before anything is computed for it; where it has corrections it stays, as their context. The normalisers
+    count all answers, so the loss gradient is the same."""
+    everything = _all_conversations(groups, anchors, config)
+    regularized = config.loss.beta > 0 or config.loss.entropy_coef > 0
+    teaching = [c for c in everything if c.ce_weight or (c.rl_weight and (c.advantage or regularized))]
+    return teaching or everything[:1]  # a step of an optimiser with momentum is a step, even on gradient 0
+
+
+def _all_conversations(groups: list[Group], anchors: list[Anchor], config: Config) -> list[Conversation]:
     prompts = [Segment(group.prompt_ids) for group in groups]
     attempts = [[Segment(rollout.token_ids) for rollout in group.rollouts] for group in groups]
     rollouts = _rollout_stream(groups, prompts, attempts, config)

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from cipo_fast.records import Completion
+from cipo_fast.rollout.fingerprints import Fingerprint
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,45 @@ class SyncReport:
     seconds: float
 
 
+class EngineFailure(Exception):
+    """The engine did not do what it was asked. After `restart` and a `sync`, the same request can be made again."""
+
+
 class Engine(Protocol):
-    policy_version: int
+    policy_version: int  # of the weights it samples with; -1 before the first sync
+    max_model_len: int | None  # longest prompt and answer together; None without a limit
 
     def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
-        """`n` completions of each prompt (token ids), in the prompts' order; the same seed gives the same ones."""
+        """`n` completions of each prompt (token ids), in the prompts' order; the same seed gives the same ones.
+
+        Answers are cut at max_model_len. Raises EngineFailure."""
         ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """Take over the trainer's weights, all of them: a missing or unknown name is a RuntimeError."""
+        """Take over the trainer's weights, all of them, and forget the prefix cache. Every rank calls it, and iterates.
+
+        A missing or unknown name is a RuntimeError. Interrupted half-way, it leaves an engine that refuses to generate.
+        Raises EngineFailure, on all ranks or on none."""
         ...
+
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """Log-probs at temperature 1 of every token but the first, given those before it. Raises EngineFailure."""
+        ...
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """What the engine computes with, a parameter each, by the trainer's names."""
+        ...
+
+    def release(self) -> None:
+        """Give the device's memory to the trainer, until the next sync."""
+        ...
+
+    def restart(self) -> None:
+        """After an EngineFailure: a fresh engine, without weights. Raises TrainingStopped when it cannot be had."""
+        ...
+
+    def prefix_cache(self) -> tuple[int, int]:
+        """(prompt tokens looked up, of them found) since the start; (0, 0) without a cache."""
+        ...
+
+    def close(self) -> None: ...

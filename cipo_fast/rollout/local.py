@@ -16,9 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from cipo_fast.errors import TrainingStopped
+from cipo_fast.errors import PolicyBroken
 from cipo_fast.records import Completion
 from cipo_fast.rollout import Sampling, SyncReport
+from cipo_fast.rollout.fingerprints import Fingerprint, of_parameter
 
 
 class LocalEngine:
@@ -30,7 +31,8 @@ class LocalEngine:
         self.eos_ids = eos_ids
         self.pad_id = pad_id
         self.batch_sequences = batch_sequences
-        self.policy_version = -1  # nothing synced yet
+        self.policy_version = -1
+        self.max_model_len: int | None = None
 
     def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
         found: list[list[Completion]] = [[] for _ in prompts]
@@ -63,6 +65,33 @@ class LocalEngine:
         return SyncReport(version, count, size, time.perf_counter() - started)
 
     @torch.no_grad()
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        found = []
+        for ids in sequences:
+            input_ids = torch.tensor([ids], device=self.model.device)
+            logp = self.model(input_ids).logits[0, :-1].float().log_softmax(-1)  # [L - 1, V]
+            found.append(logp.gather(1, input_ids[0, 1:, None]).squeeze(1).tolist())
+        return found
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        head = self.model.get_output_embeddings().weight
+        return {"lm_head.weight": of_parameter(head)} | {
+            name: of_parameter(parameter) for name, parameter in self.model.named_parameters()
+        }
+
+    def release(self) -> None:
+        pass
+
+    def restart(self) -> None:
+        raise NotImplementedError("the local engine lives and dies with the trainer")
+
+    def prefix_cache(self) -> tuple[int, int]:
+        return 0, 0
+
+    def close(self) -> None:
+        pass
+
+    @torch.no_grad()
     def _generate(self, prompts: list[list[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
         width = max(len(p) for p in prompts)
         device = self.model.device
@@ -92,7 +121,7 @@ class LocalEngine:
             if "probability tensor contains" not in str(error):
                 raise
             version = self.policy_version
-            raise TrainingStopped(f"policy version {version} gives probabilities that are not finite") from None
+            raise PolicyBroken(f"policy version {version} gives probabilities that are not finite") from None
         tokens = output[:, width:]  # [len(prompts) * n, L]
         logps = recorder.finish(output)
         ended = torch.isin(tokens, torch.tensor(self.eos_ids, device=device))

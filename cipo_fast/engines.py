@@ -1,0 +1,65 @@
+"""Which engine samples, and what it is started with."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cipo_fast.config import Config
+from cipo_fast.distributed import is_main
+from cipo_fast.errors import UserError
+from cipo_fast.model import eos_ids
+from cipo_fast.rollout import Engine
+from cipo_fast.rollout.local import LocalEngine
+
+
+def build_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str) -> Engine:
+    """The engine of `config.rollout.engine`, for a policy that starts as `model`. It has no weights before a sync."""
+    ends = eos_ids(model, tokenizer)
+    if config.rollout.engine == "local":
+        twin = copy.deepcopy(model).to(device, getattr(torch, config.model.dtype))  # type: ignore[arg-type]
+        twin.set_attn_implementation("sdpa")
+        return LocalEngine(twin, ends, tokenizer.pad_token_id or 0, config.rollout.batch_sequences)
+    from cipo_fast.rollout.vllm import VllmEngine, check_version
+
+    check_version()
+    folder = write_shape(config, model, tokenizer)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if config.rollout.engine == "vllm":
+        return VllmEngine(folder, config, list(shapes), ends, device)
+    from cipo_fast.rollout.vllm_server import VllmServerEngine
+
+    return VllmServerEngine(folder, config, shapes, ends, device)
+
+
+def write_shape(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """`run.dir/engine`: the model's config and tokenizer, no weights. What vLLM starts from."""
+    folder = config.run_dir / "engine"
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = copy.deepcopy(model.config)
+        shape.architectures = [type(model).__name__]
+        shape.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    dist.barrier()
+    return folder
+
+
+def fit_to_engine(config: Config, engine: Engine) -> Config:
+    """The config with prompts no longer than what leaves room for a whole answer. Longer ones are dropped as ever."""
+    if engine.max_model_len is None:
+        return config
+    room = engine.max_model_len - config.rollout.max_tokens
+    if room < 1:
+        raise UserError(
+            f"the engine holds {engine.max_model_len} tokens: rollout.max_tokens={config.rollout.max_tokens} leaves "
+            "none for a prompt"
+        )
+    fitted = config.model_copy(deep=True)
+    fitted.data.max_prompt_tokens = min(room, config.data.max_prompt_tokens)
+    fitted.correction.max_prompt_tokens = min(room, config.correction.max_prompt_tokens)
+    return fitted
