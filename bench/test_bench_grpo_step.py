@@ -6,6 +6,7 @@ the two in one process, so both see the same machine; the figure to read is `our
 
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,10 @@ from cipo_fast.view import View
 BLOCKS, STEPS = 5, 8  # blocks of each side, steps a block
 
 
-def our_run(tmp_path: Path, mesh) -> Run:
+def our_run(tmp_path: Path, mesh, open_engine: ExitStack) -> Run:
     config = load_config(["grpo.yaml"], [f"run.dir={tmp_path}", "model.embedded.warm_accuracy=0"])
     with View("plain", 1, "", quiet=True) as view:
-        return build(config, mesh, view)[0]
+        return build(config, mesh, view, open_engine)[0]
 
 
 def trl_trainer(tmp_path: Path):
@@ -69,15 +70,15 @@ def trl_trainer(tmp_path: Path):
 
 def test_grpo_step_against_trl(benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trl")
-    with process_group() as mesh:
-        run = our_run(tmp_path, mesh)
+    with process_group() as mesh, ExitStack() as open_engine:
+        run = our_run(tmp_path, mesh, open_engine)
         trainer, clock = trl_trainer(tmp_path)
         ours: list[float] = []
         progress = Progress(0, ReplayState(0.3))
         for block in range(BLOCKS + 1):
             for _ in range(STEPS):
-                metrics, groups, _anchors, progress = cipo_step(run, progress)
-                assert sum(len(group.rollouts) for group in groups) == 256
+                metrics, batch, progress = cipo_step(run, progress)
+                assert sum(len(group.rollouts) for group in batch.groups) == 256
                 assert metrics["train/skipped"] == 0
                 ours.append(metrics["time/step_s"])
             trainer.train()
@@ -92,7 +93,7 @@ def test_grpo_step_against_trl(benchmark, tmp_path: Path, capsys: pytest.Capture
 
         def step() -> None:
             nonlocal progress
-            progress = cipo_step(run, progress)[3]
+            progress = cipo_step(run, progress)[2]
 
         benchmark.pedantic(step, rounds=5)
     assert mine <= theirs

@@ -59,8 +59,10 @@ class ModelConfig(Section):
     """Type of the forward and backward pass. Weights, their gradients and the optimiser are float32 in either case."""
     attention: Literal["auto", "torch", "triton", "flash"] = "auto"
     """Back-end of the tree attention; auto: the fastest measured on this GPU (device_rates.json), torch elsewhere."""
+    loss: Literal["logits", "exp"] = "logits"
+    """Kernel of the fused loss on a GPU, V0 or V1 of kernels/README.md; V0 wherever V1 does not apply."""
     activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    """Recompute each layer but its attention in the backward pass, instead of keeping its activations."""
     embedded: EmbeddedModel = EmbeddedModel()
     """Shape and warm start of the embedded model."""
 
@@ -118,7 +120,7 @@ class SyncConfig(Section):
     probe_every: Positive = 1
     """After every so many syncs, compare the log-probs of trainer and engine on fixed tokens [ours]."""
     tolerance: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean gap of the probe in nats, 20 times that for one token; None: 1e-5 for float32, 0.03 for bfloat16."""
+    """Largest mean gap of the probe in nats, 20 times that for one token; None: 1e-5 for float32, 0.05 for bfloat16."""
     alarm_outside: Share = 0.1
     """Warn when more than this share of tokens has exp(trainer - sampler log-prob) outside [0.9, 1.1] [ours]."""
 
@@ -425,6 +427,9 @@ def _check_engine(config: Config) -> None:
         raise UserError("rollout.engine=vllm_server: give rollout.server.start=true or rollout.server.url, one of them")
     if r.server.url is not None and not r.server.url.startswith(("http://", "https://")):
         raise UserError(f"rollout.server.url={r.server.url}: expected http://host:port")
+    parallel = [k for k in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size") if k in r.vllm.args]
+    if r.engine == "vllm" and parallel:
+        raise UserError(f"rollout.vllm.args.{parallel[0]}: an engine in this process has one device; use a server")
     if r.overlap and r.engine != "vllm_server":
         raise UserError("rollout.overlap=1 needs rollout.engine=vllm_server: only a server samples while this trains")
     if r.overlap and config.loss.is_cap is None:

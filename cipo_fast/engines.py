@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cipo_fast.config import Config
 from cipo_fast.distributed import is_main
@@ -27,7 +27,10 @@ def build_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
     from cipo_fast.rollout.vllm import VllmEngine, check_version
 
     check_version()
-    folder = write_shape(config, model, tokenizer)
+    folder = config.run_dir / "engine"
+    if is_main():
+        write_shape(folder, model.config, tokenizer)
+    dist.barrier()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if config.rollout.engine == "vllm":
         return VllmEngine(folder, config, list(shapes), ends, device)
@@ -36,17 +39,11 @@ def build_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
     return VllmServerEngine(folder, config, shapes, ends, device)
 
 
-def write_shape(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """`run.dir/engine`: the model's config and tokenizer, no weights. What vLLM starts from."""
-    folder = config.run_dir / "engine"
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        shape = copy.deepcopy(model.config)
-        shape.architectures = [type(model).__name__]
-        shape.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    dist.barrier()
-    return folder
+def write_shape(folder: Path, shape: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What vLLM starts from: the model's config and tokenizer, no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def fit_to_engine(config: Config, engine: Engine) -> Config:

@@ -71,6 +71,7 @@ def embedded_tokenizer() -> PreTrainedTokenizerFast:
 def embedded_config(shape: EmbeddedModel) -> Qwen3Config:
     tokenizer = embedded_tokenizer()
     return Qwen3Config(
+        architectures=[Qwen3ForCausalLM.__name__],
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden,
         intermediate_size=shape.mlp,

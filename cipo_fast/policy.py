@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from cipo_fast.config import Config, LossConfig
+from cipo_fast.config import Config
 from cipo_fast.errors import UserError
 from cipo_fast.packing import CostModel, Pack
 
@@ -64,13 +64,14 @@ class Policy(nn.Module):
     Both run in `forward`, inside the FSDP root, so that its hooks unshard the head once for the fused loss.
     """
 
-    def __init__(self, model: PreTrainedModel, loss: LossConfig, temperature: float, attention: str = "auto"):
+    def __init__(self, model: PreTrainedModel, config: Config):
         super().__init__()
         refuse_unsupported(model)
         self.model = model
-        self.loss = loss
-        self.temperature = temperature
-        self.attention = attention
+        self.loss = config.loss
+        self.temperature = config.rollout.temperature
+        self.attention = config.model.attention
+        self.loss_impl = config.model.loss
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.train()
 
@@ -106,6 +107,7 @@ class Policy(nn.Module):
             temperature=self.temperature,
             bias=bias,
             softcap=self.softcap,
+            impl=self.loss_impl,
         )
 
     @torch.no_grad()
@@ -120,9 +122,8 @@ class Policy(nn.Module):
         """[N] such that exp(old_logp - it) is the importance weight of the target, or of its whole sequence.
 
         A sequence's weight is the product of its tokens': prod_t exp(old_t - sampler_t)."""
-        if self.loss.is_level == "token" or self.loss.is_cap is None:
+        if self.loss.is_level == "token" or self.loss.is_cap is None or pack.old_logp is None:  # None: supervised
             return pack.sampler_logp
-        assert pack.old_logp is not None
         gap = (pack.old_logp - pack.sampler_logp).nan_to_num(0.0)
         total = gap.new_zeros(len(pack.conversations)).index_add(0, pack.conversation, gap)
         return pack.old_logp - total[pack.conversation]
@@ -146,7 +147,7 @@ def build_policy(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Po
     """Shard `model` (FSDP2) and wrap it. Parameters, gradients and optimiser state stay fp32."""
     if config.model.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recompute_all_but_attention})
-    policy = Policy(model, config.loss, config.rollout.temperature, config.model.attention)
+    policy = Policy(model, config)
     # Without cast_forward_inputs=False FSDP2 would rebuild the pack and cast its fp32 log-probs.
     precision = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.model.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False

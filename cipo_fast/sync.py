@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 PROBE_SEQUENCES = 4
 PROBE_TOKENS = 128  # of a sequence, at most
-MEAN_GAP = {"float32": 1e-5, "bfloat16": 0.03}  # nats; bfloat16: assumed, not measured on a GPU
+MEAN_GAP = {"float32": 1e-5, "bfloat16": 0.05}  # nats; bfloat16: from 2 layers on CPU (0.02), not seen on a GPU
 MAX_OVER_MEAN = 20.0
 SAME_PARAMETER = {"float32": 1e-4, "bfloat16": 0.02}  # relative difference of fingerprints that rounding explains
 
@@ -58,7 +58,7 @@ class WeightSync:
         self.config = config.sync
         self.dtype_name = config.model.dtype
         self.dtype = getattr(torch, config.model.dtype)
-        self.probe_ids = [ids[:PROBE_TOKENS] for ids in probe_ids[:PROBE_SEQUENCES]]
+        self.probe_ids = [ids[:PROBE_TOKENS] for ids in probe_ids if len(ids) > 1][:PROBE_SEQUENCES]
         self.device = next(policy.parameters()).device
         self.pack = _pack(self.probe_ids).to(self.device)
         self.say = say

@@ -1,6 +1,7 @@
 """CIPO, reconstructed from the published descriptions of arXiv 2605.14539: `torchrun cipo_fast/train.py`.
 
-    torchrun cipo_fast/train.py [configs/x.yaml ...] [key.path=value ...] [--dry-run]
+    torchrun cipo_fast/train.py [configs/x.yaml ...] [key.path=value ...]
+    python cipo_fast/train.py ... --dry-run [--world RANKS] [--device-memory GB]
 
 Without arguments it trains the embedded model on the embedded task, on whatever device there is.
 """
@@ -87,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what)."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = parse_args([a for a in args if a != "--dry-run"])
         if "--dry-run" in args:
-            from cipo_fast.dry_run import describe
+            from cipo_fast.dry_run import dry_run
 
-            print(describe(config))
+            print(dry_run(args))
             return 0
+        config = parse_args(args)
         with process_group() as mesh:
             train(config, mesh)
     except UserError as error:
@@ -372,7 +373,10 @@ def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, 
     """Export, summary, table. Gathering the weights is a collective; the rest is the first rank's."""
     config = run.config
     if config.checkpoint.export:
-        weights = {name: tensor.cpu() for name, tensor in run.learner.policy.full_weights()}
+        weights = {}
+        for name, tensor in run.learner.policy.full_weights():  # a collective; only the first rank keeps what it gets
+            if recorder is not None:
+                weights[name] = tensor.cpu()
         if recorder is not None:
             checkpoint.export(config.run_dir / "model", run.learner.policy.model, weights, run.sampler.tokenizer)
     if recorder is None:

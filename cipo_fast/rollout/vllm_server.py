@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.records import Completion
 from cipo_fast.rollout import EngineFailure, Sampling, SyncReport
 from cipo_fast.rollout.fingerprints import Fingerprint
-from cipo_fast.rollout.vllm import engine_arguments, sampling_arguments
+from cipo_fast.rollout.vllm import engine_arguments, sampling_arguments, two_lines
 
 CONNECT_TIMEOUT_S = 10.0
 CONTROL_TIMEOUT_S = 60.0  # of the small calls: pause, resume, reset
@@ -43,30 +44,35 @@ class VllmServerEngine:
     ):
         self.config = config.rollout.server
         self.url = self.config.url.rstrip("/") if self.config.url else _own_url(self.config.port)
-        self.transfer_kind = self.config.transfer
-        if self.transfer_kind == "auto":
-            self.transfer_kind = "nccl" if device == "cuda" else "shared_memory"
+        self.transfer_kind = transfer_kind(config, device)
         self.shapes = shapes
         self.dtype = getattr(torch, config.model.dtype)
         self.eos_ids = eos_ids
         self.policy_version = -1
         self.in_flight = 2 * max(1, config.rollout.vllm.max_sequences // config.rollout.samples_per_prompt)
         self.session = requests.Session()
-        self.session.mount("http", requests.adapters.HTTPAdapter(pool_maxsize=self.in_flight))
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=self.in_flight))
         self.restarts = 0
         self.process: ServerProcess | None = None
         if self.config.start and is_main():
-            self.process = ServerProcess(folder, config, self.transfer_kind, device)
+            self.process = ServerProcess(folder, config, device)
         try:
             self._meet()
         except EngineFailure as failure:
             self.close()
             raise UserError(f"rollout.engine=vllm_server: {failure}") from None
         self.max_model_len: int | None = self._get("v1/models")["data"][0]["max_model_len"]
+        try:
+            self._score([0, 0])  # from its dummy weights: what it can load and cannot run shows here
+        except EngineFailure as failure:
+            self.close()
+            raise UserError(
+                f"model.path={config.model.path}: vLLM cannot run it: {failure}{self._log_hint()}"
+            ) from None
 
     def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
-        if self.policy_version < 0:
-            raise RuntimeError("the server has no whole set of weights: a sync comes first")
+        self._check_ready()
         bodies = [
             {
                 "token_ids": prompt,
@@ -111,13 +117,9 @@ class VllmServerEngine:
         return SyncReport(version, len(sent), size, time.perf_counter() - started)
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
-        found = []
-        for ids in sequences:
-            answer = self._post("inference/v1/generate", {"token_ids": ids, "sampling_params": params})
-            positions = zip(answer["prompt_logprobs"][1:], ids[1:], strict=True)
-            found.append([position[str(token)]["logprob"] for position, token in positions])
-        return found
+        self._check_ready()
+        with ThreadPoolExecutor(len(sequences)) as pool:
+            return list(pool.map(self._score, sequences))
 
     def fingerprints(self) -> dict[str, Fingerprint]:
         (found,) = self._post("collective_rpc", {"method": "cipo_fingerprints"})["results"]
@@ -158,6 +160,10 @@ class VllmServerEngine:
             self.process.stop()
         self.session.close()
 
+    def _check_ready(self) -> None:
+        if self.policy_version < 0:
+            raise RuntimeError("the server has no whole set of weights: a sync comes first")
+
     # -------------------------------------------------------------------------------------------------- one request
 
     def _generate(self, body: dict[str, Any]) -> list[Completion]:
@@ -175,6 +181,12 @@ class VllmServerEngine:
             truncated = choice["finish_reason"] == "length"
             found.append(Completion(choice["token_ids"], logps, truncated, self.policy_version))
         return found
+
+    def _score(self, ids: list[int]) -> list[float]:
+        params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
+        answer = self._post("inference/v1/generate", {"token_ids": ids, "sampling_params": params})
+        positions = zip(answer["prompt_logprobs"][1:], ids[1:], strict=True)
+        return [position[str(token)]["logprob"] for position, token in positions]
 
     def _post(self, path: str, body: Any = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
         return self._request("POST", path, body, timeout_s).json()
@@ -256,20 +268,17 @@ class VllmServerEngine:
 class ServerProcess:
     """`vllm serve` as a process group of its own, that dies with the trainer."""
 
-    def __init__(self, folder: Path, config: Config, transfer_kind: str, device: str):
-        self.command = serve_command(folder, config, transfer_kind, device)
+    def __init__(self, folder: Path, config: Config, device: str):
+        self.command = serve_command(folder, config, device)
         self.devices = config.rollout.server.devices
-        self.cpu = device != "cuda"
         self.log = folder / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN} | {"VLLM_SERVER_DEV_MODE": "1"}
+        environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN} | ENVIRONMENT
         if self.devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices
-        if self.cpu:
-            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's too
         launch = [sys.executable, "-m", "cipo_fast.rollout.vllm_launch", str(os.getpid())]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -288,28 +297,38 @@ class ServerProcess:
             self.process = None
 
     def last_error(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
-        errors = [line for line in lines if "Error: " in line]
-        return (errors or lines or ["(nothing in its log)"])[-1].strip()
+        """Of its log, without the process names that vLLM writes in front of each line."""
+        lines = [re.sub(r"^\(\w+ pid=\d+\) ", "", x) for x in self.log.read_text(errors="replace").splitlines()]
+        errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
+        return two_lines("\n".join(lines[errors[-1] :])) if errors else "its log names no error"
 
 
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # weight updates, pause, cache reset
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without a GPU the cores are the trainer's too
+}
 # What torchrun tells its workers; a server is none of them.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def serve_command(folder: Path, config: Config, transfer_kind: str, device: str) -> list[str]:
+def transfer_kind(config: Config, device: str) -> str:
+    kind = config.rollout.server.transfer
+    return kind if kind != "auto" else "nccl" if device == "cuda" else "shared_memory"
+
+
+def serve_command(folder: Path, config: Config, device: str) -> list[str]:
     """Options of vLLM's API server."""
     from cipo_fast.rollout.vllm_transfer import backend
 
-    arguments = engine_arguments(config, device) | {
+    arguments = {
         "model": str(folder),
         "served_model_name": "policy",
         "disable_uvicorn_access_log": True,
         "enable_scale_out": True,  # /inference/v1/generate: token ids in, token ids out
         "host": "127.0.0.1" if _one_node() else "0.0.0.0",
         "port": config.rollout.server.port,
-        "weight_transfer_config": {"backend": backend(transfer_kind)},
-    }
+        "weight_transfer_config": {"backend": backend(transfer_kind(config, device))},
+    } | engine_arguments(config, device)
     options: list[str] = []
     for name, value in arguments.items():
         option = name.replace("_", "-")

@@ -1,0 +1,51 @@
+"""A vLLM server for `rollout.server.url`, in the foreground.
+
+    python -m cipo_fast.serve [configs/x.yaml ...] [key.path=value ...]
+
+Give it the trainer's own settings: the model, the lengths, the type and the way weights travel must be the same. It
+listens on 127.0.0.1 unless `rollout.vllm.args={host: 0.0.0.0}`; whoever reaches its port controls it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoConfig
+
+from cipo_fast.config import parse_args
+from cipo_fast.engines import write_shape
+from cipo_fast.errors import UserError
+from cipo_fast.model import embedded_config, load_tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit code 2 for bad input, with one line."""
+    try:
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        from cipo_fast.rollout.vllm import check_version
+
+        check_version()
+        tokenizer = load_tokenizer(config)
+        embedded = config.model.path == "embedded"
+        shape = embedded_config(config.model.embedded) if embedded else AutoConfig.from_pretrained(config.model.path)
+        folder = config.run_dir / "engine"
+        write_shape(folder, shape, tokenizer)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from cipo_fast.rollout.vllm_server import ENVIRONMENT, serve_command
+
+    os.environ.update(ENVIRONMENT)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sys.argv = [sys.argv[0], *serve_command(folder, config, device)]
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
+    serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""A small policy, its engine's config and a reference, for the vLLM tests. vLLM itself is real, on CPU."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from cipo_fast.config import Config, load_config
+from cipo_fast.engines import build_engine
+from cipo_fast.model import embedded_tokenizer, load_model
+from cipo_fast.policy import ATTENTION, Policy, build_policy
+from cipo_fast.rollout import Engine
+from cipo_fast.rollout.local import LocalEngine
+from cipo_fast.sync import WeightSync
+
+TOKENIZER = embedded_tokenizer()
+EOS = TOKENIZER.eos_token_id
+SHAPE = ["model.embedded.hidden=64", "model.embedded.heads=2", "model.embedded.kv_heads=1", "model.embedded.mlp=96"]
+# Wide enough for long answers, which a test can interrupt.
+LIMITS = ["data.max_prompt_tokens=128", "rollout.max_tokens=128", "eval.max_tokens=128"]
+PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("ab", "a longer prompt " * 5, "x", "three")]
+
+
+class Setup:
+    """Policy, engine, and `local`: transformers with the same weights, which the tests hold against the engine."""
+
+    def __init__(self, folder: Path, mesh: DeviceMesh, *overrides: str):
+        self.config: Config = load_config([], [*SHAPE, *LIMITS, f"run.dir={folder}", *overrides])
+        model = load_model(self.config, ATTENTION)
+        twin = copy.deepcopy(model)
+        twin.set_attn_implementation("sdpa")
+        self.local = LocalEngine(twin, [EOS], TOKENIZER.pad_token_id, 512)
+        self.engine: Engine = build_engine(self.config, model, TOKENIZER, mesh.device_type)
+        self.policy: Policy = build_policy(model, self.config, mesh)
+        self.said: list[str] = []
+        self.sync = WeightSync(self.policy, self.engine, self.config, PROMPTS, self.said.append)
+
+    def change_weights(self, seed: int, names: str = "") -> None:
+        """Add noise to every parameter whose name contains `names`, as large as 20 updates at a high rate would."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.policy.model.named_parameters():
+                if names in name:
+                    noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+                    parameter.to_local().add_(noise)  # a group of one: the shard is the whole
+        self.local.sync(self.policy.full_weights(), 0)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.policy.full_weights()
+
+    def generated_gap(self, prompts: list[list[int]], completions: list[list]) -> float:
+        """Largest |log-prob of the engine - transformers'| over sampled tokens, in nats."""
+        gaps = [
+            abs(mine - theirs)
+            for prompt, found in zip(prompts, completions, strict=True)
+            for c in found
+            for mine, theirs in zip(
+                self.local.score([prompt + c.token_ids])[0][len(prompt) - 1 :], c.logps, strict=True
+            )
+        ]
+        return max(gaps)
