@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, process_group
-from cipo_fast.errors import UserError
-from cipo_fast.model import eos_ids, load_model, load_tokenizer
+from cipo_fast.engines import build_engine, fit_to_engine
+from cipo_fast.errors import TrainingStopped, UserError
+from cipo_fast.model import load_model, load_tokenizer
 from cipo_fast.records import Anchor, Group
-from cipo_fast.rollout import Sampling
-from cipo_fast.rollout.local import LocalEngine
+from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_prompts
 from cipo_fast.tasks import load_dataset
 from cipo_fast.view import evaluation_table
@@ -75,18 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (EngineFailure, TrainingStopped) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
 def evaluate_model(config: Config, device: str) -> Evaluation:
-    """`evaluate` of the weights in `model.path`, on the config's held-out problems."""
+    """`evaluate` of the weights in `model.path`, on the config's held-out problems, by the config's engine."""
     tokenizer = load_tokenizer(config)
     problems = load_dataset(config).held_out
-    prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "held-out problems", print)
-    model = load_model(config, "sdpa").to(device, getattr(torch, config.model.dtype))  # type: ignore[arg-type]
-    engine = LocalEngine(model, eos_ids(model, tokenizer), tokenizer.pad_token_id or 0, config.rollout.batch_sequences)
-    sampler = Sampler(engine, tokenizer, config.seed)
-    return evaluate(sampler, prompts, CorrectionPrompts(tokenizer, config.correction), config)
+    model = load_model(config, "sdpa")
+    with closing(build_engine(config, model, tokenizer, device)) as engine:
+        config = fit_to_engine(config, engine)
+        prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "held-out problems", print)
+        dtype = getattr(torch, config.model.dtype)
+        engine.sync(((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()), 0)
+        sampler = Sampler(engine, tokenizer, config.seed)
+        return evaluate(sampler, prompts, CorrectionPrompts(tokenizer, config.correction), config)
 
 
 if __name__ == "__main__":

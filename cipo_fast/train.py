@@ -161,6 +161,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
     progress = progress.after_step(batch.replay, [update.applied for update in updates], waited - started)
     with saved_if_stopped(run, progress):
         sync = run.sync.push(step)
+    progress = replace(progress, seconds=progress.seconds + time.perf_counter() - waited)
 
     generate_s, verify_s = run.sampler.take_times()
     if config.rollout.overlap:  # what the loop waited for, not what went on beside it

@@ -22,13 +22,14 @@ from rich.text import Text
 from cipo_fast.cipo.metrics import Metrics
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-PHASES = ("generate", "verify", "old_logp", "train", "sync", "idle")
+PHASES = ("generate", "verify", "old_logp", "train", "sync", "probe", "idle")
 COLORS = {
     "generate": "cyan",
     "verify": "yellow",
     "old_logp": "magenta",
     "train": "green",
     "sync": "blue",
+    "probe": "bright_blue",
     "idle": "grey50",
 }
 

@@ -50,7 +50,12 @@ def test_two_ranks_with_an_engine_each_train(tmp_path: Path, warm: Path) -> None
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["sync/parity_max_abs"] < 1e-5 for row in rows)
     assert all(row["rollout/prefix_hit_rate"] is not None for row in rows)
-    assert (folder / "summary.json").is_file()
+    summary = json.loads((folder / "summary.json").read_text())
+    evaluate = [sys.executable, "-m", "cipo_fast.evaluate", *BASE, f"model.path={folder / 'model'}"]
+    done = subprocess.run([*evaluate, "rollout.engine=vllm"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    greedy = next(line for line in done.stdout.splitlines() if "accuracy, greedy" in line)
+    assert f"{summary['after']['greedy']:.3f}" in greedy
 
 
 def test_a_server_killed_during_training_loses_nothing(tmp_path: Path, warm: Path) -> None:

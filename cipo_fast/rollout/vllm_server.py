@@ -241,10 +241,7 @@ class VllmServerEngine:
         workers = self._get("get_world_size")["world_size"]
         client = HTTPVLLMWeightSyncClient(self.url, timeout=self.config.timeout_s)
         parameters = [ParamMeta(name, self.dtype, shape) for name, shape in self.shapes.items()]
-        try:
-            self.transfer = connect(self.transfer_kind, client, parameters, workers)
-        except (requests.RequestException, RuntimeError) as error:
-            raise EngineFailure(f"{self.url}: no weight transfer: {_reason(error)}") from error
+        self.transfer = connect(self.transfer_kind, client, parameters, workers, self.config.timeout_s)
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self.config.start_timeout_s

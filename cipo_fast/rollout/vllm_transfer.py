@@ -94,9 +94,12 @@ class Sender:
 
 
 def connect(
-    kind: str, client: HTTPVLLMWeightSyncClient, parameters: list[ParamMeta], workers: int
+    kind: str, client: HTTPVLLMWeightSyncClient, parameters: list[ParamMeta], workers: int, timeout_s: float
 ) -> tuple[TrainerWeightTransferEngine, QueueSource]:
-    """Meet the server's transfer engine. kind: nccl or shared_memory; `workers` counts the server's devices."""
+    """Meet the server's transfer engine. kind: nccl or shared_memory; `workers` counts the server's devices.
+
+    Raises EngineFailure when that fails or takes longer than `timeout_s`. A connection to a dead server is dropped, not
+    closed: NCCL may wait for its peer for ever."""
     source = QueueSource(parameters)
     info: TrainerInitInfo
     if kind == "nccl":
@@ -105,7 +108,22 @@ def connect(
         info = NCCLTrainerInitInfo(_own_address(client.base_url), _free_port(), workers + 1, rank=0)
     else:
         info = FilesTrainerInit(rank=0)
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source), source
+    met: queue.Queue[TrainerWeightTransferEngine | BaseException] = queue.Queue()
+
+    def meet() -> None:
+        try:
+            met.put(WeightTransferTrainerFactory.trainer_init(info, client=client, source=source))
+        except BaseException as error:
+            met.put(error)
+
+    threading.Thread(target=meet, daemon=True).start()
+    try:
+        engine = met.get(timeout=timeout_s)
+    except queue.Empty:
+        raise EngineFailure("the server's weight transfer was not met in time") from None
+    if isinstance(engine, BaseException):
+        raise EngineFailure(f"no weight transfer: {engine}") from engine
+    return engine, source
 
 
 def backend(kind: str) -> str:
