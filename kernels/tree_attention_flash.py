@@ -20,28 +20,16 @@ so sums have a fixed order. Ours; merging by lse is common practice (ring attent
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .fused_linear_logprob import refuse_create_graph
+from .tree_attention_rectangles import VarlenCall, varlen_calls
 from .tree_layout import TreeLayout
 
 aten = torch.ops.aten
-
-
-class VarlenCall(NamedTuple):
-    """Rectangle i: tokens query[cu_q[i] : cu_q[i + 1]] by key[cu_k[i] : cu_k[i + 1]]."""
-
-    query: Tensor | slice  # token indices
-    key: Tensor | slice
-    cu_q: Tensor  # [n + 1] int32
-    cu_k: Tensor
-    max_q: int  # the most queries of one rectangle
-    max_k: int
-    causal: bool
 
 
 def tree_attention_flash(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, *, scale: float | None = None) -> Tensor:
@@ -55,9 +43,9 @@ def tree_attention_flash(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, *, s
     A nan in v can reach earlier tokens of its own segment (or merged chain), where flash attention multiplies it by a
     masked 0; it never reaches another branch.
 
-    Under torch.compile(fullgraph=True), `varlen_work(tree)` must have been called before the compiled call.
+    Under torch.compile(fullgraph=True), `tree.varlen_work` must have been read before the compiled call.
     """
-    return attention_op(q, k, v, varlen_work(tree), q.shape[2] ** -0.5 if scale is None else scale)[0]
+    return attention_op(q, k, v, tree.varlen_work, q.shape[2] ** -0.5 if scale is None else scale)[0]
 
 
 # ---- operators
@@ -65,7 +53,7 @@ def tree_attention_flash(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, *, s
 
 @torch.library.custom_op("cipo_kernels::tree_attention_flash", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, work: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """(o [T, Hq, D], lse [Hq, T] in nats, fp32 or fp64). work: `varlen_work`."""
+    """(o [T, Hq, D], lse [Hq, T] in nats, fp32 or fp64). work: `TreeLayout.varlen_work`."""
     T, Hq, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     o = torch.zeros(q.shape, dtype=dtype, device=q.device)
@@ -123,70 +111,6 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 def _weight(lse_i: Tensor, lse: Tensor) -> Tensor:
     """exp(lse_i - lse) of [Hq, n], as [n, Hq, 1]."""
     return (lse_i - lse).exp().T[..., None]
-
-
-# ---- work lists
-
-
-def varlen_work(tree: TreeLayout) -> list[Tensor]:
-    """The calls of a layout as tensors, which is all that an operator takes: of the causal call cu_q (it is its cu_k,
-    too), of each other one query, key, cu_q and cu_k, all on the layout's device; then, on the CPU, max_q and max_k of
-    every call [n_calls, 2] int64. Built on the CPU once a layout, and kept with it.
-    """
-    kept = vars(tree)  # as a cached_property of the layout would
-    if "varlen_work" not in kept:
-        kept["varlen_work"] = _varlen_work(tree)
-    return kept["varlen_work"]
-
-
-def _varlen_work(tree: TreeLayout) -> list[Tensor]:
-    start, end, subtree_end, depth = _merge_chains(tree)
-    tensors, longest = [_cumulative(end - start)], [[int((end - start).max())] * 2]
-    for d in range(int(depth.max())):
-        at = (depth == d) & (end < subtree_end)
-        n_q, n_k = (subtree_end - end)[at], (end - start)[at]
-        tensors += _tokens(end[at], n_q), _tokens(start[at], n_k), _cumulative(n_q), _cumulative(n_k)
-        longest.append([int(n_q.max()), int(n_k.max())])
-    return [*(x.to(tree.device, non_blocking=True) for x in tensors), torch.tensor(longest)]
-
-
-def varlen_calls(work: list[Tensor]) -> list[VarlenCall]:
-    """The calls that `varlen_work` lists."""
-    cu, *rectangles, longest = work
-    (max_n, _), *max_qk = longest.tolist()
-    everything = slice(None)
-    calls = [VarlenCall(everything, everything, cu, cu, max_n, max_n, causal=True)]
-    for i, (max_q, max_k) in enumerate(max_qk):
-        query, key, cu_q, cu_k = rectangles[4 * i : 4 * i + 4]
-        calls.append(VarlenCall(query, key, cu_q, cu_k, max_q, max_k, causal=False))
-    return calls
-
-
-def _merge_chains(tree: TreeLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """start, end, subtree_end and depth [S'] of the segments, an only child being a part of its parent.
-
-    In preorder an only child starts where its parent ends, and both have the same subtree_end.
-    """
-    has_parent = tree.parent >= 0
-    n_children = torch.bincount(tree.parent[has_parent], minlength=len(tree.parent))
-    only_child = has_parent & (n_children[tree.parent] == 1)
-    depth: list[int] = []
-    for parent, only in zip(tree.parent.tolist(), only_child.tolist(), strict=True):
-        depth.append(0 if parent < 0 else depth[parent] + (not only))
-    first = ~only_child
-    start = tree.start[first]
-    end = torch.cat([start[1:], tree.end[-1:]])
-    return start, end, tree.subtree_end[first], torch.tensor(depth)[first]
-
-
-def _tokens(first: Tensor, length: Tensor) -> Tensor:
-    """The ranges [first, first + length) in a row."""
-    skipped = first - (length.cumsum(0) - length)
-    return torch.arange(int(length.sum())) + skipped.repeat_interleave(length)
-
-
-def _cumulative(length: Tensor) -> Tensor:
-    return F.pad(length.cumsum(0), (1, 0)).int()
 
 
 # ---- flash attention: q, o, do [Nq, Hq, D]; k, v [Nk, Hkv, D], Hq a multiple of Hkv; lse [Hq, Nq], in nats

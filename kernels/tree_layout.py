@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 
 import torch
 
+from .tree_attention_rectangles import varlen_work
 from .tree_attention_worklist import tree_work
 
 # A tree of L tokens is cut into runs of about L / 16 queries, within these bounds: the CPU flash kernel's tiles
@@ -155,6 +156,12 @@ class TreeLayout:
         """`TreeWork.tensors()`, what the Triton kernels loop over, on `device`. Built once a pack."""
         work = tree_work(self.start, self.end, self.subtree_end)
         return [x.to(self.device, non_blocking=True) for x in work.tensors()]
+
+    @cached_property
+    def varlen_work(self) -> list[torch.Tensor]:
+        """`varlen_work` of the layout, on `device` but for its last tensor, which the host reads. Built once a pack."""
+        *tensors, longest = varlen_work(self.start, self.end, self.subtree_end, self.parent)
+        return [*(x.to(self.device, non_blocking=True) for x in tensors), longest]
 
     @property
     def _subtree_end_cpu(self) -> torch.Tensor:

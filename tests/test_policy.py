@@ -70,8 +70,8 @@ def with_terms(pack: Pack, seed: int = 1) -> Pack:
     return Pack(**{**pack.__dict__, "old_logp": old, "ref_logp": ref})
 
 
-def settings(loss: LossConfig = LOSS, temperature: float = 1.0, attention: str = "auto") -> Config:
-    return Config(loss=loss, rollout=RolloutConfig(temperature=temperature), model=ModelConfig(attention=attention))
+def settings(loss: LossConfig | None = None, temperature: float = 1.0, attention: str = "auto") -> Config:
+    return Config(loss=loss or LossConfig(), rollout=RolloutConfig(temperature=temperature), model=ModelConfig(attention=attention))
 
 
 def loss_and_gradients(

@@ -5,7 +5,8 @@ import torch
 import torch.utils.checkpoint
 from cipo_kernels import tree_attention_flash as flash
 from cipo_kernels.tree_attention import tree_attention, tree_attention_reference
-from cipo_kernels.tree_attention_flash import tree_attention_flash, varlen_work
+from cipo_kernels.tree_attention_flash import tree_attention_flash
+from cipo_kernels.tree_attention_rectangles import varlen_calls
 from cipo_kernels.tree_layout import TreeLayout
 from test_tree_attention import STREAMS, assert_same, cipo_tree, forest, qkv, root_path, with_gradients
 
@@ -29,7 +30,7 @@ def most_branch_points(parents):
 
 
 def calls_of(tree):
-    return flash.varlen_calls(varlen_work(tree))
+    return varlen_calls(tree.varlen_work)
 
 
 def rectangles(call, num_tokens):
@@ -89,7 +90,7 @@ def test_calls_of_known_streams(name, n_calls):
 
 def test_work_lists_are_built_once_a_layout():
     tree = TreeLayout.from_parents(*STREAMS["depth 3"])
-    assert varlen_work(tree) is varlen_work(tree)
+    assert tree.varlen_work is tree.varlen_work
 
 
 # ---- attention
@@ -194,7 +195,7 @@ def assert_equal(actual, expected):
 
 def test_opcheck(small):
     tree, q, k, v = small
-    work = varlen_work(tree), 0.25
+    work = tree.varlen_work, 0.25
     torch.library.opcheck(flash.attention_op, (q, k, v, *work))
     q, k, v = (x.detach() for x in (q, k, v))
     o, lse = flash.attention_op(q, k, v, *work)
@@ -207,7 +208,7 @@ def test_fullgraph_compile(small):
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for tree in (small[0], TreeLayout.from_parents(*forest(7, [2, 3]))):  # another number of calls, too
-        _ = varlen_work(tree)
+        _ = tree.varlen_work
         q, k, v = qkv(tree.num_tokens, dtype=torch.float32)
         expected = torch.autograd.grad(layer(q, k, v, tree).sum(), (q, k, v))
         assert_equal(torch.autograd.grad(compiled(q, k, v, tree).sum(), (q, k, v)), expected)
