@@ -29,7 +29,9 @@ def build_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
     check_version()
     folder = config.run_dir / "engine"
     if is_main():
-        write_shape(folder, model.config, tokenizer)
+        shape = copy.deepcopy(model.config)
+        shape.architectures = [type(model).__name__]  # not every config that a model is built from says so
+        write_shape(folder, shape, tokenizer)
     dist.barrier()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if config.rollout.engine == "vllm":

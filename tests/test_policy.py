@@ -71,7 +71,11 @@ def with_terms(pack: Pack, seed: int = 1) -> Pack:
 
 
 def settings(loss: LossConfig | None = None, temperature: float = 1.0, attention: str = "auto") -> Config:
-    return Config(loss=loss or LossConfig(), rollout=RolloutConfig(temperature=temperature), model=ModelConfig(attention=attention))
+    return Config(
+        loss=loss or LossConfig(),
+        rollout=RolloutConfig(temperature=temperature),
+        model=ModelConfig(attention=attention),
+    )
 
 
 def loss_and_gradients(
