@@ -85,7 +85,7 @@ def test_grpo_step_against_trl(benchmark, tmp_path: Path, capsys: pytest.Capture
             if block == 0:  # warm-up
                 ours.clear()
                 clock.seconds.clear()
-        torch.testing.assert_close(metrics["sync/parity_max_abs"], 0.0, atol=1e-4, rtol=0)
+        torch.testing.assert_close(metrics["rollout/sampler_gap_max"], 0.0, atol=1e-4, rtol=0)
         mine, theirs = statistics.median(ours), statistics.median(clock.seconds)
         benchmark.extra_info.update(ours_s=mine, trl_s=theirs, ratio=mine / theirs, steps=len(ours))
         with capsys.disabled():

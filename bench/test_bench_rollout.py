@@ -170,6 +170,6 @@ def summary(steps: list[dict[str, float]], syncs: list[SyncReport]) -> dict[str,
     return {
         "sync_s": statistics.median(report.seconds for report in syncs),
         "sync_s_per_gb": statistics.median(1e9 * report.seconds / report.bytes for report in syncs),
-        "probe_share": statistics.median(m["time/probe_s"] / m["time/step_s"] for m in steps),
+        "probe_share": sum(m["time/probe_s"] for m in steps) / sum(m["time/step_s"] for m in steps),
         "step_s": statistics.median(m["time/step_s"] for m in steps),
     }

@@ -29,6 +29,7 @@ SMALL = [
     "model.embedded.hidden=64", "model.embedded.mlp=96", "model.embedded.warm_accuracy=0.05", "data.task=add",
     "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "rollout.max_tokens=6", "eval.problems=16",
     "eval.samples=2", "run.tensorboard=false", "run.view=plain", "train.steps=2",
+    "sync.probe_every=1",
 ]  # fmt: skip
 
 
