@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import requests
 from torch.distributed.device_mesh import DeviceMesh
 from vllm_setup import PROMPTS, Setup
 
@@ -52,7 +51,7 @@ def pid(setup: Setup) -> int:
 
 
 def is_paused(setup: Setup) -> bool:
-    return requests.get(f"{setup.engine.url}/is_paused", timeout=10).json()["is_paused"]
+    return setup.engine._get("is_paused")["is_paused"]
 
 
 def test_log_probs_match_transformers_before_and_after_20_syncs_of_changed_weights(setup: Setup) -> None:
