@@ -62,7 +62,6 @@ class WeightSync:
         self.device = next(policy.parameters()).device
         self.pack = _pack(self.probe_ids).to(self.device)
         self.say = say
-        self.syncs = 0
         self.tolerance = self.config.tolerance or MEAN_GAP[config.model.dtype]
 
     def push(self, version: int) -> Metrics:
@@ -71,8 +70,7 @@ class WeightSync:
             try:
                 report = self.engine.sync(self.policy.full_weights(self.dtype), version)
                 started = time.perf_counter()
-                self.syncs += 1
-                gap = self._probe() if (self.syncs - 1) % self.config.probe_every == 0 else None
+                gap = self._probe() if version % self.config.probe_every == 0 else None
                 break
             except EngineFailure as failure:
                 self._restart(failure)
