@@ -20,7 +20,7 @@ TOKENIZER = embedded_tokenizer()
 EOS = TOKENIZER.eos_token_id
 SHAPE = ["model.embedded.hidden=64", "model.embedded.heads=2", "model.embedded.kv_heads=1", "model.embedded.mlp=96"]
 # Wide enough for long answers, which a test can interrupt.
-LIMITS = ["data.max_prompt_tokens=128", "rollout.max_tokens=128", "eval.max_tokens=128"]
+LIMITS = ["data.max_prompt_tokens=128", "rollout.max_tokens=128", "eval.max_tokens=128", "sync.probe_every=1"]
 PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("ab", "a longer prompt " * 5, "x", "three")]
 
 
