@@ -51,7 +51,7 @@ def test_two_ranks_with_an_engine_each_train(tmp_path: Path, warm: Path) -> None
     assert all(row["sync/parity_max_abs"] < 1e-5 for row in rows)
     assert all(row["rollout/prefix_hit_rate"] is not None for row in rows)
     summary = json.loads((folder / "summary.json").read_text())
-    evaluate = [sys.executable, "-m", "cipo_fast.evaluate", *BASE, f"model.path={folder / 'model'}"]
+    evaluate = [sys.executable, "-m", "cipo_fast.evaluate", "embedded.yaml", *BASE, f"model.path={folder / 'model'}"]
     done = subprocess.run([*evaluate, "rollout.engine=vllm"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     greedy = next(line for line in done.stdout.splitlines() if "accuracy, greedy" in line)
