@@ -7,6 +7,7 @@ When `model.path` is `embedded` (the default), `configs/embedded.yaml` lies unde
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+HELD_OUT = 400  # problems held out unless eval.problems says otherwise
 
 
 class Section(BaseModel):
@@ -71,11 +73,17 @@ class DataConfig(Section):
     task: Literal["sort", "add"] = "sort"
     """Embedded task, used when `data.train` is not given."""
     train: Path | None = None
-    """JSONL file: one object a line with `prompt` (text) or `messages` (chat), and `answer` (exact match, stripped)."""
+    """JSON Lines: `prompt` (text) or `messages`, and `answer` (exact match, stripped); or TRL's or verl's form."""
     eval: Path | None = None
-    """JSONL file of held-out problems. Without it `eval.problems` (a tenth at most) are held out of `data.train`."""
+    """Held-out problems in the same form. Without it `eval.problems` (a tenth at most) are held out of `data.train`."""
     max_prompt_tokens: Positive = 2048
     """Longer prompts are dropped and counted."""
+    system_prompt: str | None = None
+    """System turn before every problem that has none of its own, in training and evaluation [ours]."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Arguments of the chat template, such as {enable_thinking: false}, in every prompt [transformers, vLLM]."""
+    date: datetime.date | None = None
+    """Today to a chat template that prints it, YYYY-MM-DD; None: the day the run starts, kept on resuming [ours]."""
 
 
 class VllmConfig(Section):
@@ -266,8 +274,8 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    problems: Positive = 400
-    """Held-out problems."""
+    problems: Positive | None = None
+    """Held-out problems; None: all of `data.eval`, else 400 and at most a tenth of `data.train` [ours]."""
     samples: Annotated[int, Field(ge=2)] = 8
     """Answers a problem at T=1, for accuracy and pass@k [k = this]."""
     every: NonNegative = 0
@@ -417,8 +425,6 @@ def _check(config: Config) -> None:
             raise UserError(f"data.{key}: no file {path}")
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise UserError(f"run.dir={config.run_dir} is a file; name a folder")
-    if config.data.eval is not None and config.data.train is None:
-        raise UserError("data.eval is given without data.train: name the training file too")
 
 
 def _check_engine(config: Config) -> None:

@@ -18,7 +18,7 @@ import torch
 from cipo_kernels import device_rates
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from cipo_fast.config import Config, parse_args
+from cipo_fast.config import HELD_OUT, Config, parse_args
 from cipo_fast.errors import UserError
 from cipo_fast.model import embedded_config
 from cipo_fast.policy import cost_model, decoder_layers
@@ -151,8 +151,17 @@ def _sizes(config: Config) -> list[str]:
         f"at most {tree:,} tokens forwarded a step ({rows:,} as one row a conversation)",
     ]
     if config.data.train is None and config.model.path != "embedded":
-        lines.append(f"data.train is not given: this would train on the embedded task, data.task={config.data.task}")
+        lines.append("data.train is not given: a run would be refused")
     return lines
+
+
+def held_out_problems(config: Config) -> int:
+    """How many problems an evaluation has, at most."""
+    most = config.eval.problems or HELD_OUT
+    if config.data.eval is None:
+        return most
+    rows = sum(bool(line.strip()) for line in config.data.eval.read_bytes().split(b"\n"))
+    return min(rows, config.eval.problems or rows)
 
 
 def _tokens(config: Config) -> tuple[int, int]:
@@ -249,7 +258,7 @@ class Plan:
         asked = [
             (c.rollout.prompts_per_step, c.rollout.samples_per_prompt),
             (c.anchors_per_step, c.samples_per_anchor),
-            (c.eval.problems, c.eval.samples),
+            (held_out_problems(c), c.eval.samples),
         ]
         return max(-(-prompts // ranks) * n for prompts, n in asked)
 

@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from cipo_fast.chat import Chat
 from cipo_fast.config import Config
 from cipo_fast.distributed import is_main
 from cipo_fast.errors import UserError
-from cipo_fast.model import eos_ids
 from cipo_fast.rollout import Engine
 from cipo_fast.rollout.local import LocalEngine
 
 
-def build_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str) -> Engine:
+def build_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str) -> Engine:
     """The engine of `config.rollout.engine`, for a policy that starts as `model`. It has no weights before a sync."""
-    ends = eos_ids(model, tokenizer)
+    tokenizer, ends = chat.tokenizer, chat.end_ids(model.generation_config)
     if config.rollout.engine == "local":
         twin = copy.deepcopy(model).to(device, getattr(torch, config.model.dtype))  # type: ignore[arg-type]
         twin.set_attn_implementation("sdpa")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from cipo_fast.chat import Chat
 from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
@@ -22,8 +23,8 @@ from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.model import load_model, load_tokenizer
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
-from cipo_fast.sampling import Prompt, Sampler, encode_prompts
-from cipo_fast.tasks import load_dataset
+from cipo_fast.sampling import Prompt, Sampler, count_unreachable, encode_prompts, fitting
+from cipo_fast.tasks import load_held_out
 from cipo_fast.view import evaluation_table
 
 Evaluation = dict[str, float | None]
@@ -84,16 +85,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_model(config: Config, device: str) -> Evaluation:
     """`evaluate` of the weights in `model.path`, on the config's held-out problems, by the config's engine."""
-    tokenizer = load_tokenizer(config)
-    problems = load_dataset(config).held_out
+    say = print if is_main() else lambda line: None
+    problems = load_held_out(config, say)
+    chat = Chat(load_tokenizer(config), config.data)
+    prompts = fitting(encode_prompts(problems, chat), config.data.max_prompt_tokens, "held-out problems", say)
+    count_unreachable(prompts, chat, "held-out problems", ("eval.max_tokens", config.eval.max_tokens), say)
+    CorrectionPrompts(chat, config.correction)  # what it refuses, it refuses before an engine starts
     model = load_model(config, "sdpa")
-    with closing(build_engine(config, model, tokenizer, device)) as engine:
+    chat.refuse_beyond(model.config.get_text_config().vocab_size)
+    with closing(build_engine(config, model, chat, device)) as engine:
         config = fit_to_engine(config, engine)
-        prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "held-out problems", print)
+        prompts = fitting(prompts, config.data.max_prompt_tokens, "held-out problems", say)
         dtype = getattr(torch, config.model.dtype)
         engine.sync(((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()), 0)
-        sampler = Sampler(engine, tokenizer, config.seed)
-        return evaluate(sampler, prompts, CorrectionPrompts(tokenizer, config.correction), config)
+        sampler = Sampler(engine, chat, config.seed)
+        return evaluate(sampler, prompts, CorrectionPrompts(chat, config.correction), config)
 
 
 if __name__ == "__main__":

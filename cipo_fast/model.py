@@ -88,13 +88,6 @@ def embedded_config(shape: EmbeddedModel) -> Qwen3Config:
     )
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and what the model's generation config adds."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    more = own if isinstance(own, list) else [] if own is None else [own]
-    return sorted({tokenizer.eos_token_id, *more})
-
-
 def _cannot_load(config: Config, what: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0]
     return UserError(f"model.path={config.model.path}: cannot load the {what}: {reason}")

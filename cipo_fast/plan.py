@@ -98,7 +98,9 @@ def recorded(run_dir: Path) -> list[Conversation]:
     if not files:
         raise UserError(f"run={run_dir}: no rollouts in it (run.save_rollouts_every=0?)")
     groups: dict[str, list[dict]] = {}
-    for line in files[-1].read_text(encoding="utf-8").splitlines():
+    for line in files[-1].read_text(encoding="utf-8").split("\n"):  # a text may hold what else ends a line
+        if not line:
+            continue
         record = json.loads(line)
         groups.setdefault(record["problem"], []).append(record)
     found: list[Conversation] = []

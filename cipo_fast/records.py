@@ -9,12 +9,14 @@ Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content":
 
 @dataclass(frozen=True)
 class Problem:
-    """One question and what its verifier needs. `answer` is the exact text a right answer has, once stripped."""
+    """One question and what its verifier needs. `answer` is the exact text a right answer has, once stripped.
+    `where` is what an error calls it: file and line."""
 
     id: str
     messages: tuple[Message, ...]
     answer: str
     source: str
+    where: str = field(default="", compare=False)
 
     @property
     def content(self) -> tuple[tuple[str, str], ...]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
-from cipo_fast.cipo.prompts import chat_ids
+from cipo_fast.chat import Chat
 from cipo_fast.distributed import gather, raise_together, share
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
@@ -33,11 +31,13 @@ class Prompt:
     token_ids: list[int]
 
 
-def encode_prompts(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, limit: int, what: str, say: Callable[[str], None]
-) -> list[Prompt]:
+def encode_prompts(problems: Sequence[Problem], chat: Chat) -> list[Prompt]:
+    """Raises UserError, naming the row, where the chat template or the tokenizer cannot take one."""
+    return [Prompt(problem, chat.prompt(problem.messages, problem.where or problem.id)) for problem in problems]
+
+
+def fitting(prompts: list[Prompt], limit: int, what: str, say: Callable[[str], None]) -> list[Prompt]:
     """Prompts of at most `limit` tokens; longer ones are dropped and counted, all of them being longer is an error."""
-    prompts = [Prompt(problem, chat_ids(tokenizer, problem.messages)) for problem in problems]
     kept = [p for p in prompts if len(p.token_ids) <= limit]
     if not kept:
         shortest = min(len(p.token_ids) for p in prompts)
@@ -50,13 +50,27 @@ def encode_prompts(
     return kept
 
 
+def count_unreachable(
+    prompts: Sequence[Prompt], chat: Chat, what: str, limit: tuple[str, int], say: Callable[[str], None]
+) -> None:
+    """Say how many answers, their end of turn included, are longer than `limit` (setting, tokens): no attempt can give
+    them. All of them being longer is an error."""
+    setting, most = limit
+    lengths = [len(chat.answer(p.problem.answer)) for p in prompts]
+    longer = sum(length > most for length in lengths)
+    if longer == len(lengths):
+        raise UserError(f"{what}: every answer is longer than {setting}={most}; the shortest has {min(lengths)} tokens")
+    if longer:
+        say(f"{what}: {longer} of {len(lengths)} answers are longer than {setting}={most}, so never given")
+
+
 @dataclass
 class Sampler:
     """Samples and verifies; work is shared between ranks, and every rank gets all of the result. What stops one
     rank stops all. `group` is for a sampler in a thread, whose collectives must not meet the trainer's."""
 
     engine: Engine
-    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
     seed: int
     group: dist.ProcessGroup | None = None
     generate_s: float = field(default=0.0, init=False)  # seconds since `take_times`
@@ -119,7 +133,7 @@ class Sampler:
 
     def _verified(self, problem: Problem, prompt_ids: list[int], completion: Completion) -> Rollout:
         started = time.perf_counter()
-        text = cast(str, self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+        text = self.chat.text(completion.token_ids)
         reward = 0.0 if completion.truncated else verify(problem, text)
         self.verify_s += time.perf_counter() - started
         return Rollout(

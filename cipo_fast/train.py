@@ -17,7 +17,7 @@ os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast import checkpoint
+from cipo_fast.chat import Chat, pinned_date
 from cipo_fast.checkpoint import Progress
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics
@@ -35,7 +36,7 @@ from cipo_fast.cipo.objective import conversations
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, leave, process_group
+from cipo_fast.distributed import gather, is_main, leave, process_group
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
@@ -46,9 +47,9 @@ from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsuppo
 from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Conversation, Group
 from cipo_fast.rollout import EngineFailure, Sampling
-from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
+from cipo_fast.sampling import Prompt, Sampler, count_unreachable, encode_prompts, fitting, seed_for
 from cipo_fast.sync import WeightSync
-from cipo_fast.tasks import load_dataset
+from cipo_fast.tasks import Dataset, load_dataset
 from cipo_fast.view import View, summary_table
 from cipo_fast.warm_start import load_weights, warm_start
 
@@ -110,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, mesh: DeviceMesh) -> None:
     """The whole job: build, warm up, evaluate, loop, evaluate, export."""
+    config = gather([pinned_date(config, config.checkpoint.resume)])[0]  # one day on all ranks, recorded with the run
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
@@ -313,21 +315,24 @@ def update_metrics(updates: list[Update]) -> Metrics:
 
 def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) -> tuple[Run, Progress]:
     """Load, start the engine, shard, warm start or resume; everything that can be refused is refused here."""
-    tokenizer = load_tokenizer(config)
-    dataset = load_dataset(config)
+    dataset = load_dataset(config, view.say)
+    chat = Chat(load_tokenizer(config), config.data)
+    train_prompts, held_out = encode_all(dataset, chat, config, view.say)
     if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
         raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
     model = load_model(config, ATTENTION)
     refuse_unsupported(model)
+    chat.refuse_beyond(model.config.get_text_config().vocab_size)
+    view.say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
     if config.rollout.engine != "local":
         view.say(f"starting {config.rollout.engine}")
-    engine = build_engine(config, model, tokenizer, mesh.device_type)
+    engine = build_engine(config, model, chat, mesh.device_type)
     open_engine.callback(engine.close)
     config = fit_to_engine(config, engine)
     limit = config.data.max_prompt_tokens
-    train_prompts = encode_prompts(dataset.train, tokenizer, limit, "data.train", view.say)
-    held_out = encode_prompts(dataset.held_out, tokenizer, limit, "held-out problems", view.say)
-    correct = CorrectionPrompts(tokenizer, config.correction)
+    train_prompts = fitting(train_prompts, limit, "data.train", view.say)
+    held_out = fitting(held_out, limit, "held-out problems", view.say)
+    correct = CorrectionPrompts(chat, config.correction)
     view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")
 
     cost = cost_model(model.config, model.num_parameters())
@@ -335,7 +340,7 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     policy = build_policy(model, config, mesh)
     sync = WeightSync(policy, engine, config, [p.token_ids for p in train_prompts], view.say)
     group = dist.new_group(backend="gloo") if config.rollout.overlap else None
-    sampler = Sampler(engine, tokenizer, config.seed, group)
+    sampler = Sampler(engine, chat, config.seed, group)
     if config.model.path == "embedded":
 
         def report(steps: int, accuracy: float, seconds: float) -> None:
@@ -356,6 +361,19 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
     run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view)
     return run, progress
+
+
+def encode_all(
+    dataset: Dataset, chat: Chat, config: Config, say: Callable[[str], None]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held-out) prompts that fit; what rows, template and limits cannot stand is refused here."""
+    limit = config.data.max_prompt_tokens
+    train_prompts = fitting(encode_prompts(dataset.train, chat), limit, "data.train", say)
+    held_out = fitting(encode_prompts(dataset.held_out, chat), limit, "held-out problems", say)
+    count_unreachable(train_prompts, chat, "data.train", ("rollout.max_tokens", config.rollout.max_tokens), say)
+    count_unreachable(held_out, chat, "held-out problems", ("eval.max_tokens", config.eval.max_tokens), say)
+    CorrectionPrompts(chat, config.correction)  # what it refuses, it refuses before an engine starts
+    return train_prompts, held_out
 
 
 def timed_evaluation(run: Run, progress: Progress, when: str) -> dict[str, float | None]:
@@ -379,7 +397,7 @@ def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, 
             if recorder is not None:
                 weights[name] = tensor.cpu()
         if recorder is not None:
-            checkpoint.export(config.run_dir / "model", run.learner.policy.model, weights, run.sampler.tokenizer)
+            checkpoint.export(config.run_dir / "model", run.learner.policy.model, weights, run.sampler.chat.tokenizer)
     if recorder is None:
         return
     assert progress.before is not None

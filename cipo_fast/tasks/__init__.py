@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from cipo_fast.config import Config
+from cipo_fast.config import HELD_OUT, Config
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem
 from cipo_fast.tasks.embedded import embedded_problems
 from cipo_fast.tasks.jsonl import read_problems
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -21,27 +24,50 @@ class Dataset:
     held_out: list[Problem]
 
 
-def load_dataset(config: Config) -> Dataset:
-    """The embedded task, or the user's JSONL files; raises UserError."""
-    n_held_out = config.eval.problems
+def load_dataset(config: Config, say: Say = lambda line: None) -> Dataset:
+    """The embedded task, or the user's JSON Lines files; `say` hears what is cut or dropped. Raises UserError."""
+    n = config.eval.problems
     if config.data.train is None:
-        train, held_out = embedded_problems(config.data.task, config.seed, n_held_out)
+        if config.data.eval is not None:
+            raise UserError("data.eval is given without data.train: name the training file too")
+        if config.model.path != "embedded":
+            raise UserError(f"model.path={config.model.path}: nothing to train on; name a file, data.train=FILE")
+        train, held_out = embedded_problems(config.data.task, config.seed, n or HELD_OUT)
     elif config.data.eval is not None:
-        train, held_out = read_problems(config.data.train), read_problems(config.data.eval)[:n_held_out]
+        train, held_out = read_problems(config.data.train, say), load_held_out(config, say)
     else:
-        train, held_out = _split(read_problems(config.data.train), n_held_out, config.seed)
+        train, held_out = _split(read_problems(config.data.train, say), n or HELD_OUT, config.seed)
+        if n is not None and len(held_out) < n:
+            say(f"data.train: {len(held_out)} problems held out, a tenth of them; eval.problems={n} asks for more")
     asked = {problem.content for problem in held_out}
     kept = [problem for problem in train if problem.content not in asked]
     if not kept:
         raise UserError(
             f"data.train: every problem of {config.data.train} is also held out; nothing is left to train on"
         )
+    if len(kept) < len(train):
+        say(f"data.train: {len(train) - len(kept)} of {len(train)} problems dropped, they are held out too")
     return Dataset(kept, held_out)
 
 
+def load_held_out(config: Config, say: Say = lambda line: None) -> list[Problem]:
+    """The problems that a policy is evaluated on; data.eval is enough. Raises UserError."""
+    if config.data.eval is None:
+        return load_dataset(config, say).held_out
+    problems = read_problems(config.data.eval, say)
+    kept = problems[: config.eval.problems]
+    if len(kept) < len(problems):
+        say(f"data.eval: the first {len(kept)} of {len(problems)} problems are used (eval.problems)")
+    return kept
+
+
 def verify(problem: Problem, text: str) -> float:
-    """1.0 where the answer is exactly right once stripped, else 0.0."""
-    return float(text.strip() == problem.answer.strip())
+    """1.0 where the answer is exactly right once stripped, else 0.0. CRLF and LF end a line alike."""
+    return float(_comparable(text) == _comparable(problem.answer))
+
+
+def _comparable(text: str) -> str:
+    return text.replace("\r\n", "\n").strip()
 
 
 def _split(problems: list[Problem], n_held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:

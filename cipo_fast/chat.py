@@ -1,0 +1,213 @@
+"""A tokenizer and its chat template as one run uses them: the one way from messages to token ids and back.
+
+Training, corrections, evaluation and warm start all take their prompts here, so that system prompt, template arguments
+and date are the same everywhere. A template is foreign code and a row is foreign text: what either does that a run
+cannot stand is a UserError that names the row.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import inspect
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import yaml
+
+from cipo_fast.config import Config, DataConfig
+from cipo_fast.errors import UserError
+from cipo_fast.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Stands for a message's text where the template's own part is wanted.
+_PLACE = "PLACE-7f3a9c-{}."
+
+
+@dataclass(frozen=True)
+class Glue:
+    """What stands between an attempt and its correction: end of turn, a user turn, the start of an answer."""
+
+    token_ids: list[int]
+    after_end: list[int]  # the same behind the template's end of turn, for an attempt that has sampled it
+
+
+def pinned_date(config: Config, resuming: bool) -> Config:
+    """`config` with data.date set: as given, else the resumed run's, else today."""
+    if config.data.date is not None:
+        return config
+    recorded = config.run_dir / "config.yaml"
+    earlier = yaml.safe_load(recorded.read_text(encoding="utf-8")) if resuming and recorded.is_file() else {}
+    data = DataConfig.model_validate({"date": earlier.get("data", {}).get("date")})
+    pinned = config.model_copy(deep=True)
+    pinned.data.date = data.date or datetime.date.today()
+    return pinned
+
+
+class Chat:
+    """Raises UserError where the template cannot be used with `config` (data.*) at all."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
+        self.tokenizer = tokenizer
+        self.system_prompt = config.system_prompt
+        day = config.date or datetime.date.today()
+        self.arguments = dict(config.chat_template_kwargs)
+        self._check_arguments()
+        # A render argument hides the global of that name, transformers' clock.
+        self.arguments["strftime_now"] = day.strftime
+        self._own: dict[tuple[str, ...], Counter[int]] = {}  # roles -> control tokens that the template writes
+        self.control = self._control_tokens()
+        user = Message(role="user", content="?")
+        self.prompt([user], "model.path" if self.system_prompt is None else "data.system_prompt")
+        self.end_of_turn = self._end_of_turn()
+
+    # ------------------------------------------------------------------------------------------------------- prompts
+
+    def prompt(self, messages: Sequence[Message], where: str) -> list[int]:
+        """The conversation as the policy sees it, up to where its answer begins. `where` names it in an error.
+
+        A control token is one that the template writes, never one that a text spells.
+        """
+        messages = self._with_system(messages)
+        ids = self._encode(self._render(messages, where), where)
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._own:
+            self._own[roles] = self._template_alone(roles, where)
+        self._refuse_spelled(ids, self._own[roles], where)
+        return ids
+
+    def glue(self, instruction: str, where: str) -> Glue:
+        """The turn `instruction` after an answer, as ids to be joined to the answer's own."""
+        attempt = _PLACE.format(1)
+        found = [self._glue_ids(attempt, text, where) for text in (instruction, _PLACE.format(2))]
+        ids, own = found
+        self._refuse_spelled(ids, self._count(own), where)
+        at = ids.index(self.end_of_turn) + 1 if self.end_of_turn in ids else 0
+        return Glue(ids, ids[at:])
+
+    def _glue_ids(self, attempt: str, instruction: str, where: str) -> list[int]:
+        turns = [("user", "?"), ("assistant", attempt), ("user", instruction)]
+        text = self._render(self._with_system([Message(role=r, content=c) for r, c in turns]), where)
+        head, found, tail = text.rpartition(attempt)
+        if not found:
+            raise UserError("model.path: its chat template drops earlier answers; use correction.layout=quoted")
+        before, whole = self._encode(head + found, where), self._encode(text, where)
+        # Cut from the whole where no token lies across the cut: some tokenizers treat a text's start as a word's start.
+        return whole[len(before) :] if whole[: len(before)] == before else self._encode(tail, where)
+
+    # ------------------------------------------------------------------------------------------------------- answers
+
+    def answer(self, text: str) -> list[int]:
+        """An answer as the policy would sample it: its tokens and the end of turn."""
+        end = self.tokenizer.eos_token_id if self.end_of_turn is None else self.end_of_turn
+        return [*self._encode(text, "answer"), end]
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """An answer for the verifier: without special tokens, and with the spaces that it has. Added tokens that are
+        not special, such as <think>, are text."""
+        found = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, found)
+
+    def end_ids(self, generation_config: Any) -> list[int]:
+        """Every token that ends an answer: the tokenizer's, the template's, and those of a `GenerationConfig`."""
+        more = getattr(generation_config, "eos_token_id", None)
+        more = more if isinstance(more, list) else [more]
+        return sorted({i for i in (self.tokenizer.eos_token_id, self.end_of_turn, *more) if i is not None})
+
+    def names(self, token_ids: Sequence[int]) -> str:
+        return ", ".join(f"{self.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in token_ids)
+
+    def refuse_beyond(self, embeddings: int) -> None:
+        """Raise UserError where the tokenizer has ids that a model of that many embeddings has not."""
+        highest = max(self.tokenizer.get_vocab().values())
+        if highest >= embeddings:
+            raise UserError(
+                f"model.path: its tokenizer has ids up to {highest}, the model {embeddings} embeddings: take tokenizer "
+                "and model of one release, or resize the model's embeddings"
+            )
+
+    # ------------------------------------------------------------------------------------------------------- template
+
+    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+        if self.system_prompt is None or any(message["role"] == "system" for message in messages):
+            return list(messages)
+        return [Message(role="system", content=self.system_prompt), *messages]
+
+    def _render(self, messages: Sequence[Message], where: str, answer_next: bool = True) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], add_generation_prompt=answer_next, tokenize=False, **self.arguments
+            )
+        except Exception as error:  # whatever foreign code raises
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{where}: the chat template says: {reason}") from None
+        return cast(str, text)
+
+    def _encode(self, text: str, where: str) -> list[int]:
+        try:
+            return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        except (TypeError, UnicodeEncodeError):
+            raise UserError(f"{where}: not text that can be encoded (half a character, a lone surrogate?)") from None
+
+    def _template_alone(self, roles: tuple[str, ...], where: str) -> Counter[int]:
+        """The control tokens of a conversation whose texts have none; raises UserError where a text is left out."""
+        messages = [Message(role=role, content=_PLACE.format(i)) for i, role in enumerate(roles)]
+        text = self._render(messages, where)
+        for i, role in enumerate(roles):
+            if _PLACE.format(i) not in text:
+                raise UserError(f"{where}: the chat template leaves out the {role} turn (message {i + 1})")
+        return self._count(self._encode(text, where))
+
+    def _count(self, ids: Sequence[int]) -> Counter[int]:
+        return Counter(i for i in ids if i in self.control)
+
+    def _refuse_spelled(self, ids: Sequence[int], own: Counter[int], where: str) -> None:
+        spelled = self._count(ids) - own
+        if spelled:
+            token = self.tokenizer.convert_ids_to_tokens(next(iter(spelled)))
+            raise UserError(f"{where}: the text spells the control token {token}, which would end or forge a turn")
+
+    def _control_tokens(self) -> set[int]:
+        """Those flagged as special, and the added ones that the template sets around turns (DeepSeek's roles are not
+        flagged). Not the unknown token, which any text may hold."""
+        tokenizer = self.tokenizer
+        added = tokenizer.added_tokens_decoder
+        found = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        turn = self._render([Message(role="user", content="?")], "model.path", answer_next=False)
+        found |= {i for i in self._encode(turn, "model.path") if i in added}
+        if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+            found.discard(tokenizer.unk_token_id)
+        return found
+
+    def _end_of_turn(self) -> int | None:
+        """The control token that the template sets behind an answer; None where it sets text or nothing."""
+        try:
+            ids = self._glue_ids(_PLACE.format(1), _PLACE.format(2), "model.path")
+        except UserError:  # a template of single turns: followup will say so
+            return None
+        for i, token in enumerate(ids):
+            if token in self.control:
+                return token if not self.tokenizer.decode(ids[:i]).strip() else None
+        return None
+
+    def _check_arguments(self) -> None:
+        """Arguments are the template's, and it reads them: a misspelled one would do nothing."""
+        taken = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
+        taken |= {"messages", "strftime_now"}
+        read = set(re.findall(r"\w+", str(self.tokenizer.chat_template)))
+        for name in self.arguments:
+            if name in taken:
+                raise UserError(
+                    f"data.chat_template_kwargs.{name}: not an argument of the template, this program's own"
+                )
+            if name not in read:
+                near = difflib.get_close_matches(name, read, n=1)
+                raise UserError(
+                    f"data.chat_template_kwargs.{name}: the chat template does not read it"
+                    + (f"; did you mean {near[0]!r}?" if near else "")
+                )
