@@ -192,7 +192,7 @@ class Chat:
             return None
         for i, token in enumerate(ids):
             if token in self.control:
-                return token if not self.tokenizer.decode(ids[:i]).strip() else None
+                return None if self.text(ids[:i]).strip() else token
         return None
 
     def _check_arguments(self) -> None:

@@ -22,7 +22,6 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
-HELD_OUT = 400  # problems held out unless eval.problems says otherwise
 
 
 class Section(BaseModel):
@@ -45,9 +44,9 @@ class EmbeddedModel(Section):
     mlp: Positive = 320
     """Inner size of the feed-forward part."""
     warm_accuracy: Share = 0.42
-    """Supervised steps stop at this greedy accuracy on training problems."""
-    warm_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """... or after this many seconds, whichever comes first."""
+    """Supervised steps stop at the first check with this greedy accuracy on training problems."""
+    warm_steps: NonNegative = 600
+    """... or after this many, whichever comes first."""
     warm_lr: Annotated[float, Field(gt=0, le=1)] = 2e-3
     """Learning rate of the supervised steps."""
     warm_batch: Positive = 64
@@ -344,6 +343,11 @@ class Config(Section):
         correction = self.correction.max_prompt_tokens if self.anchors_per_step else 0
         prompt = max(self.data.max_prompt_tokens, correction)
         return prompt + max(self.rollout.max_tokens, self.eval.max_tokens)
+
+    @property
+    def held_out(self) -> int:
+        """Most problems held out where no `data.eval` holds them."""
+        return self.eval.problems or 400
 
     @property
     def samples_per_anchor(self) -> int:

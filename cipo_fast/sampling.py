@@ -10,11 +10,13 @@ import numpy as np
 import torch.distributed as dist
 
 from cipo_fast.chat import Chat
+from cipo_fast.cipo.prompts import CorrectionPrompts
+from cipo_fast.config import Config
 from cipo_fast.distributed import gather, raise_together, share
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
 from cipo_fast.rollout import Engine, EngineFailure, Sampling
-from cipo_fast.tasks import verify
+from cipo_fast.tasks import Dataset, verify
 
 
 def seed_for(seed: int, step: int, purpose: str, rank: int = 0) -> int:
@@ -62,6 +64,20 @@ def count_unreachable(
         raise UserError(f"{what}: every answer is longer than {setting}={most}; the shortest has {min(lengths)} tokens")
     if longer:
         say(f"{what}: {longer} of {len(lengths)} answers are longer than {setting}={most}, so never given")
+
+
+def encode_dataset(
+    dataset: Dataset, chat: Chat, config: Config, say: Callable[[str], None]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held-out) prompts that fit. What rows, template and limits cannot stand is refused here, before an
+    engine starts."""
+    limit = config.data.max_prompt_tokens
+    train = fitting(encode_prompts(dataset.train, chat), limit, "data.train", say)
+    held_out = fitting(encode_prompts(dataset.held_out, chat), limit, "held-out problems", say)
+    count_unreachable(train, chat, "data.train", ("rollout.max_tokens", config.rollout.max_tokens), say)
+    count_unreachable(held_out, chat, "held-out problems", ("eval.max_tokens", config.eval.max_tokens), say)
+    CorrectionPrompts(chat, config.correction)
+    return train, held_out
 
 
 @dataclass

@@ -17,7 +17,7 @@ os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,6 +37,8 @@ from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import gather, is_main, leave, process_group
+from cipo_fast.embedded.model import embedded_config
+from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
@@ -47,11 +49,10 @@ from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsuppo
 from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Conversation, Group
 from cipo_fast.rollout import EngineFailure, Sampling
-from cipo_fast.sampling import Prompt, Sampler, count_unreachable, encode_prompts, fitting, seed_for
+from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, seed_for
 from cipo_fast.sync import WeightSync
-from cipo_fast.tasks import Dataset, load_dataset
+from cipo_fast.tasks import check_data, load_dataset
 from cipo_fast.view import View, summary_table
-from cipo_fast.warm_start import load_weights, warm_start
 
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
 
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--dry-run" in args:
             from cipo_fast.dry_run import dry_run
 
-            print(dry_run(args))
+            print(dry_run(args, embedded_config))
             return 0
         config = parse_args(args)
         with process_group() as mesh:
@@ -111,14 +112,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, mesh: DeviceMesh) -> None:
     """The whole job: build, warm up, evaluate, loop, evaluate, export."""
+    check_data(config)
     config = gather([pinned_date(config, config.checkpoint.resume)])[0]  # one day on all ranks, recorded with the run
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
+    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
+        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
     with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
+        given = config  # what is recorded; `embedded` is a folder from here on
+        if config.model.path == "embedded":
+            config = prepare(config, mesh, view.note)
         run, progress = build(config, mesh, view, open_files)
         checkpoints = config.run_dir / "checkpoints"
-        recorder = Recorder(config, progress.step if config.checkpoint.resume else None) if is_main() else None
+        recorder = Recorder(given, progress.step if config.checkpoint.resume else None) if is_main() else None
         if recorder is not None:
             open_files.callback(recorder.close)
         if progress.before is None:
@@ -314,12 +321,10 @@ def update_metrics(updates: list[Update]) -> Metrics:
 
 
 def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) -> tuple[Run, Progress]:
-    """Load, start the engine, shard, warm start or resume; everything that can be refused is refused here."""
+    """Load, start the engine, shard, resume; everything that can be refused is refused here."""
     dataset = load_dataset(config, view.say)
     chat = Chat(load_tokenizer(config), config.data)
-    train_prompts, held_out = encode_all(dataset, chat, config, view.say)
-    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
-        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
+    train_prompts, held_out = encode_dataset(dataset, chat, config, view.say)
     model = load_model(config, ATTENTION)
     refuse_unsupported(model)
     chat.refuse_beyond(model.config.get_text_config().vocab_size)
@@ -341,16 +346,7 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     sync = WeightSync(policy, engine, config, [p.token_ids for p in train_prompts], view.say)
     group = dist.new_group(backend="gloo") if config.rollout.overlap else None
     sampler = Sampler(engine, chat, config.seed, group)
-    if config.model.path == "embedded":
-
-        def report(steps: int, accuracy: float, seconds: float) -> None:
-            view.note(f"warm start: {steps} supervised steps, greedy accuracy {accuracy:.3f}, {seconds:.0f}s")
-
-        warm_start(policy, train_prompts, correct, sampler, sync, config, cost, report)
-    reference = None
-    if reference_model is not None:
-        reference = build_policy(reference_model, config, mesh)
-        load_weights(reference, dict(policy.full_weights()))
+    reference = build_policy(reference_model, config, mesh) if reference_model is not None else None
     updates = config.train.steps * config.train.updates_per_step
     learner = Learner(policy, config.optim, updates, reference)
     progress = Progress(0, ReplayState(config.replay.rho0))
@@ -361,19 +357,6 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
     run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view)
     return run, progress
-
-
-def encode_all(
-    dataset: Dataset, chat: Chat, config: Config, say: Callable[[str], None]
-) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts that fit; what rows, template and limits cannot stand is refused here."""
-    limit = config.data.max_prompt_tokens
-    train_prompts = fitting(encode_prompts(dataset.train, chat), limit, "data.train", say)
-    held_out = fitting(encode_prompts(dataset.held_out, chat), limit, "held-out problems", say)
-    count_unreachable(train_prompts, chat, "data.train", ("rollout.max_tokens", config.rollout.max_tokens), say)
-    count_unreachable(held_out, chat, "held-out problems", ("eval.max_tokens", config.eval.max_tokens), say)
-    CorrectionPrompts(chat, config.correction)  # what it refuses, it refuses before an engine starts
-    return train_prompts, held_out
 
 
 def timed_evaluation(run: Run, progress: Progress, when: str) -> dict[str, float | None]:
@@ -410,7 +393,7 @@ def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, 
             "steps": progress.step,
             "skipped": progress.skipped,
             "seconds": progress.seconds,
-            "config": config.model_dump(mode="json"),
+            "config": recorder.config.model_dump(mode="json"),
         }
     )
     view.say("")

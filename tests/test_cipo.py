@@ -5,18 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cipo_fast.chat import Chat
 from cipo_fast.cipo.advantages import correction_advantages, group_advantages, shape_rewards
 from cipo_fast.cipo.anchors import order_prompts, select_anchors
 from cipo_fast.cipo.metrics import batch_metrics, correction_gap
 from cipo_fast.cipo.objective import conversations, verified_corrections
-from cipo_fast.cipo.prompts import CorrectionPrompts, chat_ids
+from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
-from cipo_fast.config import Config, CorrectionConfig, ReplayConfig, load_config
-from cipo_fast.model import embedded_tokenizer
+from cipo_fast.config import Config, CorrectionConfig, DataConfig, ReplayConfig, load_config
+from cipo_fast.embedded.model import embedded_tokenizer
 from cipo_fast.records import Anchor, Group, Problem, Rollout
 
 F2F = ReplayConfig(ema_decay=0.0, n_min=1)
 TOKENIZER = embedded_tokenizer()
+CHAT = Chat(TOKENIZER, DataConfig())
 
 
 def problem(i: int = 0) -> Problem:
@@ -27,7 +29,7 @@ def rollout(reward: float, text: str = "", p: Problem | None = None, truncated: 
     p = p or problem()
     text = text or ("yes" if reward else "no")
     ids = [*TOKENIZER(text, add_special_tokens=False)["input_ids"], *([] if truncated else [TOKENIZER.eos_token_id])]
-    return Rollout(p, chat_ids(TOKENIZER, p.messages), ids, [-1.0] * len(ids), text, reward, truncated, step)
+    return Rollout(p, CHAT.prompt(p.messages, p.id), ids, [-1.0] * len(ids), text, reward, truncated, step)
 
 
 def group(rewards: list[float], i: int = 0) -> Group:
@@ -197,7 +199,7 @@ def test_an_anchor_that_does_not_fit_is_dropped_counted_and_replaced() -> None:
 
 
 def test_followup_joins_ids_and_never_renders_the_attempt_again() -> None:
-    prompts = CorrectionPrompts(TOKENIZER, CorrectionConfig(followup="check"))
+    prompts = CorrectionPrompts(CHAT, CorrectionConfig(followup="check"))
     r = rollout(0, "no")
     prompt_ids, glue_ids = prompts(r)
     whole = TOKENIZER.apply_chat_template(
@@ -209,15 +211,15 @@ def test_followup_joins_ids_and_never_renders_the_attempt_again() -> None:
 
 
 def test_the_verdict_is_hidden_unless_asked_for() -> None:
-    hidden = CorrectionPrompts(TOKENIZER, CorrectionConfig())
+    hidden = CorrectionPrompts(CHAT, CorrectionConfig())
     assert hidden.glue[True] == hidden.glue[False]
-    shown = CorrectionPrompts(TOKENIZER, CorrectionConfig(verdict="shown"))
-    assert "right" in TOKENIZER.decode(shown.glue[True]).split("It may")[0]
-    assert "wrong" in TOKENIZER.decode(shown.glue[False]).split("It may")[0]
+    shown = CorrectionPrompts(CHAT, CorrectionConfig(verdict="shown"))
+    assert "right" in TOKENIZER.decode(shown.glue[True].token_ids).split("It may")[0]
+    assert "wrong" in TOKENIZER.decode(shown.glue[False].token_ids).split("It may")[0]
 
 
 def test_quoted_is_one_user_turn() -> None:
-    prompt_ids, glue_ids = CorrectionPrompts(TOKENIZER, CorrectionConfig(layout="quoted", followup="check"))(
+    prompt_ids, glue_ids = CorrectionPrompts(CHAT, CorrectionConfig(layout="quoted", followup="check"))(
         rollout(0, "no")
     )
     assert glue_ids is None
@@ -228,7 +230,7 @@ def test_a_correction_prompt_is_never_cut() -> None:
     for layout in ("followup", "quoted"):
         for limit, kept in ((19, True), (18, False)):
             config = CorrectionConfig(layout=layout, followup="check", max_prompt_tokens=limit)
-            assert (CorrectionPrompts(TOKENIZER, config)(rollout(0, "no")) is not None) == kept
+            assert (CorrectionPrompts(CHAT, config)(rollout(0, "no")) is not None) == kept
 
 
 # ------------------------------------------------------------------------------------------------------- objective

@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from cipo_fast.chat import Chat
 from cipo_fast.config import Config, load_config
 from cipo_fast.distributed import leave, process_group
 from cipo_fast.dry_run import ENGINE_WORK, Devices, Plan, size_of
+from cipo_fast.embedded.model import embedded_tokenizer
 from cipo_fast.engines import build_engine
-from cipo_fast.model import embedded_tokenizer
 from cipo_fast.packing import build_trees, make_pack
 from cipo_fast.policy import ATTENTION, Policy, build_policy
 from cipo_fast.records import Completion, Conversation, Segment
@@ -101,7 +102,7 @@ def run_case(case: str, emit: Emit) -> None:
         config = config_of(case, folder)
         empty = free_gib()
         started = time.perf_counter()
-        engine = build_engine(config, qwen3_4b("meta"), embedded_tokenizer(), DEVICE)
+        engine = build_engine(config, qwen3_4b("meta"), Chat(embedded_tokenizer(), config.data), DEVICE)
         try:
             emit({"what": "start", "seconds": time.perf_counter() - started, "free_gib": [empty, free_gib()]})
             policy = build_policy(qwen3_4b(DEVICE), config, mesh)

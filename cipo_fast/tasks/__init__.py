@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cipo_fast.config import HELD_OUT, Config
+from cipo_fast.config import Config
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem
-from cipo_fast.tasks.embedded import embedded_problems
 from cipo_fast.tasks.jsonl import read_problems
 
 Say = Callable[[str], None]
@@ -24,19 +23,23 @@ class Dataset:
     held_out: list[Problem]
 
 
+def check_data(config: Config) -> None:
+    """A run needs problems to train on: raises UserError where it has none. The embedded task makes its own."""
+    if config.data.train is None and config.data.eval is not None:
+        raise UserError("data.eval is given without data.train: name the training file too")
+    if config.data.train is None and config.model.path != "embedded":
+        raise UserError(f"model.path={config.model.path}: nothing to train on; name a file, data.train=FILE")
+
+
 def load_dataset(config: Config, say: Say = lambda line: None) -> Dataset:
-    """The embedded task, or the user's JSON Lines files; `say` hears what is cut or dropped. Raises UserError."""
+    """The problems of `data.train` and `data.eval`; `say` hears what is cut or dropped. Raises UserError."""
     n = config.eval.problems
     if config.data.train is None:
-        if config.data.eval is not None:
-            raise UserError("data.eval is given without data.train: name the training file too")
-        if config.model.path != "embedded":
-            raise UserError(f"model.path={config.model.path}: nothing to train on; name a file, data.train=FILE")
-        train, held_out = embedded_problems(config.data.task, config.seed, n or HELD_OUT)
-    elif config.data.eval is not None:
+        raise UserError("data.train is not given: name a JSON Lines file of problems to train on")
+    if config.data.eval is not None:
         train, held_out = read_problems(config.data.train, say), load_held_out(config, say)
     else:
-        train, held_out = _split(read_problems(config.data.train, say), n or HELD_OUT, config.seed)
+        train, held_out = _split(read_problems(config.data.train, say), config.held_out, config.seed)
         if n is not None and len(held_out) < n:
             say(f"data.train: {len(held_out)} problems held out, a tenth of them; eval.problems={n} asks for more")
     asked = {problem.content for problem in held_out}
@@ -52,6 +55,8 @@ def load_dataset(config: Config, say: Say = lambda line: None) -> Dataset:
 
 def load_held_out(config: Config, say: Say = lambda line: None) -> list[Problem]:
     """The problems that a policy is evaluated on; data.eval is enough. Raises UserError."""
+    if config.data.eval is None and config.data.train is None:
+        raise UserError("data.eval is not given: name a JSON Lines file of held-out problems")
     if config.data.eval is None:
         return load_dataset(config, say).held_out
     problems = read_problems(config.data.eval, say)
