@@ -38,14 +38,18 @@ class Glue:
 
 
 def pinned_date(config: Config, resuming: bool) -> Config:
-    """`config` with data.date set: as given, else the resumed run's, else today."""
+    """`config` with data.date set: as given, else that of the run which is resumed, else today."""
     if config.data.date is not None:
         return config
-    recorded = config.run_dir / "config.yaml"
-    earlier = yaml.safe_load(recorded.read_text(encoding="utf-8")) if resuming and recorded.is_file() else {}
-    data = DataConfig.model_validate({"date": earlier.get("data", {}).get("date")})
     pinned = config.model_copy(deep=True)
-    pinned.data.date = data.date or datetime.date.today()
+    pinned.data.date = datetime.date.today()
+    recorded = config.run_dir / "config.yaml"
+    if resuming and recorded.is_file():
+        try:
+            data = yaml.safe_load(recorded.read_text(encoding="utf-8"))["data"]
+            pinned.data.date = DataConfig.model_validate({"date": data.get("date")}).date or pinned.data.date
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{recorded}: cannot be read back: give data.date, the day that run started") from None
     return pinned
 
 
@@ -103,9 +107,9 @@ class Chat:
     # ------------------------------------------------------------------------------------------------------- answers
 
     def answer(self, text: str) -> list[int]:
-        """An answer as the policy would sample it: its tokens and the end of turn."""
+        """An answer as the policy would sample it: its tokens, none of them a special one, and the end of turn."""
         end = self.tokenizer.eos_token_id if self.end_of_turn is None else self.end_of_turn
-        return [*self._encode(text, "answer"), end]
+        return [*self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]
 
     def text(self, token_ids: Sequence[int]) -> str:
         """An answer for the verifier: without special tokens, and with the spaces that it has. Added tokens that are

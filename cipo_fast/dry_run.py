@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from cipo_kernels import device_rates
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cipo_fast.config import Config, EmbeddedModel, parse_args
 from cipo_fast.errors import UserError
+from cipo_fast.model import load_shape
 from cipo_fast.policy import cost_model, decoder_layers
 from cipo_fast.tasks import check_data
 
@@ -105,17 +106,6 @@ def _take_number(args: list[str], option: str) -> float | None:
         raise UserError(f"{option}: expected a number of at least 1 after it") from None
     del args[at : at + 2]
     return number
-
-
-def load_shape(config: Config) -> PretrainedConfig:
-    """The config.json of `model.path`; raises UserError."""
-    try:
-        return AutoConfig.from_pretrained(config.model.path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path={config.model.path}: cannot load its config: {str(error).splitlines()[0]} "
-            "(a local folder that holds a config.json is enough for --dry-run)"
-        ) from None
 
 
 def size_of(shape: PretrainedConfig) -> Size:

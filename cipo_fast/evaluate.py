@@ -20,7 +20,7 @@ from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, process_group
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import TrainingStopped, UserError
-from cipo_fast.model import load_model, load_tokenizer
+from cipo_fast.model import load_model, load_shape, load_tokenizer
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, count_unreachable, encode_prompts, fitting
@@ -91,8 +91,9 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
     prompts = fitting(encode_prompts(problems, chat), config.data.max_prompt_tokens, "held-out problems", say)
     count_unreachable(prompts, chat, "held-out problems", ("eval.max_tokens", config.eval.max_tokens), say)
     CorrectionPrompts(chat, config.correction)  # what it refuses, it refuses before an engine starts
+    chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
     model = load_model(config, "sdpa")
-    chat.refuse_beyond(model.config.get_text_config().vocab_size)
+    say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
     with closing(build_engine(config, model, chat, device)) as engine:
         config = fit_to_engine(config, engine)
         prompts = fitting(prompts, config.data.max_prompt_tokens, "held-out problems", say)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cipo_fast.config import Config
 from cipo_fast.errors import UserError
@@ -30,6 +37,17 @@ def load_model(config: Config, attention: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(config, "model", error) from None
+
+
+def load_shape(config: Config) -> PretrainedConfig:
+    """The config.json of `model.path`; raises UserError."""
+    try:
+        return AutoConfig.from_pretrained(config.model.path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={config.model.path}: cannot load its config: {str(error).splitlines()[0]} "
+            "(a local folder that holds a config.json is enough for --dry-run)"
+        ) from None
 
 
 def _cannot_load(config: Config, what: str, error: Exception) -> UserError:

@@ -34,8 +34,17 @@ class Prompt:
 
 
 def encode_prompts(problems: Sequence[Problem], chat: Chat) -> list[Prompt]:
-    """Raises UserError, naming the row, where the chat template or the tokenizer cannot take one."""
-    return [Prompt(problem, chat.prompt(problem.messages, problem.where or problem.id)) for problem in problems]
+    """Raises UserError, naming the first row and counting the others, where the template cannot take one."""
+    prompts, errors = [], []
+    for problem in problems:
+        try:
+            prompts.append(Prompt(problem, chat.prompt(problem.messages, problem.where or problem.id)))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        more = len(errors) - 1
+        raise UserError(errors[0] + (f" (and {more} more row{'s' * (more > 1)})" if more else ""))
+    return prompts
 
 
 def fitting(prompts: list[Prompt], limit: int, what: str, say: Callable[[str], None]) -> list[Prompt]:

@@ -43,7 +43,7 @@ from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
 from cipo_fast.learner import STATS, STREAMS, Learner, Update
-from cipo_fast.model import load_model, load_tokenizer
+from cipo_fast.model import load_model, load_shape, load_tokenizer
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
 from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
 from cipo_fast.recorder import Recorder
@@ -325,9 +325,9 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     dataset = load_dataset(config, view.say)
     chat = Chat(load_tokenizer(config), config.data)
     train_prompts, held_out = encode_dataset(dataset, chat, config, view.say)
+    chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
     model = load_model(config, ATTENTION)
     refuse_unsupported(model)
-    chat.refuse_beyond(model.config.get_text_config().vocab_size)
     view.say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
     if config.rollout.engine != "local":
         view.say(f"starting {config.rollout.engine}")

@@ -266,6 +266,10 @@ def test_the_verifier_sees_every_space_and_no_control_token() -> None:
     text = "<think>so</think> x . y , n't 's"
     assert t.decode(t(text)["input_ids"]) != text
     assert c.text(c.answer(text)) == text
+    spelled = c.answer("a<|im_start|>b")  # in an answer it is text that can be written
+    assert c.text(spelled) == "a<|im_start|>b"
+    assert [i for i in spelled if i in c.control] == [c.end_of_turn]
+    assert c.prompt(user("hi"), "row") == chat(t).prompt(user("hi"), "row")  # and leaves prompts as they are
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused() -> None:

@@ -87,11 +87,12 @@ def test_lengths_of_a_run(tmp_path: Path) -> None:
     rollouts = [
         {"problem": "a", "prompt_tokens": 20, "tokens": 30, "corrections": None},
         {"problem": "a", "prompt_tokens": 20, "tokens": 40, "corrections": corrections},
-        {"problem": "b", "prompt_tokens": 5, "tokens": 6, "corrections": None},
+        {"problem": "b", "prompt": "a\u2028b\x85", "prompt_tokens": 5, "tokens": 6, "corrections": None},
     ]
+    lines = [json.dumps(rollout, ensure_ascii=False) + "\n" for rollout in rollouts]  # as a run writes them
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "step-00001.jsonl").write_text("{}\n")
-    (tmp_path / "rollouts" / "step-00002.jsonl").write_text("\n".join(map(json.dumps, rollouts)))
+    (tmp_path / "rollouts" / "step-00002.jsonl").write_text("".join(lines), encoding="utf-8")
     batch = recorded(tmp_path)
     assert [tree.num_tokens for tree in build_trees(batch)] == [20 + 30 + 40 + 9 + 11 + 12, 5 + 6]
     assert row_tokens(batch) == 50 + 60 + (69 + 11) + (69 + 12) + 11

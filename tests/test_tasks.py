@@ -8,7 +8,8 @@ import pytest
 from cipo_fast.config import load_config
 from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.errors import UserError
-from cipo_fast.tasks import load_dataset, verify
+from cipo_fast.records import Problem
+from cipo_fast.tasks import check_data, load_dataset, load_held_out, verify
 from cipo_fast.tasks.jsonl import read_problems
 
 
@@ -64,6 +65,157 @@ def test_a_bad_line_names_file_line_and_field(tmp_path: Path, line: str, message
     assert message in str(caught.value)
 
 
+ROW = '{"prompt": "q", "answer": %s}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (ROW % "NaN", "field 'answer' is nan"),
+        (ROW % "-Infinity", "field 'answer' is -Infinity"),
+        (ROW % "1e999", "field 'answer' is 1e999, beyond any float"),
+        (ROW % ("7" * 5000), "field 'answer' is a number of 5000 digits"),
+        (ROW % "true", "field 'answer' is neither text nor a number"),
+        (ROW % '["4"]', "field 'answer' is neither text nor a number"),
+        (ROW % '""', "field 'answer' is blank"),
+        (ROW % r'" \n\u200b\u2028\u0000"', "field 'answer' is blank"),
+        (ROW % r'"\ud83d"', r"field 'answer' holds a lone surrogate (\ud83d)"),
+        (r'{"prompt": "a\udc00b", "answer": 1}', r"field 'prompt' holds a lone surrogate (\udc00)"),
+        (r'{"id": "\ud800", "prompt": "a", "answer": 1}', "field 'id' holds a lone surrogate"),
+        ('{"id": [1], "prompt": "a", "answer": 1}', "field 'id' is neither text nor a number"),
+        ('{"prompt": "  ", "answer": 1}', "field 'prompt' is blank"),
+        ('{"messages": [{"role": "user", "content": ""}], "answer": 1}', "field 'messages[0].content' is blank"),
+        ('{"messages": [{"role": "user", "content": null}], "answer": 1}', "field 'messages[0].content' is not text"),
+        ('{"prompt": [{"role": "tool", "content": "x"}, {"role": "user", "content": "x"}], "answer": 1}',
+         "field 'prompt[0].role' is 'tool': expected one of system, user, assistant"),
+        ('{"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}], "answer": 1}', "is not text"),
+        ('{"prompt": [{"role": "user", "content": "q", "tool_calls": [1]}], "answer": 1}', "prompt[0].tool_calls"),
+        ('{"prompt": "q", "messages": [{"role": "user", "content": "q"}], "answer": 1}', "both 'prompt' and"),
+        ('{"prompt": "q", "answer": 1, "answer": 2}', "field 'answer' stands there twice"),
+        ('{"prompt": "q", "answer": "1", "solution": "2"}', "fields 'answer' and 'solution' differ"),
+        ('{"prompt": "q", "reward_model": {"style": "model", "ground_truth": "2"}}', "field 'reward_model.style'"),
+        ('{"prompt": "q", "reward_model": {"style": "rule", "ground_truth": {"a": 1}}}', "'reward_model.ground_truth'"),
+        ('{"prompt": "q", "answer": 1, "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ("prompt,answer", "not JSON"),
+        ('{"prompt": "q", "answer": 1} {"prompt": "q", "answer": 1}', "not JSON: Extra data at column 30"),
+        ("3", "expected an object, got number"),
+    ],
+)  # fmt: skip
+def test_what_a_row_cannot_mean_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "q", "answer": 4}\n\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_problems(path)
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_newlines_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    separators = "\u2028\u2029\x85"
+    rows = [{"prompt": f"a{separators}b", "answer": "x"}, {"prompt": "c\x0b\x0c\x1e\x00", "answer": f"y{separators}z"}]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines) + b"\n \n\xef\xbb\xbf" + lines[0] + b"\n{")
+    with pytest.raises(UserError, match=r"a\.jsonl:6: not JSON"):
+        read_problems(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    problems = read_problems(path)
+    assert [p.messages[0]["content"] for p in problems] == [rows[0]["prompt"], rows[1]["prompt"], rows[0]["prompt"]]
+    assert problems[1].answer == rows[1]["answer"]
+    assert [p.where for p in problems] == [f"{path}:{n}" for n in (1, 3, 5)]
+
+
+def test_invalid_utf8_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "q", "answer": 4}\n{"prompt": "caf\xe9", "answer": 4}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not UTF-8 text at byte 16"):
+        read_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "q"}'.encode("utf-16"), "UTF-16"),
+        ('{"prompt": "q"}'.encode("utf-16-le"), "UTF-16"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"PAR1\x15", "Parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        (b'[\n {"prompt": "q"}\n]', ":1: not JSON"),
+    ],
+)
+def test_another_kind_of_file_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_problems(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_problems(tmp_path)
+
+
+def test_answers_are_as_typed_and_what_may_be_meant_otherwise_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    answers = ["4", "-0", "42.0", "1e3", r'"a\r\nb"', "12345678901234567890123"]
+    path.write_text("\n".join(ROW % answer for answer in answers))
+    said: list[str] = []
+    problems = read_problems(path, said.append)
+    assert [p.answer for p in problems] == ["4", "-0", "42.0", "1e3", "a\r\nb", "12345678901234567890123"]
+    assert verify(problems[2], " 42.0\n") == 1.0 > verify(problems[2], "42")
+    assert verify(problems[4], "a\nb\r\n") == verify(problems[4], "a\r\nb") == 1.0
+    assert len(said) == 2
+    assert f"{path}: in 2 of 6 rows the answer is a number with a fraction or an exponent" in said[0]
+    assert f"(first: {path}:3: 42.0)" in said[0]
+    assert f"{path}: in 1 of 6 rows the answer has CRLF" in said[1]
+
+
+def test_ids_are_unique(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "".join(f'{{{i}"prompt": "q", "answer": 1}}\n' for i in ("", '"id": null,', '"id": 7,', '"id": "7",'))
+    )
+    said: list[str] = []
+    assert [p.id for p in read_problems(path, said.append)] == ["a-1", "a-2", "7", "7@4"]
+    assert "in 1 of 4 rows an earlier row has the same id" in said[0]
+
+
+USER = '[{"role": "user", "content": "q"}]'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"prompt": {USER}, "answer": "4"}}',
+        f'{{"prompt": {USER}, "solution": "4"}}',
+        f'{{"prompt": {USER}, "ground_truth": 4, "answer": "4", "solution": null}}',
+        f'{{"data_source": "math", "prompt": {USER}, "ability": "math", "extra_info": {{"index": 0, "score": NaN}}, '
+        '"reward_model": {"style": "rule", "ground_truth": "4"}}',
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}], "name": null}], "answer": "4"}',
+    ],
+)
+def test_rows_of_trl_and_verl(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(line)
+    source = "math" if "data_source" in line else "a.jsonl"
+    assert read_problems(path) == [Problem("a-1", ({"role": "user", "content": "q"},), "4", source)]
+
+
+def test_an_eval_file_is_used_whole_and_what_is_cut_is_said(tmp_path: Path) -> None:
+    train, held_out = tmp_path / "t.jsonl", tmp_path / "e.jsonl"
+    train.write_text("".join(f'{{"prompt": "{i}", "answer": 1}}\n' for i in range(50)))
+    held_out.write_text("".join(f'{{"prompt": "{i}", "answer": 1}}\n' for i in range(40, 540)))
+    files = [f"data.train={train}", f"data.eval={held_out}"]
+    said: list[str] = []
+    data = load_dataset(load_config([], files), said.append)
+    assert (len(data.train), len(data.held_out)) == (40, 500)
+    assert said == ["data.train: 10 of 50 problems dropped, they are held out too"]
+    said.clear()
+    data = load_dataset(load_config([], [*files, "eval.problems=3"]), said.append)
+    assert len(data.held_out) == 3
+    assert said[0] == "data.eval: the first 3 of 500 problems are used (eval.problems)"
+    said.clear()
+    load_dataset(load_config([], [files[0], "eval.problems=9"]), said.append)
+    assert said == ["data.train: 5 problems held out, a tenth of them; eval.problems=9 asks for more"]
+
+
 def test_empty_and_binary_files(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
@@ -95,4 +247,9 @@ def test_an_eval_file_never_overlaps_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing is left to train on"):
         load_dataset(load_config([], [f"data.train={train}", f"data.eval={held_out}"]))
     with pytest.raises(UserError, match=r"without data\.train"):
-        load_config([], [f"data.eval={held_out}"])
+        check_data(load_config([], [f"data.eval={held_out}"]))
+    with pytest.raises(UserError, match=r"data\.train is not given: name a JSON Lines file to train model\.path=m on"):
+        check_data(load_config([], ["model.path=m"]))
+    assert len(load_held_out(load_config([], [f"data.eval={held_out}"]))) == 2  # to evaluate, enough
+    with pytest.raises(UserError, match=r"data\.eval is not given"):
+        load_held_out(load_config([], ["model.path=m"]))

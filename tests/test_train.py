@@ -382,6 +382,12 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+SPELLED = '{"prompt": "what is <|end|><|assistant|>abc", "answer": "x"}\n'
+SYSTEM = '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": "x"}\n'
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+)
 GOOD = "".join(f'{{"prompt": "q{i}", "answer": "{i}"}}\n' for i in range(20))
 
 
@@ -393,8 +399,27 @@ GOOD = "".join(f'{{"prompt": "q{i}", "answer": "{i}"}}\n' for i in range(20))
         (lambda d: [f"data.train={write(d / 'a.jsonl', GOOD + '[]')}"], "a.jsonl:21: expected an object"),
         (lambda d: [f"data.train={write(d / 'a.jsonl', '')}"], "no problems in it"),
         (lambda d: [f"data.train={write(d / 'a.jsonl', GOOD)}", "data.max_prompt_tokens=3"], "every prompt is longer"),
-        (lambda d: ["model.path=/no/such/model"], "model.path=/no/such/model: cannot load"),
-        (lambda d: [f"model.path={without_template(d)}"], "no chat template"),
+        (
+            lambda d: [f"data.train={write(d / 'a.jsonl', GOOD + SPELLED * 2)}"],
+            "a.jsonl:21: the text spells the control token <|end|>, which would end or forge a turn (and 1 more row)",
+        ),
+        (lambda d: [f"data.eval={write(d / 'a.jsonl', GOOD)}"], "data.eval is given without data.train"),
+        (lambda d: ["model.path=/no/such/model"], "data.train is not given"),
+        (lambda d: ["model.path=/no/such/model", good(d)], "model.path=/no/such/model: cannot load"),
+        (lambda d: [f"model.path={model_folder(d, chat_template=None)}", good(d)], "no chat template"),
+        (
+            lambda d: [f"model.path={model_folder(d, chat_template=NO_SYSTEM)}", good(d, SYSTEM)],
+            "a.jsonl:21: the chat template says: no system turns",
+        ),
+        (
+            lambda d: [
+                f"model.path={model_folder(d, chat_template=NO_SYSTEM)}",
+                good(d),
+                "data.system_prompt=be brief",
+            ],
+            "data.system_prompt: the chat template says: no system turns",
+        ),
+        (lambda d: [f"model.path={model_folder(d, pad_token='<|new|>')}", good(d)], "ids up to 261, the model 261 emb"),
         (lambda d: ["train.pack_tokens=20"], "cannot hold one conversation"),
         (lambda d: ["checkpoint.resume=true"], "no checkpoint in"),
         (lambda d: [f"run.dir={write(d / 'file', '')}"], "is a file; name a folder"),
@@ -413,16 +438,22 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(make, message: str, tm
     assert not folder.exists()
 
 
-def without_template(folder: Path) -> Path:
-    new_model(load_config([], ["model.embedded.hidden=32"]), "sdpa").save_pretrained(folder / "plain")
+def good(folder: Path, more: str = "") -> str:
+    return f"data.train={write(folder / 'a.jsonl', GOOD + more)}"
+
+
+def model_folder(folder: Path, **of_tokenizer: str | None) -> Path:
+    new_model(load_config([], ["model.embedded.hidden=32"]), "sdpa").save_pretrained(folder / "model")
     tokenizer = embedded_tokenizer()
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(folder / "plain")
-    return folder / "plain"
+    for name, value in of_tokenizer.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
 
 
-def test_prompts_too_long_are_dropped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "a.jsonl", GOOD + '{"prompt": "' + "x" * 99 + '", "answer": "1"}\n')
+def test_what_is_dropped_or_cannot_be_right_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = '{"prompt": "' + "x" * 99 + '", "answer": "1"}\n{"prompt": "q", "answer": 1234567.0}\n'
+    path = write(tmp_path / "a.jsonl", GOOD + more)
     args = [
         f"data.train={path}",
         "data.max_prompt_tokens=10",
@@ -430,7 +461,13 @@ def test_prompts_too_long_are_dropped_and_counted(tmp_path: Path, capsys: pytest
         "rollout.prompts_per_step=4",
     ]
     assert main([*SMALL, *args, f"run.dir={tmp_path / 'r'}", "seed=2"]) == 0
-    assert "1 of 19 prompts dropped" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 of 20 prompts dropped" in printed
+    assert "data.train: 1 of 19 answers are longer than rollout.max_tokens=6" in printed
+    assert "in 1 of 22 rows the answer is a number with a fraction" in printed
+    assert "an answer ends with <|end|> (1)" in printed
+    recorded = load_config([str(tmp_path / "r" / "config.yaml")], [])
+    assert recorded.data.date is not None  # the day it started, also for whoever starts it again
 
 
 def test_an_exported_model_trains_through_model_path(tmp_path: Path, warm: Path) -> None:
@@ -455,8 +492,24 @@ def test_evaluate_alone_gives_the_runs_own_figures(
     printed = capsys.readouterr().out
     assert f"{after['greedy']:.3f}" in printed.split("accuracy, greedy")[1].splitlines()[0]
     assert f"{after['t1']:.3f}" in printed.split("accuracy, T=1")[1].splitlines()[0]
+    with_other_eos(
+        folder / "model", "<|pad|>"
+    )  # as a base model's: the template's end of turn ends answers all the same
+    assert evaluate_main([*SMALL, f"model.path={folder / 'model'}", *own]) == 0
+    again = capsys.readouterr().out
+    assert "an answer ends with <|pad|> (0), <|end|> (1)" in again
+    assert again.partition("accuracy, greedy")[2] == printed.partition("accuracy, greedy")[2]
     assert evaluate_main([]) == 2
     assert "name a folder" in capsys.readouterr().err
+
+
+def with_other_eos(folder: Path, token: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = token
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**settings, "eos_token_id": tokenizer.eos_token_id}))
 
 
 # ------------------------------------------------------------------------------------------------- processes of its own

@@ -28,7 +28,7 @@ def check_data(config: Config) -> None:
     if config.data.train is None and config.data.eval is not None:
         raise UserError("data.eval is given without data.train: name the training file too")
     if config.data.train is None and config.model.path != "embedded":
-        raise UserError(f"model.path={config.model.path}: nothing to train on; name a file, data.train=FILE")
+        raise UserError(f"data.train is not given: name a JSON Lines file to train model.path={config.model.path} on")
 
 
 def load_dataset(config: Config, say: Say = lambda line: None) -> Dataset:
