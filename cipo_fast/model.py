@@ -68,8 +68,10 @@ def load_model(config: Config, attention: str) -> PreTrainedModel:
     )
     try:
         model, found = _load(config, "model", load)
-    except UserError:
+    except UserError as error:
         _refuse_files(config)  # says more, where a file is at fault
+        if attention in str(error):
+            raise UserError(f"model.path={config.model.path}: its attention cannot be replaced by trees'") from None
         raise
     _refuse_files(config)
     _refuse_weights(config, model, found)
