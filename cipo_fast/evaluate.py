@@ -17,7 +17,7 @@ from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, process_group
-from cipo_fast.engines import build_engine, fit_to_engine
+from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.model import load_model, load_tokenizer
 from cipo_fast.records import Anchor, Group
@@ -87,8 +87,9 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
     tokenizer = load_tokenizer(config)
     problems = load_dataset(config).held_out
     model = load_model(config, "sdpa")
+    config = fit_to_model(config, model.config, print)
     with closing(build_engine(config, model, tokenizer, device)) as engine:
-        config = fit_to_engine(config, engine)
+        config = fit_to_engine(config, engine, print)
         prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "held-out problems", print)
         dtype = getattr(torch, config.model.dtype)
         engine.sync(((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()), 0)

@@ -192,7 +192,7 @@ def _weight_files(path: str) -> list[Path]:
         config_file = cached_file(path, "config.json", local_files_only=True)
     except OSError:
         return []
-    folder = Path(config_file).parent
+    folder = Path(config_file or path).parent
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cipo_fast.config import Config
+from cipo_fast.distributed import is_main, raise_together
 from cipo_fast.errors import UserError
 from cipo_fast.model import one_line
 from cipo_fast.packing import build_trees, make_pack
 from cipo_fast.policy import ATTENTION, Policy
 from cipo_fast.records import Conversation, Segment
 
-PART = 32  # most tokens of the prompt, and of either branch
+PART = 32  # tokens of the prompt, and of either branch
 NUDGE = 1e-6  # relative; about eight roundings of fp32
 # Differences that count are larger by this factor than those that a nudge to every embedding makes. Two right ways to
 # compute stay below 1, in the architectures tried; siblings that are seen, wrong positions or scales are in the
@@ -28,11 +29,22 @@ NUDGE = 1e-6  # relative; about eight roundings of fp32
 FACTOR = 30.0
 
 
+def check_on_one_rank(model: PreTrainedModel, config: Config, prompts: Sequence[Sequence[int]]) -> None:
+    """`check_against_stock` by the first rank, all of them holding the same; raises on every rank or on none."""
+    error = None
+    if is_main():
+        try:
+            check_against_stock(model, config, prompts)
+        except UserError as refused:
+            error = refused
+    raise_together(error)
+
+
 def check_against_stock(model: PreTrainedModel, config: Config, prompts: Sequence[Sequence[int]]) -> None:
     """UserError unless `model` (fp32, `cipo_tree` attention, not yet sharded) gives a two-branch tree of real tokens
     what stock eager attention gives its rows. `prompts`: token ids of some of the run's prompts, one at least."""
     name = type(model).__name__
-    trunk, branches = _tree_of(prompts, model.get_input_embeddings().num_embeddings)
+    trunk, branches = _tree_of(prompts, model.config.get_text_config().vocab_size)
     try:
         own = _by_policy(model, config, trunk, branches)
         with _stock(model):
@@ -55,15 +67,12 @@ def check_against_stock(model: PreTrainedModel, config: Config, prompts: Sequenc
 
 
 def _tree_of(prompts: Sequence[Sequence[int]], vocab: int) -> tuple[list[int], list[list[int]]]:
-    """(trunk, two branches that differ in their first token). The second is the first one backwards where there is
-    but one prompt."""
-    trunk = list(prompts[0][:PART])
-    tails = [list(prompt[-PART:]) for prompt in prompts] + [trunk[::-1]]
+    """(trunk, two branches that differ from their first token on), each of PART tokens: short prompts are filled up."""
+    fill = [i % vocab for i in range(PART)]
+    trunk, *tails = [(list(ids) + fill)[:PART] for ids in (prompts[0], *(prompt[-PART:] for prompt in prompts))]
     first = tails[0]
-    second = next((tail for tail in tails[1:] if tail[0] != first[0]), None)
-    if second is None:
-        second = [(first[0] + 1) % vocab, *tails[-1][1:]]
-    return trunk, [first, second]
+    second = next((tail for tail in tails[1:] if tail[0] != first[0]), first[::-1])
+    return trunk, [first, second if second[0] != first[0] else [(first[0] + 1) % vocab, *second[1:]]]
 
 
 def _by_policy(

@@ -38,7 +38,7 @@ from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, process_group
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
-from cipo_fast.engines import build_engine, fit_to_engine
+from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
 from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
 from cipo_fast.learner import STATS, STREAMS, Learner, Update
@@ -49,6 +49,7 @@ from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Conversation, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
+from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import load_dataset
 from cipo_fast.view import View, summary_table
@@ -322,18 +323,20 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config)
     model = load_model(config, ATTENTION)
-    refuse_unsupported(model)
+    config = fit_to_model(config, model.config, view.say)
+    refuse_unsupported(model, config.max_model_len)
     if config.rollout.engine != "local":
         view.say(f"starting {config.rollout.engine}")
     engine = build_engine(config, model, tokenizer, mesh.device_type)
     open_engine.callback(engine.close)
-    config = fit_to_engine(config, engine)
+    config = fit_to_engine(config, engine, view.say)
     limit = config.data.max_prompt_tokens
     train_prompts = encode_prompts(dataset.train, tokenizer, limit, "data.train", view.say)
     held_out = encode_prompts(dataset.held_out, tokenizer, limit, "held-out problems", view.say)
     correct = CorrectionPrompts(tokenizer, config.correction)
     view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")
 
+    check_on_one_rank(model, config, [p.token_ids for p in train_prompts[:3]])
     cost = cost_model(model.config, model.num_parameters())
     reference_model = copy.deepcopy(model) if config.loss.beta > 0 else None
     policy = build_policy(model, config, mesh)
