@@ -19,9 +19,10 @@ from cipo_kernels import device_rates
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cipo_fast.config import Config, EmbeddedModel, parse_args
+from cipo_fast.engines import fit_to_model
 from cipo_fast.errors import UserError
 from cipo_fast.model import load_shape
-from cipo_fast.policy import cost_model, decoder_layers
+from cipo_fast.policy import cost_model, decoder_layers, refuse_shape
 from cipo_fast.tasks import check_data
 
 # Assumed, not measured: CUDA context, NCCL, CUDA graphs of a sleeping engine, fragmentation; Python and torch on a CPU.
@@ -63,7 +64,6 @@ class Size:
     kv_heads: int
     head_dim: int
     vocab: int
-    positions: int
     query_norms: bool  # queries and keys are normalised, as Qwen3's are
 
     @property
@@ -86,8 +86,15 @@ def dry_run(args: Sequence[str], embedded_shape: EmbeddedShape) -> str:
 
 def describe(config: Config, shape: PretrainedConfig, devices: Devices | None = None) -> str:
     """Everything a run would do, without doing it; on this machine unless `devices` says otherwise."""
-    plan = Plan(config, size_of(shape), devices or Devices.of_this_machine(None))
-    sections = [_sizes(config), *_memory(plan), _time(plan, shape)]
+    lengths: list[str] = []
+    fitted = config
+    try:
+        fitted = fit_to_model(config, shape, lengths.append)
+        refuse_shape(shape, fitted.max_model_len)
+    except UserError as error:  # what a run would refuse, and all else that follows from the settings
+        lengths.append(f"DOES NOT FIT: {error}")
+    plan = Plan(fitted, size_of(shape), devices or Devices.of_this_machine(None))
+    sections = [_sizes(fitted) + lengths, *_memory(plan), _time(plan, shape)]
     return (
         config.to_yaml() + "\n" + "\n".join(f"# {line}" if line else "" for lines in sections for line in (*lines, ""))
     )
@@ -122,7 +129,6 @@ def size_of(shape: PretrainedConfig) -> Size:
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab=text.vocab_size,
-        positions=text.max_position_embeddings,
         query_norms=any("q_norm" in name for name, _ in layers[0].named_parameters()),
     )
 
@@ -351,11 +357,6 @@ def _engine(plan: Plan) -> list[str]:
         f"  {'all ranks ask' if server else 'a rank asks'} for up to {asked:,} sequences, rollout.vllm.max_sequences="
         f"{v.max_sequences} of them at a time",
     ]
-    if longest > plan.size.positions:
-        lines.append(
-            f"  DOES NOT FIT: the model has {plan.size.positions:,} positions; change: rollout.vllm.max_model_len="
-            f"{plan.size.positions}, or shorter sequences"
-        )
     if not plan.holds_a_sequence():
         lines.append(f"  DOES NOT FIT: no sequence of max_model_len={longest:,}; change: {_to_sample(plan)}")
     return lines

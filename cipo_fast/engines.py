@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ def build_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
     if config.rollout.engine == "local":
         twin = copy.deepcopy(model).to(device, getattr(torch, config.model.dtype))  # type: ignore[arg-type]
         twin.set_attn_implementation("sdpa")
-        return LocalEngine(twin, ends, tokenizer.pad_token_id or 0, config.rollout.batch_sequences)
+        return LocalEngine(
+            twin, ends, tokenizer.pad_token_id or 0, config.rollout.batch_sequences, max_model_len=config.max_model_len
+        )
     from cipo_fast.rollout.vllm import VllmEngine, check_version
 
     check_version()
@@ -48,17 +51,63 @@ def write_shape(folder: Path, shape: PretrainedConfig, tokenizer: PreTrainedToke
     tokenizer.save_pretrained(folder)
 
 
-def fit_to_engine(config: Config, engine: Engine) -> Config:
+def positions(shape: PretrainedConfig) -> tuple[int | None, str]:
+    """(tokens of the longest sequence that trainer and every engine compute alike, the key that says so); None where
+    nothing limits it. As vLLM counts, but that frequencies which follow the length end it: trees and rows differ."""
+    text = shape.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is None:
+        return None, ""
+    key = "max_position_embeddings"
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]:
+        kind = part.get("rope_type")
+        if kind == "longrope":  # its factors change with the length of whatever is computed together
+            original = part.get("original_max_position_embeddings") or longest
+            if original < longest:
+                longest, key = original, "original_max_position_embeddings of longrope"
+        elif kind == "linear" and not text.model_type.startswith("gemma3"):  # Gemma 3 counts its factor in
+            longest, key = int(longest * (part.get("factor") or 1)), "max_position_embeddings x factor of linear rope"
+    return longest, key
+
+
+def fit_to_model(config: Config, shape: PretrainedConfig, say: Callable[[str], None]) -> Config:
+    """The config with nothing longer than the model's positions, for every engine; what is cut is said, and what is
+    left no room is refused."""
+    limit, key = positions(shape)
+    asked = config.rollout.vllm.max_model_len
+    if limit is None:
+        return config
+    if asked is not None and asked > limit:
+        raise UserError(
+            f"rollout.vllm.max_model_len={asked} is above the model's {limit} positions ({key}); change: "
+            f"rollout.vllm.max_model_len={limit}"
+        )
+    return _fit(config, limit, f"the model has {limit} positions ({key})", say)
+
+
+def fit_to_engine(config: Config, engine: Engine, say: Callable[[str], None]) -> Config:
     """The config with prompts no longer than what leaves room for a whole answer. Longer ones are dropped as ever."""
     if engine.max_model_len is None:
         return config
-    room = engine.max_model_len - config.rollout.max_tokens
-    if room < 1:
-        raise UserError(
-            f"the engine holds {engine.max_model_len} tokens: rollout.max_tokens={config.rollout.max_tokens} leaves "
-            "none for a prompt"
-        )
+    return _fit(config, engine.max_model_len, f"the engine holds {engine.max_model_len} tokens", say)
+
+
+def _fit(config: Config, limit: int, what: str, say: Callable[[str], None]) -> Config:
+    """`limit`: tokens of a prompt and its answer together, which `what` explains."""
+    for key, answer in (("rollout.max_tokens", config.rollout.max_tokens), ("eval.max_tokens", config.eval.max_tokens)):
+        if answer >= limit:
+            raise UserError(f"{what}: {key}={answer} leaves none for a prompt; change: {key}={max(1, limit // 2)}")
+    room = limit - config.rollout.max_tokens
     fitted = config.model_copy(deep=True)
     fitted.data.max_prompt_tokens = min(room, config.data.max_prompt_tokens)
     fitted.correction.max_prompt_tokens = min(room, config.correction.max_prompt_tokens)
+    if limit < config.max_model_len:
+        fitted.rollout.vllm.max_model_len = limit
+        say(f"{what}: prompts of more than {room} are dropped, which leaves room for rollout.max_tokens")
+        if config.eval.max_tokens > config.rollout.max_tokens:
+            say(
+                f"{what}: where a prompt has more than {limit - config.eval.max_tokens}, an evaluation's answer is cut "
+                f"before eval.max_tokens={config.eval.max_tokens}"
+            )
     return fitted

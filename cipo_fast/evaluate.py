@@ -18,7 +18,7 @@ from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, process_group
-from cipo_fast.engines import build_engine, fit_to_engine
+from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.model import load_model, load_shape, load_tokenizer
 from cipo_fast.records import Anchor, Group
@@ -93,9 +93,10 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
     CorrectionPrompts(chat, config.correction)  # what it refuses, it refuses before an engine starts
     chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
     model = load_model(config, "sdpa")
+    config = fit_to_model(config, model.config, say)
     say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
     with closing(build_engine(config, model, chat, device)) as engine:
-        config = fit_to_engine(config, engine)
+        config = fit_to_engine(config, engine, say)
         prompts = fitting(prompts, config.data.max_prompt_tokens, "held-out problems", say)
         dtype = getattr(torch, config.model.dtype)
         engine.sync(((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()), 0)

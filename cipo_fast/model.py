@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
 import torch
+import transformers
+from huggingface_hub import HfApi
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -11,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from cipo_fast.config import Config
 from cipo_fast.errors import UserError
@@ -18,10 +30,9 @@ from cipo_fast.errors import UserError
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Raises UserError where there is none, or none with a chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load(config, "tokenizer", error) from None
+    tokenizer = _load(config, "tokenizer", AutoTokenizer.from_pretrained)
+    if len(tokenizer) < 2:  # what transformers makes of a folder without a tokenizer's files
+        raise UserError(f"model.path={config.model.path}: cannot load its tokenizer: its files are missing")
     if not tokenizer.chat_template:
         raise UserError(f"model.path={config.model.path}: its tokenizer has no chat template; use an instruct model")
     if tokenizer.eos_token_id is None:
@@ -30,26 +41,190 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: Config, attention: str) -> PreTrainedModel:
-    """The first policy in fp32 with the given attention implementation; raises UserError."""
+    """The first policy in fp32 with the given attention implementation; raises UserError unless every weight of the
+    model comes from its files, and every tensor of the files goes into the model."""
+    load_shape(config)
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below: transformers names them in a table alone
+    )
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            config.model.path, dtype=torch.float32, attn_implementation=attention
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load(config, "model", error) from None
+        model, found = _load(config, "model", load)
+    except UserError as error:
+        _refuse_files(config)  # says more, where a file is at fault
+        if attention in str(error):
+            raise UserError(f"model.path={config.model.path}: its attention cannot be replaced by trees'") from None
+        raise
+    _refuse_files(config)
+    _refuse_weights(config, model, found)
+    return model
 
 
 def load_shape(config: Config) -> PretrainedConfig:
-    """The config.json of `model.path`; raises UserError."""
+    """The config of the model in `model.path`, without its weights; raises UserError for one that no trainer of weights
+    can load: an adapter, a quantised model, an encoder-decoder."""
+    path = config.model.path
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"model.path={path}: holds an adapter (LoRA); merge it into its base model first")
+        if not (folder / "config.json").is_file():
+            more = "; GGUF files are quantised: use the model they were made from" if any(folder.glob("*.gguf")) else ""
+            raise UserError(f"model.path={path}: the folder holds no config.json{more}")
+    shape = _load(config, "config", AutoConfig.from_pretrained)
+    for part in (shape, shape.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            if getattr(part, key, None):
+                method = dict_of(getattr(part, key)).get("quant_method", "unknown method")
+                raise UserError(
+                    f"model.path={path}: its weights are quantised ({method}, {key} in its config.json); use the "
+                    "unquantised model"
+                )
+    if shape.is_encoder_decoder:
+        raise UserError(f"model.path={path}: {shape.model_type} is an encoder-decoder; use a decoder-only model")
+    return shape
+
+
+# ------------------------------------------------------------------------------------------------------- bad models
+
+
+def _load(config: Config, what: str, load: Callable[..., Any]) -> Any:
+    """`load` from `model.path`. Whatever it raises, and the loaders raise all kinds, becomes one line."""
+    path = config.model.path
+    hub = None
+    if not Path(path).is_dir():
+        if Path(path).exists():
+            raise UserError(f"model.path={path}: is a file; name the folder that holds the model")
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
+            raise UserError(f"model.path={path}: cannot load its {what}: no such folder")
+        hub = _hub_refusal(path)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # tables of what we refuse in one line
     try:
-        return AutoConfig.from_pretrained(config.model.path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path={config.model.path}: cannot load its config: {str(error).splitlines()[0]} "
-            "(a local folder that holds a config.json is enough for --dry-run)"
-        ) from None
+        return load(path, trust_remote_code=False, local_files_only=hub is not None)
+    except Exception as error:
+        reason = one_line(error)
+        if "CONVERSION" in reason:
+            reason = "its tensors cannot be put together as the model has them: are some missing?"
+        elif "trust_remote_code" in str(error):
+            reason = "it needs code of its own (trust_remote_code), which is not run here"
+        elif hub is not None:
+            reason = f"no such folder, not in the hub's cache, and the hub does not give it ({hub})"
+        hint = "; a local folder that holds a config.json is enough for --dry-run" if hub and what == "config" else ""
+        raise UserError(f"model.path={path}: cannot load its {what}: {reason}{hint}") from None
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
-def _cannot_load(config: Config, what: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0]
-    return UserError(f"model.path={config.model.path}: cannot load the {what}: {reason}")
+@cache
+def _hub_refusal(name: str) -> str | None:
+    """Why the hub does not give this model, asked once and quickly; None where it does. transformers would ask again
+    and again, for a minute a file."""
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:
+        return one_line(error)
+    return None
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:300] if lines else type(error).__name__
+
+
+def dict_of(section: Any) -> dict[str, Any]:
+    return section if isinstance(section, dict) else section.to_dict()
+
+
+def _refuse_files(config: Config) -> None:
+    """UserError for a weight file that cannot be read, or whose numbers mean nothing without scales of their own."""
+    path = config.model.path
+    names: set[str] = set()
+    for file in _weight_files(path):
+        where = f"model.path={path}: {file.name}"
+        with file.open("rb") as opened:
+            if opened.read(24) == b"version https://git-lfs.":
+                raise UserError(f"{where} is a git-lfs pointer, not the weights; run `git lfs pull`")
+        if file.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise UserError(f"{where} cannot be read ({one_line(error)}): is it whole?") from None
+        for name, kind in types.items():
+            if kind not in ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"):
+                raise UserError(f"{where}: {name} is quantised ({kind}); use the unquantised model")
+        names |= types.keys()
+    if missing := _missing_experts(names):
+        raise UserError(f"model.path={path}: its weights lack {', '.join(missing[:3])}")
+
+
+def _missing_experts(names: set[str]) -> list[str]:
+    """What one expert of a layer has and another lacks. transformers stacks them, and names no single one."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for name in names:
+        if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name):
+            found.setdefault(expert[1], set()).add((expert[2], expert[3]))
+    return sorted(
+        f"{layer}.{number}.{rest}"
+        for layer, parts in found.items()
+        for number in {number for number, _ in parts}
+        for rest in {rest for _, rest in parts}
+        if (number, rest) not in parts
+    )
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The files that transformers reads weights from, those that are there, in its order of preference."""
+    try:
+        config_file = cached_file(path, "config.json", local_files_only=True)
+    except OSError:
+        return []
+    folder = Path(config_file or path).parent
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"model.path={path}: {index.name} is not an index of weight files") from None
+            return sorted(folder / shard for shard in shards if (folder / shard).is_file())
+    return []
+
+
+def _refuse_weights(config: Config, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """UserError unless files and model hold the same tensors. transformers fills what is missing with random numbers,
+    leaves out what it does not expect, and unties a head that is not its embedding."""
+    path = config.model.path
+    name = type(model).__name__
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"model.path={path}: an adapter (LoRA) lies on it; merge it into the model first")
+    for keys, fault in (
+        (found["missing_keys"], f"tensors of {name} are missing from its weights"),
+        (found["unexpected_keys"], f"tensors of its weights are none of {name}'s: is config.json another model's?"),
+        (
+            {f"{key} {list(file)} (the model's: {list(own)})" for key, file, own in found["mismatched_keys"]},
+            f"tensors of its weights do not have the shape that {name} has",
+        ),
+        (set(found["error_msgs"]), "errors while loading"),
+    ):
+        if keys:
+            first = sorted(keys)[:3]
+            more = ", ..." if len(keys) > len(first) else ""
+            raise UserError(f"model.path={path}: {len(keys)} {fault}: {', '.join(first)}{more}")
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter(target) is not model.get_parameter(source):
+            raise UserError(
+                f"model.path={path}: config.json ties {target} to {source}, but its weights hold two that differ; set "
+                "tie_word_embeddings to false, or remove one"
+            )
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
+            raise UserError(f"model.path={path}: {key} holds numbers that are not finite (NaN or infinity)")

@@ -6,6 +6,7 @@ Stock attention with tree positions is silently wrong (a rollout would see its s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -32,6 +33,9 @@ from cipo_fast.errors import UserError
 from cipo_fast.packing import CostModel, Pack
 
 ATTENTION = "cipo_tree"
+# Layers that see less than the whole sequence -> the key that says how much of it.
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+NOISE = re.compile(r"drop|jitter")  # keys of what makes a model in training another one than in sampling
 ATTENTION_OPS = ("cipo_kernels::tree_attention", "cipo_kernels::tree_attention_flash")
 
 
@@ -45,9 +49,18 @@ def cipo_tree_attention(
     tree: TreeLayout | None = None,
     tree_impl: str = "auto",
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention function transformers calls in every layer; returns ([1, T, Hq, D], None)."""
+    if softcap is not None:
+        raise UserError("model.path: the model caps its attention logits; tree attention does not")
+    if s_aux is not None:
+        raise UserError("model.path: the model has attention sinks; tree attention has none")
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise UserError("model.path: the model looks at tokens to come; tree attention does not")
     if tree is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError("cipo_tree attention takes one packed stream and its TreeLayout, and no attention mask")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -66,7 +79,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel, config: Config):
         super().__init__()
-        refuse_unsupported(model)
+        refuse_unsupported(model, config.max_model_len)
         self.model = model
         self.loss = config.loss
         self.temperature = config.rollout.temperature
@@ -182,29 +195,49 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def refuse_unsupported(model: PreTrainedModel) -> None:
-    """UserError for a model whose numbers tree attention would silently change."""
-    config = model.config.get_text_config()
+def refuse_unsupported(model: PreTrainedModel, longest: int) -> None:
+    """UserError for a model whose numbers trees, or training mode, would silently change, as far as no short check
+    can show it: `check_against_stock` looks at what the model computes. `longest`: tokens of the run's longest
+    sequence."""
     name = type(model).__name__
     if model.config._attn_implementation != ATTENTION:
         raise ValueError(
             f"{name} runs {model.config._attn_implementation} attention; it must be loaded with {ATTENTION}"
         )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"model.path: {name} has {', '.join(sorted(kinds))} layers; only attention layers can share a prefix"
-        )
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in kinds or (window and "layer_types" not in config.to_dict()):
-        raise UserError(f"model.path: {name} has a sliding attention window ({window}); tree attention has none")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UserError(f"model.path: {name} caps its attention logits; tree attention does not")
-    for key in ("logit_scale", "logits_scaling"):
-        if getattr(config, key, None) not in (None, 1, 1.0):
-            raise UserError(f"model.path: {name} scales its logits ({key}); the fused loss does not")
-    if getattr(config, "attention_dropout", 0) or any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
+    refuse_shape(model.config, longest)
+    decoder_layers(model)
+    if any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)):
         raise UserError(f"model.path: {name} has dropout; set it to 0 in its config.json")
+
+
+def refuse_shape(shape: PretrainedConfig, longest: int) -> None:
+    """The part of `refuse_unsupported` that config.json tells."""
+    text = shape.get_text_config()
+    name = (shape.architectures or [shape.model_type])[0]
+    kinds = set(getattr(text, "layer_types", None) or WINDOWS)  # without types, every layer has the window there is
+    if other := kinds - {"full_attention", *WINDOWS}:
+        raise UserError(
+            f"model.path: {name} has {', '.join(sorted(other))} layers; only attention layers can share a prefix"
+        )
+    for key in (WINDOWS[kind] for kind in WINDOWS if kind in kinds):
+        window = getattr(text, key, None)
+        if window and window < longest:  # a token sees that many, itself included
+            raise UserError(
+                f"model.path: {name} has a sliding attention window ({key}={window}), and this run's longest sequence "
+                f"has {longest} tokens; tree attention has no window: shorten the sequences (rollout.max_tokens, "
+                "eval.max_tokens, data.max_prompt_tokens, correction.max_prompt_tokens)"
+            )
+    if getattr(text, "attn_logit_softcapping", None):
+        raise UserError(f"model.path: {name} caps its attention logits; tree attention does not")
+    if getattr(text, "attn_temperature_tuning", None):
+        raise UserError(
+            f"model.path: {name} scales its attention by a token's place in the stream (attn_temperature_tuning); in a "
+            "tree that is not its place in the text"
+        )
+    for key, value in text.to_dict().items():
+        harmless = key.startswith(("classifier", "summary"))  # of heads that a language model does not have
+        if NOISE.search(key) and not harmless and isinstance(value, int | float) and value > 0:
+            raise UserError(f"model.path: {name} has dropout or noise in training ({key}={value}); set it to 0")
 
 
 def cost_model(config: PretrainedConfig, num_parameters: int) -> CostModel:

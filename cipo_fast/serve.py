@@ -13,12 +13,11 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoConfig
 
 from cipo_fast.config import parse_args
-from cipo_fast.engines import write_shape
+from cipo_fast.engines import fit_to_model, write_shape
 from cipo_fast.errors import UserError
-from cipo_fast.model import load_tokenizer
+from cipo_fast.model import load_shape, load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "model.path=embedded: name a folder; `python -m cipo_fast.embedded` makes one and prints it"
             )
         folder = config.run_dir / "engine"
-        write_shape(folder, AutoConfig.from_pretrained(config.model.path), load_tokenizer(config))
+        shape = load_shape(config)
+        config = fit_to_model(config, shape, print)
+        write_shape(folder, shape, load_tokenizer(config))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -39,7 +39,7 @@ from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import gather, is_main, leave, process_group
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
-from cipo_fast.engines import build_engine, fit_to_engine
+from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
 from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
 from cipo_fast.learner import STATS, STREAMS, Learner, Update
@@ -50,6 +50,7 @@ from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Conversation, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, seed_for
+from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import check_data, load_dataset
 from cipo_fast.view import View, summary_table
@@ -327,13 +328,15 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     train_prompts, held_out = encode_dataset(dataset, chat, config, view.say)
     chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
     model = load_model(config, ATTENTION)
-    refuse_unsupported(model)
+    config = fit_to_model(config, model.config, view.say)
+    refuse_unsupported(model, config.max_model_len)
+    check_on_one_rank(model, config, [p.token_ids for p in train_prompts[:3]])
     view.say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
     if config.rollout.engine != "local":
         view.say(f"starting {config.rollout.engine}")
     engine = build_engine(config, model, chat, mesh.device_type)
     open_engine.callback(engine.close)
-    config = fit_to_engine(config, engine)
+    config = fit_to_engine(config, engine, view.say)
     limit = config.data.max_prompt_tokens
     train_prompts = fitting(train_prompts, limit, "data.train", view.say)
     held_out = fitting(held_out, limit, "held-out problems", view.say)

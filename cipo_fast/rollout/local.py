@@ -26,13 +26,20 @@ class LocalEngine:
     """Holds a copy of the model with stock attention and a KV cache. `eos_ids` end an answer; padding is found by
     position, never by token, so a tokenizer whose pad is its eos loses nothing."""
 
-    def __init__(self, model: PreTrainedModel, eos_ids: list[int], pad_id: int, batch_sequences: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eos_ids: list[int],
+        pad_id: int,
+        batch_sequences: int,
+        max_model_len: int | None = None,
+    ):
         self.model = model.eval().requires_grad_(False)
         self.eos_ids = eos_ids
         self.pad_id = pad_id
         self.batch_sequences = batch_sequences
         self.policy_version = -1
-        self.max_model_len: int | None = None
+        self.max_model_len = max_model_len
 
     def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
         found: list[list[Completion]] = [[] for _ in prompts]
