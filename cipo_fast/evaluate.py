@@ -19,7 +19,7 @@ from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, process_group
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import TrainingStopped, UserError
-from cipo_fast.model import load_model, load_tokenizer
+from cipo_fast.model import cast_weights, load_model, load_tokenizer
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_prompts
@@ -90,8 +90,7 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
     with closing(build_engine(config, model, tokenizer, device)) as engine:
         config = fit_to_engine(config, engine)
         prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "held-out problems", print)
-        dtype = getattr(torch, config.model.dtype)
-        engine.sync(((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()), 0)
+        engine.sync(cast_weights(model, getattr(torch, config.model.dtype)), 0)
         sampler = Sampler(engine, tokenizer, config.seed)
         return evaluate(sampler, prompts, CorrectionPrompts(tokenizer, config.correction), config)
 

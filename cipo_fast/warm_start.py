@@ -25,6 +25,7 @@ from cipo_fast.config import Config, OptimConfig
 from cipo_fast.distributed import is_main
 from cipo_fast.errors import UserError
 from cipo_fast.learner import Learner
+from cipo_fast.model import named_tensors
 from cipo_fast.packing import CostModel, build_trees, make_pack, pack_trees
 from cipo_fast.policy import Policy
 from cipo_fast.records import Conversation, Rollout, Segment
@@ -140,13 +141,13 @@ def corrupt(answer: str, rng: np.random.Generator) -> str:
 
 
 def load_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
-    """Copy whole tensors into the (sharded) parameters."""
-    for name, parameter in policy.model.named_parameters():
-        value = weights[name].to(parameter.device)
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    """Copy whole tensors into the (sharded) parameters and the buffers."""
+    for name, tensor in named_tensors(policy.model):
+        value = weights[name].to(tensor.device)
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
         with torch.no_grad():
-            parameter.copy_(value)
+            tensor.copy_(value)
 
 
 def _same_on_all_ranks(seconds: float) -> float:
