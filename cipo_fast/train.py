@@ -36,6 +36,8 @@ from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, process_group
+from cipo_fast.embedded.model import embedded_config
+from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
@@ -50,7 +52,6 @@ from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import load_dataset
 from cipo_fast.view import View, summary_table
-from cipo_fast.warm_start import load_weights, warm_start
 
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
 
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--dry-run" in args:
             from cipo_fast.dry_run import dry_run
 
-            print(dry_run(args))
+            print(dry_run(args, embedded_config))
             return 0
         config = parse_args(args)
         with process_group() as mesh:
@@ -113,10 +114,15 @@ def train(config: Config, mesh: DeviceMesh) -> None:
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
+    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
+        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
     with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
+        given = config  # what is recorded; `embedded` is a folder from here on
+        if config.model.path == "embedded":
+            config = prepare(config, mesh, view.note)
         run, progress = build(config, mesh, view, open_files)
         checkpoints = config.run_dir / "checkpoints"
-        recorder = Recorder(config, progress.step if config.checkpoint.resume else None) if is_main() else None
+        recorder = Recorder(given, progress.step if config.checkpoint.resume else None) if is_main() else None
         if recorder is not None:
             open_files.callback(recorder.close)
         if progress.before is None:
@@ -313,11 +319,9 @@ def update_metrics(updates: list[Update]) -> Metrics:
 
 
 def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) -> tuple[Run, Progress]:
-    """Load, start the engine, shard, warm start or resume; everything that can be refused is refused here."""
+    """Load, start the engine, shard, resume; everything that can be refused is refused here."""
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config)
-    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
-        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
     model = load_model(config, ATTENTION)
     refuse_unsupported(model)
     if config.rollout.engine != "local":
@@ -337,16 +341,7 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     sync = WeightSync(policy, engine, config, [p.token_ids for p in train_prompts], view.say)
     group = dist.new_group(backend="gloo") if config.rollout.overlap else None
     sampler = Sampler(engine, tokenizer, config.seed, group)
-    if config.model.path == "embedded":
-
-        def report(steps: int, accuracy: float, seconds: float) -> None:
-            view.note(f"warm start: {steps} supervised steps, greedy accuracy {accuracy:.3f}, {seconds:.0f}s")
-
-        warm_start(policy, train_prompts, correct, sampler, sync, config, cost, report)
-    reference = None
-    if reference_model is not None:
-        reference = build_policy(reference_model, config, mesh)
-        load_weights(reference, dict(policy.full_weights()))
+    reference = build_policy(reference_model, config, mesh) if reference_model is not None else None
     updates = config.train.steps * config.train.updates_per_step
     learner = Learner(policy, config.optim, updates, reference)
     progress = Progress(0, ReplayState(config.replay.rho0))
@@ -393,7 +388,7 @@ def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, 
             "steps": progress.step,
             "skipped": progress.skipped,
             "seconds": progress.seconds,
-            "config": config.model_dump(mode="json"),
+            "config": recorder.config.model_dump(mode="json"),
         }
     )
     view.say("")
