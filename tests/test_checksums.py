@@ -28,7 +28,7 @@ def test_one_unit_in_the_last_place_anywhere_shows(dtype: torch.dtype) -> None:
 
 
 def test_small_regular_changes_do_not_cancel() -> None:
-    """Ones that a plain weighted sum would miss: +1, -2, +1 in a row, a swap, a sign, a transposed or shifted matrix."""
+    """Ones that a plain weighted sum would miss: +1, -2, +1 in a row, a sign, a transposed or shifted matrix."""
     w = torch.arange(40 * 40).reshape(40, 40).to(torch.int32)
     bent = w.clone()
     bent[3, 4:7] += torch.tensor([1, -2, 1], dtype=torch.int32)
