@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cipo_fast.cipo.replay import ReplayState
 from cipo_fast.distributed import is_main
@@ -107,5 +107,13 @@ def export(
 ) -> None:
     """Write what `AutoModelForCausalLM.from_pretrained(folder)` loads: `model`'s config with whole `weights`."""
     transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder, state_dict=weights)
+    # transformers refuses to write generation configs that it reads (a temperature without do_sample, as many models
+    # have it): a run would fail with its last line. The model's own goes along as it is.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.generation_config = own
+    if own is not None:
+        own.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)

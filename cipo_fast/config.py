@@ -125,7 +125,8 @@ class ServerConfig(Section):
 
 class SyncConfig(Section):
     probe_every: Positive = 1
-    """After the syncs of every so many steps, compare trainer's and engine's log-probs of fixed tokens [ours]."""
+    """After the syncs of every so many steps, and always after the first and a restart, compare the engine with the
+    policy: checksums of every tensor, and log-probs of the last step's longest answers [ours]."""
     tolerance: Annotated[float, Field(gt=0)] | None = None
     """Largest mean gap of the probe in nats, 20 times that for one token; None: 1e-5 for float32, 0.05 for bfloat16."""
     alarm_outside: Share = 0.1

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn import Parameter
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cipo_fast.chat import Chat
 from cipo_fast.config import Config
 from cipo_fast.distributed import is_main
 from cipo_fast.errors import UserError
+from cipo_fast.model import named_tensors
 from cipo_fast.rollout import Engine
 from cipo_fast.rollout.local import LocalEngine
 
@@ -22,11 +24,9 @@ def build_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
     """The engine of `config.rollout.engine`, for a policy that starts as `model`. It has no weights before a sync."""
     tokenizer, ends = chat.tokenizer, chat.end_ids(model.generation_config)
     if config.rollout.engine == "local":
-        twin = copy.deepcopy(model).to(device, getattr(torch, config.model.dtype))  # type: ignore[arg-type]
-        twin.set_attn_implementation("sdpa")
-        return LocalEngine(
-            twin, ends, tokenizer.pad_token_id or 0, config.rollout.batch_sequences, max_model_len=config.max_model_len
-        )
+        twin = twin_of(model, device, getattr(torch, config.model.dtype))
+        pad, batch = tokenizer.pad_token_id or 0, config.rollout.batch_sequences
+        return LocalEngine(twin, ends, pad, batch, max_model_len=config.max_model_len)
     from cipo_fast.rollout.vllm import VllmEngine, check_version
 
     check_version()
@@ -36,12 +36,26 @@ def build_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
         shape.architectures = [type(model).__name__]  # not every config that a model is built from says so
         write_shape(folder, shape, tokenizer)
     dist.barrier()
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    names = [name for name, _ in named_tensors(model)]
     if config.rollout.engine == "vllm":
-        return VllmEngine(folder, config, list(shapes), ends, device)
+        return VllmEngine(folder, config, names, ends, device)
     from cipo_fast.rollout.vllm_server import VllmServerEngine
 
-    return VllmServerEngine(folder, config, shapes, ends, device)
+    dtype = getattr(torch, config.model.dtype)
+    types = {name: dtype if isinstance(t, Parameter) else t.dtype for name, t in named_tensors(model)}
+    wanted = {name: (tuple(tensor.shape), types[name]) for name, tensor in named_tensors(model)}
+    return VllmServerEngine(folder, config, wanted, ends, device)
+
+
+def twin_of(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy with stock attention and its parameters in `dtype`. Buffers stay as they are: rounded to bfloat16, RoPE's
+    frequencies are off by a radian after 1,000 tokens."""
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    twin.to(device)  # type: ignore[arg-type]
+    twin.set_attn_implementation("sdpa")
+    return twin
 
 
 def write_shape(folder: Path, shape: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,7 +20,7 @@ from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, process_group
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
 from cipo_fast.errors import TrainingStopped, UserError
-from cipo_fast.model import load_model, load_shape, load_tokenizer
+from cipo_fast.model import cast_weights, load_model, load_shape, load_tokenizer
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, count_unreachable, encode_prompts, fitting
@@ -98,8 +98,7 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
     with closing(build_engine(config, model, chat, device)) as engine:
         config = fit_to_engine(config, engine, say)
         prompts = fitting(prompts, config.data.max_prompt_tokens, "held-out problems", say)
-        dtype = getattr(torch, config.model.dtype)
-        engine.sync(((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()), 0)
+        engine.sync(cast_weights(model, getattr(torch, config.model.dtype)), 0)
         sampler = Sampler(engine, chat, config.seed)
         return evaluate(sampler, prompts, CorrectionPrompts(chat, config.correction), config)
 

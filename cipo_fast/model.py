@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -86,6 +87,32 @@ def load_shape(config: Config) -> PretrainedConfig:
     if shape.is_encoder_decoder:
         raise UserError(f"model.path={path}: {shape.model_type} is an encoder-decoder; use a decoder-only model")
     return shape
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All that a model's state is, each tensor once: parameters and persistent buffers (a router's bias, say), under
+    the first of its names. What is no parameter is never to be cast: a buffer's type is part of what it says."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """`named_tensors` as an engine gets them: parameters in `dtype`, buffers as they are; one at a time."""
+    for name, tensor in named_tensors(model):
+        yield name, tensor.detach().to(dtype) if isinstance(tensor, nn.Parameter) else tensor
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further name -> first name of a tensor that has several: {"lm_head.weight": "model.embed_tokens.weight"}."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(tensor)]
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and first.setdefault(id(tensor), name) != name
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- bad models

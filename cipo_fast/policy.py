@@ -30,6 +30,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from cipo_fast.config import Config
 from cipo_fast.errors import UserError
+from cipo_fast.model import cast_weights, tied_names
 from cipo_fast.packing import CostModel, Pack
 
 ATTENTION = "cipo_tree"
@@ -142,18 +143,15 @@ class Policy(nn.Module):
         return pack.old_logp - total[pack.conversation]
 
     def full_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every parameter, gathered one at a time; a collective under FSDP."""
-        for name, parameter in self.model.named_parameters():
-            data = parameter.detach().to(dtype)
-            yield name, data.full_tensor() if isinstance(data, DTensor) else data
+        """(name, whole tensor) of every parameter, in `dtype`, and of every persistent buffer, as it is; gathered one
+        at a time, tied ones once. A collective under FSDP."""
+        for name, tensor in cast_weights(self.model, dtype):
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @property
-    def tied_head(self) -> str | None:
-        """Name of the embedding that is the head as well."""
-        embedding = self.model.get_input_embeddings().weight
-        if embedding is not self.model.get_output_embeddings().weight:
-            return None
-        return next(name for name, parameter in self.model.named_parameters() if parameter is embedding)
+    def tied_names(self) -> dict[str, str]:
+        """Further name -> name in `full_weights`: of a head that is the embedding as well."""
+        return tied_names(self.model)
 
 
 def build_policy(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Policy:

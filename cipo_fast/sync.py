@@ -1,19 +1,22 @@
 """Weights from the policy to the engine, and the proof that they arrived.
 
-After a sync a probe compares both sides' log-probs of the same tokens. When they differ by more than rounding explains,
-the run stops and names the parameters that are not the same. An engine that fails is restarted and given the current
-weights; what it was asked for is asked again, so a failure costs time and nothing else.
+After a sync two things are compared. Checksums: every tensor that was sent with what the engine computes with, bit for
+bit, so that an engine which missed a single small update is found out. Log-probs of the same tokens, on both sides:
+equal weights can still be multiplied otherwise (another RoPE, a scale, a cache). When either shows more than rounding
+explains, the run stops and names the tensors that are not the same. An engine that fails is restarted and given the
+current weights; what it was asked for is asked again, so a failure costs time and nothing else.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cipo_fast.cipo.metrics import Metrics
 from cipo_fast.config import Config
@@ -21,17 +24,16 @@ from cipo_fast.distributed import raise_together
 from cipo_fast.errors import PolicyBroken, TrainingStopped
 from cipo_fast.packing import Pack, build_trees, make_pack
 from cipo_fast.policy import Policy
-from cipo_fast.records import Conversation, Segment
+from cipo_fast.records import Conversation, Group, Segment
 from cipo_fast.rollout import Engine, EngineFailure
-from cipo_fast.rollout.fingerprints import Fingerprint, differing, of_parameter
+from cipo_fast.rollout.checksums import checksum, differing, to_ints
 
 T = TypeVar("T")
 
-PROBE_SEQUENCES = 4
-PROBE_TOKENS = 128  # of a sequence, at most
+PROBE_SEQUENCES = 8
+PROBE_TOKENS = 4096  # of all sequences together
 MEAN_GAP = {"float32": 1e-5, "bfloat16": 0.05}  # nats; bfloat16: from 2 layers on CPU (0.02), not seen on a GPU
 MAX_OVER_MEAN = 20.0
-SAME_PARAMETER = {"float32": 1e-4, "bfloat16": 0.02}  # relative difference of fingerprints that rounding explains
 
 
 @dataclass(frozen=True)
@@ -43,40 +45,50 @@ class Gap:
 
 
 class WeightSync:
-    """`probe_ids`: token sequences to compare on, cut to PROBE_TOKENS."""
+    """`prompts`: token sequences to compare log-probs on until `watch` has answers."""
 
     def __init__(
         self,
         policy: Policy,
         engine: Engine,
         config: Config,
-        probe_ids: list[list[int]],
+        prompts: list[list[int]],
         say: Callable[[str], None],
     ):
         self.policy = policy
         self.engine = engine
         self.config = config.sync
-        self.dtype_name = config.model.dtype
         self.dtype = getattr(torch, config.model.dtype)
-        self.probe_ids = [ids[:PROBE_TOKENS] for ids in probe_ids if len(ids) > 1][:PROBE_SEQUENCES]
+        self.max_tokens = min(PROBE_TOKENS, config.train.pack_tokens)
         self.device = next(policy.parameters()).device
-        self.pack = _pack(self.probe_ids).to(self.device)
         self.say = say
         self.tolerance = self.config.tolerance or MEAN_GAP[config.model.dtype]
+        self.sent: dict[str, int] = {}  # checksums of the last sync
+        self.proven = False  # False: the next probe is due whatever its step
+        self._compare_on(prompts)
 
-    def push(self, version: int) -> Metrics:
-        """Sync and, when it is due, probe. Raises TrainingStopped if the engine is not the policy, or is lost."""
+    def watch(self, groups: Iterable[Group]) -> None:
+        """Compare on the longest of these answers from now on: differences of position and precision grow with it."""
+        self._compare_on(r.prompt_ids + r.token_ids for group in groups for r in group.rollouts)
+
+    def push(self, version: int, probe: bool = False) -> Metrics:
+        """Sync and compare, when that is due: every `probe_every` steps, when asked for, after the first sync and after
+        a restart. Raises TrainingStopped if the engine is not the policy, or is lost."""
+        before = self.sent
         while True:
             try:
-                report = self.engine.sync(self.policy.full_weights(self.dtype), version)
+                report = self.engine.sync(self._sending(), version)
                 started = time.perf_counter()
-                gap = self._probe() if version % self.config.probe_every == 0 else None
+                due = probe or not self.proven or version % self.config.probe_every == 0
+                gap = self._probe() if due else None
                 break
             except EngineFailure as failure:
                 self._restart(failure)
+        changed = [name for name, value in self.sent.items() if before.get(name) != value]
         return {
             "sync/parity_max_abs": gap.max if gap else None,
             "sync/parity_mean_abs": gap.mean if gap else None,
+            "sync/changed": len(changed) / len(self.sent) if before else None,  # share of the tensors
             "sync/gb": report.bytes / 1e9,
             "time/sync_s": report.seconds,
             "time/probe_s": time.perf_counter() - started,
@@ -93,17 +105,44 @@ class WeightSync:
 
     def _restart(self, failure: EngineFailure) -> None:
         self.say(f"engine lost: {failure}; restarting it with the current weights")
+        self.proven = False
         self.engine.restart()
 
+    def _sending(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights, in the engine's type; `sent` has their checksums once all have gone by."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.policy.full_weights(self.dtype):
+            found[name] = checksum(tensor)
+            yield name, tensor
+        self.sent = to_ints(found)
+
     def _probe(self) -> Gap:
-        gap = self.gap()
-        if not (gap.mean <= self.tolerance and gap.max <= MAX_OVER_MEAN * self.tolerance):
+        gap = self.gap()  # first: a policy that is not finite stops here, and is not to be saved
+        wrong = self.differing()
+        if wrong or not (gap.mean <= self.tolerance and gap.max <= MAX_OVER_MEAN * self.tolerance):
             raise TrainingStopped(
-                f"after the sync to version {self.engine.policy_version} the engine is not the policy: log-probs "
-                f"differ by {gap.mean:.3g} nats on average, {gap.max:.3g} at most (sync.tolerance {self.tolerance:g}); "
-                f"{self._culprits()}"
+                f"after the sync to version {self.engine.policy_version} the engine is not the policy: "
+                f"{_culprits(wrong)}; log-probs differ by {gap.mean:.3g} nats on average, {gap.max:.3g} at most "
+                f"(sync.tolerance {self.tolerance:g})"
             )
+        self.proven = True
         return gap
+
+    def differing(self) -> list[str]:
+        """Tensors of the last sync that this engine, or another rank's, does not compute with. A collective; raises
+        EngineFailure on all ranks or on none."""
+        error, wrong = None, list[str]()
+        try:
+            sent = self.sent | {name: self.sent[first] for name, first in self.policy.tied_names.items()}
+            wrong = differing(sent, self.engine.checksums())
+        except EngineFailure as failure:
+            error = failure
+        raise_together(error)
+        everyones = [wrong]
+        if dist.get_world_size() > 1:
+            everyones *= dist.get_world_size()
+            dist.all_gather_object(everyones, wrong)
+        return list(dict.fromkeys(name for names in everyones for name in names))
 
     def gap(self) -> Gap:
         """Of this engine against the policy; the worst rank's, on every rank. Raises EngineFailure on all or none."""
@@ -113,7 +152,7 @@ class WeightSync:
             raise PolicyBroken(f"policy version {version} gives probabilities that are not finite")
         error, scored = None, []
         try:
-            scored = self.engine.score(self.probe_ids)
+            scored = self.engine.score(self.sequences)
         except EngineFailure as failure:
             error = failure
         raise_together(error)
@@ -124,21 +163,25 @@ class WeightSync:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
         return Gap(*worst.tolist())
 
-    def _culprits(self) -> str:
-        """Which parameters differ, by what they do to a fixed input. Every rank gathers; each has its own engine."""
-        found = differing(self._fingerprints(), self.engine.fingerprints(), SAME_PARAMETER[self.dtype_name])
-        if not found:
-            return "no single parameter differs: the engine computes something else (config, attention, a cache?)"
-        named = ", ".join(f"{name} ({difference:.1e})" for name, difference in found[:5])
-        return f"{len(found)} of its parameters differ, relative to their size: {named}"
+    def _compare_on(self, sequences: Iterable[list[int]]) -> None:
+        """The longest ones, as many as there is room for. A rank need not ask another: all have the same."""
+        room = self.max_tokens
+        longest = self.max_tokens if self.engine.max_model_len is None else self.engine.max_model_len - 1
+        found = []
+        for ids in sorted(sequences, key=len, reverse=True)[:PROBE_SEQUENCES]:
+            ids = ids[: min(room, longest)]
+            if len(ids) > 1:
+                found.append(ids)
+                room -= len(ids)
+        self.sequences = found
+        self.pack = _pack(found).to(self.device)
 
-    def _fingerprints(self) -> Iterator[tuple[str, Fingerprint]]:
-        tied = self.policy.tied_head
-        for name, tensor in self.policy.full_weights(self.dtype):
-            fingerprint = of_parameter(tensor)
-            yield name, fingerprint
-            if name == tied:
-                yield "lm_head.weight", fingerprint
+
+def _culprits(wrong: Sequence[str]) -> str:
+    if not wrong:
+        return "its tensors are the trainer's, so it computes something else with them (config, attention, a cache?)"
+    more = ", ..." if len(wrong) > 5 else ""
+    return f"{len(wrong)} of its tensors are not the trainer's: {', '.join(wrong[:5])}{more}"
 
 
 def _pack(sequences: list[list[int]]) -> Pack:

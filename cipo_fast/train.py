@@ -169,6 +169,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
     wait_for_batch_ahead(run)
     waited = time.perf_counter()
     progress = progress.after_step(batch.replay, [update.applied for update in updates], waited - started)
+    run.sync.watch(batch.groups)
     with saved_if_stopped(run, progress):
         sync = run.sync.push(step)
     progress = replace(progress, seconds=progress.seconds + time.perf_counter() - waited)
@@ -356,7 +357,7 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     if config.checkpoint.resume:
         progress = checkpoint.load_newest(config.run_dir / "checkpoints", learner)
         view.say(f"resumed after step {progress.step}")
-    sync.push(progress.step)
+    sync.push(progress.step, probe=True)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
     run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view)
     return run, progress

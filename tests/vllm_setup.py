@@ -1,10 +1,12 @@
 """A small policy, its engine's config and a reference, for the vLLM tests. vLLM itself is real, on CPU."""
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from frequencies import FALSE_ALARMS, HOSTILE, SAMPLES, logp_error, p_values
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -13,7 +15,7 @@ from cipo_fast.config import Config, load_config
 from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.engines import build_engine
 from cipo_fast.policy import ATTENTION, Policy, build_policy
-from cipo_fast.rollout import Engine
+from cipo_fast.rollout import Engine, Sampling
 from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.sync import WeightSync
 
@@ -34,23 +36,40 @@ class Setup:
         twin = copy.deepcopy(model)
         twin.set_attn_implementation("sdpa")
         self.local = LocalEngine(twin, [EOS], TOKENIZER.pad_token_id, 512)
+        # What vLLM would find in a model's folder. Every test of an engine is one of the request's being all there is.
+        (folder / "engine").mkdir(parents=True)
+        shaping = {"eos_token_id": EOS} | {k: v for files in HOSTILE.values() for k, v in files.items()}
+        (folder / "engine" / "generation_config.json").write_text(json.dumps(shaping))
         self.engine: Engine = build_engine(self.config, model, Chat(TOKENIZER, self.config.data), mesh.device_type)
         self.policy: Policy = build_policy(model, self.config, mesh)
         self.said: list[str] = []
         self.sync = WeightSync(self.policy, self.engine, self.config, PROMPTS, self.said.append)
 
-    def change_weights(self, seed: int, names: str = "") -> None:
-        """Add noise to every parameter whose name contains `names`, as large as 20 updates at a high rate would."""
+    def change_weights(self, seed: int, names: str = "", by: float = 0.02) -> None:
+        """Add noise to every parameter whose name contains `names`."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.policy.model.named_parameters():
                 if names in name:
-                    noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+                    noise = by * torch.randn(parameter.shape, generator=generator)
                     parameter.to_local().add_(noise)  # a group of one: the shard is the whole
         self.local.sync(self.policy.full_weights(), 0)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.policy.full_weights()
+
+    def check_distribution(self) -> None:
+        """Sampled frequencies are those of the policy's own probabilities, and the recorded log-probs too."""
+
+        def after(sequences: list[list[int]]) -> Tensor:
+            with torch.no_grad():
+                return self.local.model(torch.tensor(sequences)).logits[:, -1]
+
+        for temperature, top_p in [(1.0, 1.0), (1.0, 0.9), (0.7, 1.0), (0.7, 0.9)]:
+            (answers,) = self.engine.generate([PROMPTS[3]], SAMPLES, Sampling(temperature, top_p, 2), 7)
+            found = p_values(after, PROMPTS[3], answers, [EOS], temperature, top_p)
+            assert min(found) > FALSE_ALARMS, (temperature, top_p, found)
+            assert logp_error(after, PROMPTS[3], answers, temperature, top_p) < 2e-5
 
     def generated_gap(self, prompts: list[list[int]], completions: list[list]) -> float:
         """Largest |log-prob of the engine - transformers'| over sampled tokens, in nats."""

@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor
 
 from cipo_fast.records import Completion
-from cipo_fast.rollout.fingerprints import Fingerprint
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ class Engine(Protocol):
         """Log-probs at temperature 1 of every token but the first, given those before it. Raises EngineFailure."""
         ...
 
-    def fingerprints(self) -> dict[str, Fingerprint]:
-        """What the engine computes with, a parameter each, by the trainer's names."""
+    def checksums(self) -> dict[str, int]:
+        """Of what the engine computes with (checksums.py), by the trainer's names, tied ones under each of theirs.
+        Raises EngineFailure."""
         ...
 
     def release(self) -> None:

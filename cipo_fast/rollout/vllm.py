@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +19,39 @@ from cipo_fast.config import Config
 from cipo_fast.errors import UserError
 from cipo_fast.records import Completion
 from cipo_fast.rollout import Sampling, SyncReport
-from cipo_fast.rollout.fingerprints import Fingerprint
+from cipo_fast.rollout.checksums import added
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
 
+# Said in every request, so that no server's default can fill it in.
+NEUTRAL: dict[str, Any] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_tokens": 0,
+    "watermarking": False,
+}
 VERSIONS = ("0.32.",)  # what is tested; torch 2.13 leaves no other choice
+# What a request says is all that shapes sampling, and the weights are the trainer's, bit for bit.
+OURS = {
+    "generation_config",
+    "load_format",
+    "logits_processors",
+    "logprobs_mode",
+    "override_generation_config",
+    "quantization",
+    "quantization_config",
+    "watermark_config",
+    "worker_extension_cls",
+}
 SEED_STRIDE = 1_000_003  # vLLM gives sample i of a request the seed + i
 
 
 class VllmEngine:
-    """`folder` holds config.json and the tokenizer, no weights. `names` are the trainer's parameters."""
+    """`folder` holds config.json and the tokenizer, no weights. `names` are those of the trainer's tensors."""
 
     def __init__(self, folder: Path, config: Config, names: Sequence[str], eos_ids: list[int], device: str):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -53,6 +75,7 @@ class VllmEngine:
             torch.set_num_threads = set_threads
         self.max_model_len: int | None = config.max_model_len
         self.names = set(names)
+        refuse_unknown(names, self.checksums(), config)
         self.eos_ids = eos_ids
         self.policy_version = -1
         self._can_sleep = device == "cuda"
@@ -96,16 +119,15 @@ class VllmEngine:
         self._check_ready()
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        params = SamplingParams(**scoring_arguments())
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
         return [
             [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for output, ids in zip(outputs, sequences, strict=True)
         ]
 
-    def fingerprints(self) -> dict[str, Fingerprint]:
-        (found,) = self.llm.collective_rpc("cipo_fingerprints")
-        return {name: Fingerprint(*values) for name, values in found.items()}
+    def checksums(self) -> dict[str, int]:
+        return added(self.llm.collective_rpc("cipo_checksums"))
 
     def release(self) -> None:
         if self._can_sleep and not self._asleep:
@@ -169,9 +191,23 @@ def check_version() -> None:
         raise UserError(f"rollout.engine: vLLM {vllm.__version__} is installed; this trainer is tested with {lines}")
 
 
+def refuse_unknown(names: Iterable[str], engine: Mapping[str, int], config: Config) -> None:
+    """UserError where vLLM keeps a tensor under no name of the trainer's, so that no sync of it could be proven.
+    Such are the experts of a mixture, which its kernels shuffle and pad as they like."""
+    if unknown := [name for name in names if name not in engine]:
+        raise UserError(
+            f"model.path={config.model.path}: vLLM holds {len(unknown)} of its tensors in a form that cannot be "
+            f"compared with the trainer's ({unknown[0]}, ...); use rollout.engine=local"
+        )
+
+
 def engine_arguments(config: Config, device: str) -> dict[str, Any]:
-    """Of `vllm.LLM` and, as options, of `vllm serve`."""
+    """Of `vllm.LLM` and, as options, of `vllm serve`. Raises UserError for what the trainer alone decides."""
     v = config.rollout.vllm
+    if taken := sorted(OURS & {name.replace("-", "_") for name in v.args}):
+        raise UserError(
+            f"rollout.vllm.args: {', '.join(taken)} would change what is sampled or what is compared with it; leave it"
+        )
     arguments: dict[str, Any] = {
         "load_format": "dummy",  # every weight comes from the trainer: one that did not come cannot go unnoticed
         "dtype": config.model.dtype,
@@ -213,6 +249,7 @@ def sampling_arguments(
     room = sampling.max_tokens if max_model_len is None else max_model_len - prompt_tokens
     return {
         "n": n,
+        **NEUTRAL,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": min(sampling.max_tokens, room),
@@ -222,6 +259,11 @@ def sampling_arguments(
         "logprobs": 0,  # of the sampled token alone
         "detokenize": False,
     }
+
+
+def scoring_arguments() -> dict[str, Any]:
+    """Of vLLM's SamplingParams, for the log-probs of a prompt."""
+    return {**NEUTRAL, "max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "prompt_logprobs": 0, "detokenize": False}
 
 
 def two_lines(text: str) -> str:

@@ -29,24 +29,35 @@ from cipo_fast.distributed import is_main, raise_together
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.records import Completion
 from cipo_fast.rollout import EngineFailure, Sampling, SyncReport
-from cipo_fast.rollout.fingerprints import Fingerprint
-from cipo_fast.rollout.vllm import engine_arguments, sampling_arguments, two_lines
+from cipo_fast.rollout.checksums import added
+from cipo_fast.rollout.vllm import (
+    engine_arguments,
+    refuse_unknown,
+    sampling_arguments,
+    scoring_arguments,
+    two_lines,
+)
 
 CONNECT_TIMEOUT_S = 10.0
 CONTROL_TIMEOUT_S = 60.0  # of the small calls: pause, resume, reset
 
 
 class VllmServerEngine:
-    """`folder` holds config.json and the tokenizer, no weights; `shapes` are the trainer's parameters, in order."""
+    """`folder` holds config.json and the tokenizer, no weights; `wanted` are the (shape, type) of what the trainer will
+    send, by name and in order."""
 
     def __init__(
-        self, folder: Path, config: Config, shapes: dict[str, tuple[int, ...]], eos_ids: list[int], device: str
+        self,
+        folder: Path,
+        config: Config,
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        eos_ids: list[int],
+        device: str,
     ):
         self.config = config.rollout.server
         self.url = self.config.url.rstrip("/") if self.config.url else _own_url(self.config.port)
         self.transfer_kind = transfer_kind(config, device)
-        self.shapes = shapes
-        self.dtype = getattr(torch, config.model.dtype)
+        self.wanted = wanted
         self.eos_ids = eos_ids
         self.policy_version = -1
         self.in_flight = 2 * max(1, config.rollout.vllm.max_sequences // config.rollout.samples_per_prompt)
@@ -65,11 +76,15 @@ class VllmServerEngine:
         self.max_model_len: int | None = self._get("v1/models")["data"][0]["max_model_len"]
         try:
             self._score([0, 0])  # from its dummy weights: what it can load and cannot run shows here
+            refuse_unknown(wanted, self.checksums(), config)
         except EngineFailure as failure:
             self.close()
             raise UserError(
                 f"model.path={config.model.path}: vLLM cannot run it: {failure}{self._log_hint()}"
             ) from None
+        except UserError:
+            self.close()
+            raise
 
     def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
         self._check_ready()
@@ -104,7 +119,7 @@ class VllmServerEngine:
             size += tensor.nbytes
             if sender is not None:
                 sender.put(name, tensor)
-        if missing := set(self.shapes) - sent:
+        if missing := set(self.wanted) - sent:
             raise RuntimeError(f"sync: the trainer sent no {', '.join(sorted(missing)[:3])}")
         if sender is not None:
             try:
@@ -121,9 +136,8 @@ class VllmServerEngine:
         with ThreadPoolExecutor(len(sequences)) as pool:
             return list(pool.map(self._score, sequences))
 
-    def fingerprints(self) -> dict[str, Fingerprint]:
-        (found,) = self._post("collective_rpc", {"method": "cipo_fingerprints"})["results"]
-        return {name: Fingerprint(*values) for name, values in found.items()}
+    def checksums(self) -> dict[str, int]:
+        return added(self._post("collective_rpc", {"method": "cipo_checksums"}, self.config.timeout_s)["results"])
 
     def release(self) -> None:
         pass  # its devices are its own
@@ -183,8 +197,8 @@ class VllmServerEngine:
         return found
 
     def _score(self, ids: list[int]) -> list[float]:
-        params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
-        answer = self._post("inference/v1/generate", {"token_ids": ids, "sampling_params": params})
+        body = {"token_ids": ids, "sampling_params": scoring_arguments()}
+        answer = self._post("inference/v1/generate", body, self.config.timeout_s)
         positions = zip(answer["prompt_logprobs"][1:], ids[1:], strict=True)
         return [position[str(token)]["logprob"] for position, token in positions]
 
@@ -217,7 +231,7 @@ class VllmServerEngine:
         self._post("resume")
 
     def _check_parameter(self, name: str, tensor: Tensor) -> None:
-        if self.shapes.get(name) != tuple(tensor.shape) or tensor.dtype != self.dtype:
+        if self.wanted.get(name) != (tuple(tensor.shape), tensor.dtype):
             raise RuntimeError(f"sync: no parameter {name} of shape {tuple(tensor.shape)} and type {tensor.dtype}")
 
     def _meet(self) -> None:
@@ -240,7 +254,7 @@ class VllmServerEngine:
 
         workers = self._get("get_world_size")["world_size"]
         client = HTTPVLLMWeightSyncClient(self.url, timeout=self.config.timeout_s)
-        parameters = [ParamMeta(name, self.dtype, shape) for name, shape in self.shapes.items()]
+        parameters = [ParamMeta(name, dtype, shape) for name, (shape, dtype) in self.wanted.items()]
         self.transfer = connect(self.transfer_kind, client, parameters, workers, self.config.timeout_s)
 
     def _wait_until_healthy(self) -> None:
