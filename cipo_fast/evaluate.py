@@ -16,12 +16,12 @@ from rich.console import Console
 from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, leave, process_group
+from cipo_fast.distributed import is_main, leave_after, process_group
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.model import load_model, load_tokenizer
 from cipo_fast.records import Anchor, Group
-from cipo_fast.rollout import EngineFailure, Sampling
+from cipo_fast.rollout import Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_prompts
 from cipo_fast.tasks import load_dataset
 from cipo_fast.view import evaluation_table
@@ -69,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 "model.path=embedded has no weights to evaluate: name a folder, such as runs/embedded/model"
             )
-        with process_group() as mesh:
+        with process_group(config.run.rank_timeout_s) as mesh:
             result = evaluate_model(config, mesh.device_type)
             if is_main():
                 Console().print(evaluation_table(result))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (EngineFailure, TrainingStopped) as error:
+    except TrainingStopped as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0
@@ -91,10 +91,15 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
         config = fit_to_engine(config, engine)
         prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "held-out problems", print)
         dtype = getattr(torch, config.model.dtype)
-        engine.sync(((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()), 0)
+
+        def publish(version: int) -> None:
+            engine.sync(((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()), version)
+
+        engine.publish = publish
+        publish(0)
         sampler = Sampler(engine, tokenizer, config.seed)
         return evaluate(sampler, prompts, CorrectionPrompts(tokenizer, config.correction), config)
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave_after(main)

@@ -1,8 +1,7 @@
 """Weights from the policy to the engine, and the proof that they arrived.
 
 After a sync a probe compares both sides' log-probs of the same tokens. When they differ by more than rounding explains,
-the run stops and names the parameters that are not the same. An engine that fails is restarted and given the current
-weights; what it was asked for is asked again, so a failure costs time and nothing else.
+the run stops and names the parameters that are not the same.
 """
 
 from __future__ import annotations
@@ -10,22 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cipo_fast.cipo.metrics import Metrics
 from cipo_fast.config import Config
-from cipo_fast.distributed import raise_together
 from cipo_fast.errors import PolicyBroken, TrainingStopped
 from cipo_fast.packing import Pack, build_trees, make_pack
 from cipo_fast.policy import Policy
 from cipo_fast.records import Conversation, Segment
-from cipo_fast.rollout import Engine, EngineFailure
+from cipo_fast.rollout import Engine
 from cipo_fast.rollout.fingerprints import Fingerprint, differing, of_parameter
-
-T = TypeVar("T")
 
 PROBE_SEQUENCES = 4
 PROBE_TOKENS = 128  # of a sequence, at most
@@ -64,16 +59,11 @@ class WeightSync:
         self.say = say
         self.tolerance = self.config.tolerance or MEAN_GAP[config.model.dtype]
 
-    def push(self, version: int) -> Metrics:
+    def publish(self, version: int) -> Metrics:
         """Sync and, when it is due, probe. Raises TrainingStopped if the engine is not the policy, or is lost."""
-        while True:
-            try:
-                report = self.engine.sync(self.policy.full_weights(self.dtype), version)
-                started = time.perf_counter()
-                gap = self._probe() if version % self.config.probe_every == 0 else None
-                break
-            except EngineFailure as failure:
-                self._restart(failure)
+        report = self.engine.sync(self.policy.full_weights(self.dtype), version)
+        started = time.perf_counter()
+        gap = self._probe() if version % self.config.probe_every == 0 else None
         return {
             "sync/parity_max_abs": gap.max if gap else None,
             "sync/parity_mean_abs": gap.mean if gap else None,
@@ -81,19 +71,6 @@ class WeightSync:
             "time/sync_s": report.seconds,
             "time/probe_s": time.perf_counter() - started,
         }
-
-    def with_engine(self, ask: Callable[[], T], version: int) -> T:
-        """`ask()`, again after a restart if the engine fails. Every rank calls it, and `ask` fails on all or none."""
-        while True:
-            try:
-                return ask()
-            except EngineFailure as failure:
-                self._restart(failure)
-                self.push(version)
-
-    def _restart(self, failure: EngineFailure) -> None:
-        self.say(f"engine lost: {failure}; restarting it with the current weights")
-        self.engine.restart()
 
     def _probe(self) -> Gap:
         gap = self.gap()
@@ -111,12 +88,7 @@ class WeightSync:
         if not ours.isfinite().all():
             version = self.engine.policy_version
             raise PolicyBroken(f"policy version {version} gives probabilities that are not finite")
-        error, scored = None, []
-        try:
-            scored = self.engine.score(self.probe_ids)
-        except EngineFailure as failure:
-            error = failure
-        raise_together(error)
+        scored = self.engine.score(self.probe_ids)
         theirs = torch.tensor([logp for sequence in scored for logp in sequence], device=self.device)
         difference = (ours - theirs).abs().nan_to_num(torch.inf)
         worst = torch.stack([difference.mean(), difference.max()])

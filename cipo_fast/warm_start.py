@@ -68,8 +68,8 @@ def warm_start(
             bins = pack_trees(trees, config.train.pack_tokens, cost, dist.get_world_size())
             learner.update([make_pack(members) for members in bins[dist.get_rank()]], step)
             step += 1
-        sync.push(0)
-        greedy = sync.with_engine(lambda: sampler.groups(prompts[:CHECK_PROBLEMS], 1, sampling, 0, "warm"), 0)
+        sync.publish(0)
+        greedy = sampler.groups(prompts[:CHECK_PROBLEMS], 1, sampling, 0, "warm")
         accuracy = float(np.mean([g.rollouts[0].reward for g in greedy]))
         elapsed = _same_on_all_ranks(time.perf_counter() - started)
         report(step, accuracy, elapsed)

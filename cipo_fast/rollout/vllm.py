@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput
 
 VERSIONS = ("0.32.",)  # what is tested; torch 2.13 leaves no other choice
+FILES = "cipo_files"  # our weight transfer, by the name that trainer and server register their ends under
 SEED_STRIDE = 1_000_003  # vLLM gives sample i of a request the seed + i
 
 
@@ -116,7 +117,7 @@ class VllmEngine:
     def restart(self) -> None:
         raise NotImplementedError("an engine in the trainer's process lives and dies with it")
 
-    def prefix_cache(self) -> tuple[int, int]:
+    def prefix_cache(self) -> tuple[int, int] | None:
         values = {metric.name: metric.value for metric in self.llm.get_metrics() if "prefix_cache" in metric.name}
         return int(values["vllm:prefix_cache_queries"]), int(values["vllm:prefix_cache_hits"])
 

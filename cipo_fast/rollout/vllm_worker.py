@@ -16,8 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from cipo_fast.rollout.fingerprints import Fingerprint, fixed_vector, of_output, of_parameter
-
-FILES = "cipo_files"  # our transfer engine's name
+from cipo_fast.rollout.vllm import FILES
 
 
 class WorkerExtension:
