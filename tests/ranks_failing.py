@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from cipo_fast import checkpoint, engines, sampling, train
 from cipo_fast.distributed import leave_after
@@ -33,7 +34,7 @@ PHASES = {
     "probe": (LocalEngine, "score", 1, "cipo_step"),
     "open": (Recorder, "__init__", 0, "train"),
     "record": (Recorder, "step", 0, "cipo_step"),
-    "checkpoint": (checkpoint.dcp, "save", 1, "cipo_step"),
+    "checkpoint": (FileSystemWriter, "write_data", 1, "cipo_step"),
     "state": (checkpoint.json, "dumps", 0, "cipo_step"),
     "export": (checkpoint, "export", 0, "train"),
 }

@@ -29,14 +29,18 @@ class Setup:
 
     def __init__(self, folder: Path, mesh: DeviceMesh, *overrides: str):
         self.config: Config = load_config([], [*SHAPE, *LIMITS, f"run.dir={folder}", *overrides])
+        self.said: list[str] = []
         model = load_model(self.config, ATTENTION)
         twin = copy.deepcopy(model)
         twin.set_attn_implementation("sdpa")
         self.local = LocalEngine(twin, [EOS], TOKENIZER.pad_token_id, 512)
-        self.engine: Engine = build_engine(self.config, model, TOKENIZER, mesh.device_type)
+        self.supervised = build_engine(
+            self.config, model, TOKENIZER, mesh.device_type, lambda line: self.said.append(line)
+        )
+        self.engine: Engine = self.supervised.engine
         self.policy: Policy = build_policy(model, self.config, mesh)
-        self.said: list[str] = []
-        self.sync = WeightSync(self.policy, self.engine, self.config, PROMPTS, self.said.append)
+        self.sync = WeightSync(self.policy, self.supervised, self.config, PROMPTS, self.said.append)
+        self.supervised.publish = self.sync.publish
 
     def change_weights(self, seed: int, names: str = "") -> None:
         """Add noise to every parameter whose name contains `names`, as large as 20 updates at a high rate would."""
