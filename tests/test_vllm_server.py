@@ -191,23 +191,19 @@ def test_a_hanging_transfer_ends_in_time(setup: Setup, monkeypatch: pytest.Monke
     setup.sync.publish(1)
 
 
-def test_too_many_failures_stop_the_run(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup.supervised, "max_restarts", 0)
-    os.killpg(pid(setup), signal.SIGKILL)
-    with pytest.raises(TrainingStopped, match=r"max_restarts=0\), at last: the server has ended: .*server.log"):
-        setup.supervised.generate(PROMPTS, 1, T1, 0)
-    setup.engine.restart()
-
-
 def test_a_request_that_is_refused_is_not_asked_again(setup: Setup) -> None:
     with pytest.raises(TrainingStopped, match="HTTP 40"):
         setup.engine.generate([[5, 6]], 1, Sampling(-1.0, 1.0, 4), 0)
 
 
 def test_nothing_of_a_server_outlives_it(setup: Setup) -> None:
-    group = pid(setup)
+    group, log = pid(setup), setup.engine.process.log
+    with log.open("a") as file:
+        file.write("ValueError: of an earlier server\n")
     setup.engine.restart()
     assert processes(group) == []
+    assert "earlier server" not in setup.engine.process.last_error()  # nor is it quoted
+    assert "earlier server" in log.with_name("server.before.log").read_text()
     setup.sync.publish(0)
     os.kill(pid(setup), signal.SIGKILL)  # the API server alone: its workers do not notice, the watchdog does
     deadline = time.monotonic() + 20
@@ -278,17 +274,12 @@ def test_another_vllm_than_ours_is_refused(setup: Setup, monkeypatch: pytest.Mon
         setup.engine._recognise()
 
 
-def test_its_log_is_of_its_own_start(setup: Setup) -> None:
-    log = setup.engine.process.log
-    with log.open("a") as file:
-        file.write("ValueError: of an earlier server\n")
-    setup.engine.restart()
-    assert "earlier server" not in setup.engine.process.last_error()
-    assert "earlier server" in log.with_name("server.before.log").read_text()
-
-
-def test_metrics_end_no_run(setup: Setup) -> None:
+def test_too_many_failures_stop_the_run_and_metrics_do_not(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last test: it leaves no server."""
     assert setup.engine.prefix_cache() is not None
     os.killpg(pid(setup), signal.SIGKILL)
     setup.engine.process.process.wait()
     assert setup.engine.prefix_cache() is None
+    monkeypatch.setattr(setup.supervised, "max_restarts", 0)
+    with pytest.raises(TrainingStopped, match=r"max_restarts=0\), at last: the server has ended: .*server.log"):
+        setup.supervised.generate(PROMPTS, 1, T1, 0)
