@@ -43,9 +43,9 @@ class EmbeddedModel(Section):
     mlp: Positive = 320
     """Inner size of the feed-forward part."""
     warm_accuracy: Share = 0.42
-    """Supervised steps stop at this greedy accuracy on training problems."""
-    warm_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """... or after this many seconds, whichever comes first."""
+    """Supervised steps stop at the first check with this greedy accuracy on training problems."""
+    warm_steps: NonNegative = 600
+    """... or after this many, whichever comes first."""
     warm_lr: Annotated[float, Field(gt=0, le=1)] = 2e-3
     """Learning rate of the supervised steps."""
     warm_batch: Positive = 64

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from cipo_fast.config import parse_args
 from cipo_fast.engines import write_shape
 from cipo_fast.errors import UserError
-from cipo_fast.model import embedded_config, load_tokenizer
+from cipo_fast.model import load_tokenizer
 from cipo_fast.rollout.connection import is_loopback
 from cipo_fast.rollout.vllm_guard import KEY
 
@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cipo_fast.rollout.vllm import check_version
 
         check_version()
-        tokenizer = load_tokenizer(config)
-        embedded = config.model.path == "embedded"
-        shape = embedded_config(config.model.embedded) if embedded else AutoConfig.from_pretrained(config.model.path)
+        if config.model.path == "embedded":
+            raise UserError(
+                "model.path=embedded: name a folder; `python -m cipo_fast.embedded` makes one and prints it"
+            )
         folder = config.run_dir / "engine"
         from cipo_fast.rollout.server_process import DEFAULT_PORT, ENVIRONMENT, NAME, refuse_taken, serve_command
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         port = config.rollout.server.port or DEFAULT_PORT
         refuse_taken(host, port)
-        write_shape(folder, shape, tokenizer)
+        write_shape(folder, AutoConfig.from_pretrained(config.model.path), load_tokenizer(config))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

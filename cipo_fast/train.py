@@ -38,6 +38,8 @@ from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave_after, on_main, process_group, together
+from cipo_fast.embedded.model import embedded_config
+from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
 from cipo_fast.evaluate import evaluate
@@ -52,7 +54,6 @@ from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import load_dataset
 from cipo_fast.view import View, summary_table
-from cipo_fast.warm_start import load_weights, warm_start
 
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--dry-run" in args:
             from cipo_fast.dry_run import dry_run
 
-            print(dry_run(args))
+            print(dry_run(args, embedded_config))
             return 0
         config = parse_args(args)
         with process_group(config.run.rank_timeout_s) as mesh:
@@ -117,10 +118,15 @@ def train(config: Config, mesh: DeviceMesh) -> None:
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
+    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
+        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
     with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
+        given = config  # what is recorded; `embedded` is a folder from here on
+        if config.model.path == "embedded":
+            config = prepare(config, mesh, view.note)
         run, progress = build(config, mesh, view, open_files)
         checkpoints = config.run_dir / "checkpoints"
-        recorder = on_main(lambda: Recorder(config, progress.step if config.checkpoint.resume else None))
+        recorder = on_main(lambda: Recorder(given, progress.step if config.checkpoint.resume else None))
         if recorder is not None:
             open_files.callback(recorder.close)
         if progress.before is None:
@@ -209,7 +215,7 @@ def saved_if_stopped(run: Run, progress: Progress) -> Iterator[None]:
 
 
 def record(recorder: Recorder | None, write: Callable[..., None], *what: object) -> None:
-    """`write`, a method of the first rank's recorder; where it fails all ranks stop."""
+    """`write(recorder, *what)` on the first rank; where it fails all ranks stop."""
     together(lambda: write(recorder, *what) if recorder is not None else None)
 
 
@@ -319,11 +325,9 @@ def update_metrics(updates: list[Update]) -> Metrics:
 
 
 def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) -> tuple[Run, Progress]:
-    """Load, start the engine, shard, warm start or resume; everything that can be refused is refused here."""
+    """Load, start the engine, shard, resume; everything that can be refused is refused here."""
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config)
-    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
-        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
     model = load_model(config, ATTENTION)
     refuse_unsupported(model)
     if config.rollout.engine != "local":
@@ -345,16 +349,7 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     if config.rollout.overlap:
         engine.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.run.rank_timeout_s))
     sampler = Sampler(engine, tokenizer, config.seed, engine.group)
-    if config.model.path == "embedded":
-
-        def report(steps: int, accuracy: float, seconds: float) -> None:
-            view.note(f"warm start: {steps} supervised steps, greedy accuracy {accuracy:.3f}, {seconds:.0f}s")
-
-        warm_start(policy, train_prompts, correct, sampler, sync, config, cost, report)
-    reference = None
-    if reference_model is not None:
-        reference = build_policy(reference_model, config, mesh)
-        load_weights(reference, dict(policy.full_weights()))
+    reference = build_policy(reference_model, config, mesh) if reference_model is not None else None
     updates = config.train.steps * config.train.updates_per_step
     learner = Learner(policy, config.optim, updates, reference)
     progress = Progress(0, ReplayState(config.replay.rho0))
@@ -387,23 +382,27 @@ def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, 
                 weights[name] = tensor.cpu()
         folder, model = config.run_dir / "model", run.learner.policy.model
         on_main(lambda: checkpoint.export(folder, model, weights, run.sampler.tokenizer))
-    assert progress.before is not None
-    saved = on_main(lambda: recorder.tokens_saved() if recorder is not None else None)
-    summary = {
-        "before": progress.before,
-        "after": after,
-        "tokens_saved": saved,
-        "steps": progress.step,
-        "skipped": progress.skipped,
-        "seconds": progress.seconds,
-        "config": config.model_dump(mode="json"),
-    }
-    record(recorder, Recorder.summary, summary)
+    record(recorder, summarise, progress, after)
     if recorder is None:
         return
+    assert progress.before is not None
     view.say("")
-    view.console.print(summary_table(progress.before, after, saved))
+    view.console.print(summary_table(progress.before, after, recorder.tokens_saved()))
     view.say(f"{progress.step} steps in {progress.seconds:.0f}s; everything is in {config.run_dir}/")
+
+
+def summarise(recorder: Recorder, progress: Progress, after: dict[str, float | None]) -> None:
+    recorder.summary(
+        {
+            "before": progress.before,
+            "after": after,
+            "tokens_saved": recorder.tokens_saved(),
+            "steps": progress.step,
+            "skipped": progress.skipped,
+            "seconds": progress.seconds,
+            "config": recorder.config.model_dump(mode="json"),
+        }
+    )
 
 
 def keep_bad_pack(run: Run, pack: Pack, step: int) -> None:

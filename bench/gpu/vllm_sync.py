@@ -31,8 +31,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from cipo_fast.config import Config, load_config
 from cipo_fast.distributed import leave, process_group
 from cipo_fast.dry_run import ENGINE_WORK, Devices, Plan, size_of
+from cipo_fast.embedded.model import embedded_tokenizer
 from cipo_fast.engines import build_engine
-from cipo_fast.model import embedded_tokenizer
 from cipo_fast.packing import build_trees, make_pack
 from cipo_fast.policy import ATTENTION, Policy, build_policy
 from cipo_fast.records import Completion, Conversation, Segment
@@ -203,7 +203,7 @@ def hit_rate(before: tuple[int, int], after: tuple[int, int]) -> float:
 def compare_kv_cache(engine: VllmEngine, config: Config, emit: Emit) -> None:
     """What --dry-run says that the cache holds, and what it does."""
     plan = Plan(config, size_of(qwen3_4b("meta").config), Devices.of_this_machine(None))
-    cache = engine.llm.llm_engine.vllm_config.cache_config
+    cache = engine.engine.llm.llm_engine.vllm_config.cache_config
     tokens = cache.num_gpu_blocks * cache.block_size
     work = (plan.kv_cache - tokens * plan.kv_bytes_per_token + (ENGINE_WORK if CUDA else 0)) / 1e9
     planned = int(plan.kv_cache / plan.kv_bytes_per_token)
