@@ -163,7 +163,7 @@ def test_sync_and_probe(benchmark, runs: dict[str, Run], capsys: pytest.CaptureF
             )
         print()
     last = runs[ENGINES[-1]]
-    benchmark.pedantic(lambda: last.sync.push(200), rounds=3)
+    benchmark.pedantic(lambda: last.sync.publish(200), rounds=3)
 
 
 def summary(steps: list[dict[str, float]], syncs: list[SyncReport]) -> dict[str, float]:

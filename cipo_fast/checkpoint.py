@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cipo_fast.cipo.replay import ReplayState
-from cipo_fast.distributed import is_main
-from cipo_fast.errors import UserError
+from cipo_fast.distributed import on_main
+from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.learner import Learner
 
 
@@ -58,19 +58,26 @@ def save(folder: Path, learner: Learner, progress: Progress, keep: int) -> Path:
     """Write `folder/step-N`, then remove all but the newest `keep`. A collective."""
     final = folder / f"step-{progress.step}"
     part = folder / f"step-{progress.step}.part"
-    if is_main():
+
+    def begin() -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    dist.barrier()
-    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
-    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=part)
-    if is_main():
+
+    def end() -> None:
         (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         for old in saved(folder)[:-keep]:
             shutil.rmtree(old)
-    dist.barrier()
+
+    on_main(begin)
+    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
+    try:
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=part)
+    except CheckpointException as failure:  # of any rank, told on all; no Exception, to torch
+        rank, (error, _) = next(iter(failure.failures.items()))
+        raise TrainingStopped(f"{part}: rank {rank} could not write it: {type(error).__name__}: {error}") from None
+    on_main(end)
     return final
 
 

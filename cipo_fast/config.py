@@ -108,9 +108,10 @@ class ServerConfig(Section):
     start: bool = False
     """Start `vllm serve` on this node, restart it when it dies, end it with the run [ours]."""
     url: str | None = None
-    """... or the address of one, such as http://node7:8100, started as README.md says [ours]."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8100
-    """Port of a started server [ours]."""
+    """... or the address of one, such as http://node7:8100, started as README.md says; its key is the environment's
+    VLLM_API_KEY [ours]."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of a started server; None takes a free one (cipo_fast.serve: 8100) [ours]."""
     devices: str | None = None
     """CUDA_VISIBLE_DEVICES of a started server, such as "6,7"; the trainer must not use them [ours]."""
     transfer: Literal["auto", "nccl", "shared_memory"] = "auto"
@@ -118,9 +119,9 @@ class ServerConfig(Section):
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest wait for a server to answer, in seconds [ours]."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Longest wait for one prompt's answers, or for one weight transfer; then the server counts as dead [ours]."""
+    """Longest wait without a token from the server, or for one weight transfer; then it counts as dead [ours]."""
     max_restarts: NonNegative = 3
-    """Restarts of a dead server in one run; then the run stops, its state saved [ours]."""
+    """Restarts of a dead server within an hour or a step; then the run stops, its state saved [ours]."""
 
 
 class SyncConfig(Section):
@@ -307,6 +308,8 @@ class RunConfig(Section):
     """Write TensorBoard scalars too."""
     save_rollouts_every: NonNegative = 1
     """Write rollouts and corrections as JSONL every so many steps; 0 never."""
+    rank_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Longest wait of a rank for another one, whose rollouts may be longer, in seconds [torch]."""
 
 
 class Config(Section):

@@ -7,44 +7,50 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn import Parameter
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cipo_fast.chat import Chat
 from cipo_fast.config import Config
-from cipo_fast.distributed import is_main
+from cipo_fast.distributed import on_main, together
 from cipo_fast.errors import UserError
 from cipo_fast.model import named_tensors
 from cipo_fast.rollout import Engine
 from cipo_fast.rollout.local import LocalEngine
+from cipo_fast.rollout.supervised import SupervisedEngine
 
 
-def build_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str) -> Engine:
-    """The engine of `config.rollout.engine`, for a policy that starts as `model`. It has no weights before a sync."""
-    tokenizer, ends = chat.tokenizer, chat.end_ids(model.generation_config)
+def build_engine(
+    config: Config, model: PreTrainedModel, chat: Chat, device: str, say: Callable[[str], None] = print
+) -> SupervisedEngine:
+    """The engine of `config.rollout.engine`, for a policy that starts as `model`. It has no weights before a sync, and
+    its `publish` is still to be assigned. A collective."""
+    return SupervisedEngine(_bare_engine(config, model, chat, device), config.rollout.server.max_restarts, say)
+
+
+def _bare_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str) -> Engine:
+    ends, dtype = chat.end_ids(model.generation_config), getattr(torch, config.model.dtype)
     if config.rollout.engine == "local":
-        twin = twin_of(model, device, getattr(torch, config.model.dtype))
-        pad, batch = tokenizer.pad_token_id or 0, config.rollout.batch_sequences
-        return LocalEngine(twin, ends, pad, batch, max_model_len=config.max_model_len)
+        pad, batch = chat.tokenizer.pad_token_id or 0, config.rollout.batch_sequences
+        return together(
+            lambda: LocalEngine(twin_of(model, device, dtype), ends, pad, batch, max_model_len=config.max_model_len)
+        )
     from cipo_fast.rollout.vllm import VllmEngine, check_version
 
     check_version()
     folder = config.run_dir / "engine"
-    if is_main():
-        shape = copy.deepcopy(model.config)
-        shape.architectures = [type(model).__name__]  # not every config that a model is built from says so
-        write_shape(folder, shape, tokenizer)
-    dist.barrier()
-    names = [name for name, _ in named_tensors(model)]
-    if config.rollout.engine == "vllm":
-        return VllmEngine(folder, config, names, ends, device)
-    from cipo_fast.rollout.vllm_server import VllmServerEngine
+    shape = copy.deepcopy(model.config)
+    shape.architectures = [type(model).__name__]  # not every config that a model is built from says so
+    on_main(lambda: write_shape(folder, shape, chat.tokenizer))
+    wanted = {
+        name: (tuple(tensor.shape), dtype if isinstance(tensor, Parameter) else tensor.dtype)
+        for name, tensor in named_tensors(model)
+    }
+    if config.rollout.engine == "vllm":  # builds process groups: a rank that fails in between leaves the others there
+        return VllmEngine(folder, config, list(wanted), ends, device)
+    from cipo_fast.rollout.vllm_server import build_server_engine
 
-    dtype = getattr(torch, config.model.dtype)
-    types = {name: dtype if isinstance(t, Parameter) else t.dtype for name, t in named_tensors(model)}
-    wanted = {name: (tuple(tensor.shape), types[name]) for name, tensor in named_tensors(model)}
-    return VllmServerEngine(folder, config, wanted, ends, device)
+    return build_server_engine(folder, config, wanted, ends, device)
 
 
 def twin_of(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -11,3 +11,11 @@ class TrainingStopped(Exception):
 
 class PolicyBroken(TrainingStopped):
     """The weights are not fit to be saved: the newest checkpoint is the state to go on from."""
+
+
+class RankFailure(TrainingStopped):
+    """An exception that nobody foresaw, told on every rank; on the rank that met it, it is the `__cause__`."""
+
+
+class EngineFailure(Exception):
+    """The engine did not do what it was asked. A fresh one with the same weights can be asked again."""

@@ -17,12 +17,12 @@ from cipo_fast.chat import Chat
 from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, leave, process_group
+from cipo_fast.distributed import is_main, leave_after, process_group
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.model import cast_weights, load_model, load_shape, load_tokenizer
 from cipo_fast.records import Anchor, Group
-from cipo_fast.rollout import EngineFailure, Sampling
+from cipo_fast.rollout import Sampling
 from cipo_fast.sampling import Prompt, Sampler, count_unreachable, encode_prompts, fitting
 from cipo_fast.tasks import load_held_out
 from cipo_fast.view import evaluation_table
@@ -70,14 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 "model.path=embedded has no weights to evaluate: name a folder, such as runs/embedded/model"
             )
-        with process_group() as mesh:
+        with process_group(config.run.rank_timeout_s) as mesh:
             result = evaluate_model(config, mesh.device_type)
             if is_main():
                 Console().print(evaluation_table(result))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (EngineFailure, TrainingStopped) as error:
+    except TrainingStopped as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     return 0
@@ -95,13 +95,18 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
     model = load_model(config, "sdpa")
     config = fit_to_model(config, model.config, say)
     say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
-    with closing(build_engine(config, model, chat, device)) as engine:
+    with closing(build_engine(config, model, chat, device, say)) as engine:
         config = fit_to_engine(config, engine, say)
         prompts = fitting(prompts, config.data.max_prompt_tokens, "held-out problems", say)
-        engine.sync(cast_weights(model, getattr(torch, config.model.dtype)), 0)
+
+        def publish(version: int) -> None:
+            engine.sync(cast_weights(model, getattr(torch, config.model.dtype)), version)
+
+        engine.publish = publish
+        publish(0)
         sampler = Sampler(engine, chat, config.seed)
         return evaluate(sampler, prompts, CorrectionPrompts(chat, config.correction), config)
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave_after(main)

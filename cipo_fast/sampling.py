@@ -12,10 +12,10 @@ import torch.distributed as dist
 from cipo_fast.chat import Chat
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config
-from cipo_fast.distributed import gather, raise_together, share
-from cipo_fast.errors import TrainingStopped, UserError
+from cipo_fast.distributed import gather, share, together
+from cipo_fast.errors import UserError
 from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
-from cipo_fast.rollout import Engine, EngineFailure, Sampling
+from cipo_fast.rollout import Engine, Sampling
 from cipo_fast.tasks import Dataset, verify
 
 
@@ -105,13 +105,14 @@ class Sampler:
     def groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, step: int, purpose: str) -> list[Group]:
         mine = share(prompts)
         sampled = self._generate([p.token_ids for p in mine], n, sampling, step, purpose)
-        return gather(
-            [
+        groups = together(
+            lambda: [
                 Group(p.problem, p.token_ids, [self._verified(p.problem, p.token_ids, c) for c in completions])
                 for p, completions in zip(mine, sampled, strict=True)
             ],
             self.group,
         )
+        return gather(groups, self.group)
 
     def correct(self, anchors: list[Anchor], n: int, sampling: Sampling, step: int, purpose: str) -> None:
         """Give every anchor its `n` corrections."""
@@ -120,14 +121,14 @@ class Sampler:
             a.prompt_ids if a.glue_ids is None else a.prompt_ids + a.rollout.token_ids + a.glue_ids for a in mine
         ]
         sampled = self._generate(contexts, n, sampling, step, purpose)
-        corrections = gather(
-            [
+        verified = together(
+            lambda: [
                 [self._verified(a.rollout.problem, context, c) for c in completions]
                 for a, context, completions in zip(mine, contexts, sampled, strict=True)
             ],
             self.group,
         )
-        for anchor, found in zip(anchors, corrections, strict=True):
+        for anchor, found in zip(anchors, gather(verified, self.group), strict=True):
             anchor.corrections = found
 
     def take_times(self) -> tuple[float, float]:
@@ -137,22 +138,21 @@ class Sampler:
         return times
 
     def take_prefix_hit_rate(self) -> float | None:
-        """Share of prompt tokens found in this rank's prefix cache since the last call; None without a cache."""
-        looked_up, found = self.engine.prefix_cache()
-        before, self.prefix_counts = self.prefix_counts, (looked_up, found)
-        return (found - before[1]) / (looked_up - before[0]) if looked_up > before[0] else None
+        """Share of prompt tokens found in this rank's prefix cache since the last call; None when there is no telling:
+        without a cache, and when the engine was restarted meanwhile or does not say."""
+        counts = self.engine.prefix_cache()
+        if counts is None:
+            return None
+        looked_up, found = counts
+        before, self.prefix_counts = self.prefix_counts, counts
+        return (found - before[1]) / (looked_up - before[0]) if looked_up > before[0] and found >= before[1] else None
 
     def _generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, step: int, purpose: str
     ) -> list[list[Completion]]:
         started = time.perf_counter()
         seed = seed_for(self.seed, step, purpose, dist.get_rank())
-        completions, error = [], None
-        try:
-            completions = self.engine.generate(prompts, n, sampling, seed)
-        except (EngineFailure, TrainingStopped) as failure:
-            error = failure
-        raise_together(error, self.group)
+        completions = self.engine.generate(prompts, n, sampling, seed)
         self.generate_s += time.perf_counter() - started
         return completions
 

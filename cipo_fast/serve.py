@@ -3,7 +3,8 @@
     python -m cipo_fast.serve [configs/x.yaml ...] [key.path=value ...]
 
 Give it the trainer's own settings: the model, the lengths, the type and the way weights travel must be the same. It
-listens on 127.0.0.1 unless `rollout.vllm.args={host: 0.0.0.0}`; whoever reaches its port controls it.
+listens on 127.0.0.1, port 8100 (`rollout.server.port`). On another address (`rollout.vllm.args={host: ...}`) it needs
+a key in the environment's VLLM_API_KEY, here and where the trainer runs: whoever may talk to it controls it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from cipo_fast.config import parse_args
 from cipo_fast.engines import fit_to_model, write_shape
 from cipo_fast.errors import UserError
 from cipo_fast.model import load_shape, load_tokenizer
+from cipo_fast.rollout.connection import is_loopback
+from cipo_fast.rollout.vllm_guard import KEY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,17 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "model.path=embedded: name a folder; `python -m cipo_fast.embedded` makes one and prints it"
             )
         folder = config.run_dir / "engine"
+        from cipo_fast.rollout.server_process import DEFAULT_PORT, ENVIRONMENT, NAME, refuse_taken, serve_command
+
+        host = config.rollout.vllm.args.get("host", "127.0.0.1")
+        if not is_loopback(host) and not os.environ.get(KEY):
+            raise UserError(
+                f"rollout.vllm.args.host={host}: others reach it there; set a key, {KEY}, here and for the trainer"
+            )
+        port = config.rollout.server.port or DEFAULT_PORT
+        refuse_taken(host, port)
         shape = load_shape(config)
         config = fit_to_model(config, shape, print)
         write_shape(folder, shape, load_tokenizer(config))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from cipo_fast.rollout.vllm_server import ENVIRONMENT, serve_command
-
     os.environ.update(ENVIRONMENT)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sys.argv = [sys.argv[0], *serve_command(folder, config, device)]
+    sys.argv = [sys.argv[0], *serve_command(folder, config, device, host, port, NAME)]
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()

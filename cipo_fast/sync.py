@@ -3,16 +3,14 @@
 After a sync two things are compared. Checksums: every tensor that was sent with what the engine computes with, bit for
 bit, so that an engine which missed a single small update is found out. Log-probs of the same tokens, on both sides:
 equal weights can still be multiplied otherwise (another RoPE, a scale, a cache). When either shows more than rounding
-explains, the run stops and names the tensors that are not the same. An engine that fails is restarted and given the
-current weights; what it was asked for is asked again, so a failure costs time and nothing else.
+explains, the run stops and names the tensors that are not the same.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,15 +18,12 @@ from torch import Tensor
 
 from cipo_fast.cipo.metrics import Metrics
 from cipo_fast.config import Config
-from cipo_fast.distributed import raise_together
 from cipo_fast.errors import PolicyBroken, TrainingStopped
 from cipo_fast.packing import Pack, build_trees, make_pack
 from cipo_fast.policy import Policy
 from cipo_fast.records import Conversation, Group, Segment
-from cipo_fast.rollout import Engine, EngineFailure
+from cipo_fast.rollout import Engine
 from cipo_fast.rollout.checksums import checksum, differing, to_ints
-
-T = TypeVar("T")
 
 PROBE_SEQUENCES = 8
 PROBE_TOKENS = 4096  # of all sequences together
@@ -53,7 +48,6 @@ class WeightSync:
         engine: Engine,
         config: Config,
         prompts: list[list[int]],
-        say: Callable[[str], None],
     ):
         self.policy = policy
         self.engine = engine
@@ -61,7 +55,6 @@ class WeightSync:
         self.dtype = getattr(torch, config.model.dtype)
         self.max_tokens = min(PROBE_TOKENS, config.train.pack_tokens)
         self.device = next(policy.parameters()).device
-        self.say = say
         self.tolerance = self.config.tolerance or MEAN_GAP[config.model.dtype]
         self.sent: dict[str, int] = {}  # checksums of the last sync
         self.proven = False  # False: the next probe is due whatever its step
@@ -71,19 +64,14 @@ class WeightSync:
         """Compare on the longest of these answers from now on: differences of position and precision grow with it."""
         self._compare_on(r.prompt_ids + r.token_ids for group in groups for r in group.rollouts)
 
-    def push(self, version: int, probe: bool = False) -> Metrics:
-        """Sync and compare, when that is due: every `probe_every` steps, when asked for, after the first sync and after
-        a restart. Raises TrainingStopped if the engine is not the policy, or is lost."""
+    def publish(self, version: int) -> Metrics:
+        """Sync and compare, when that is due: every `probe_every` steps, and the first time. Raises TrainingStopped if
+        the engine is not the policy, or is lost."""
         before = self.sent
-        while True:
-            try:
-                report = self.engine.sync(self._sending(), version)
-                started = time.perf_counter()
-                due = probe or not self.proven or version % self.config.probe_every == 0
-                gap = self._probe() if due else None
-                break
-            except EngineFailure as failure:
-                self._restart(failure)
+        report = self.engine.sync(self._sending(), version)
+        started = time.perf_counter()
+        due = not self.proven or version % self.config.probe_every == 0
+        gap = self._probe() if due else None
         changed = [name for name, value in self.sent.items() if before.get(name) != value]
         return {
             "sync/parity_max_abs": gap.max if gap else None,
@@ -94,19 +82,10 @@ class WeightSync:
             "time/probe_s": time.perf_counter() - started,
         }
 
-    def with_engine(self, ask: Callable[[], T], version: int) -> T:
-        """`ask()`, again after a restart if the engine fails. Every rank calls it, and `ask` fails on all or none."""
-        while True:
-            try:
-                return ask()
-            except EngineFailure as failure:
-                self._restart(failure)
-                self.push(version)
-
-    def _restart(self, failure: EngineFailure) -> None:
-        self.say(f"engine lost: {failure}; restarting it with the current weights")
+    def republish(self, version: int) -> None:
+        """The same for an engine that was restarted: the comparison is due whatever the step."""
         self.proven = False
-        self.engine.restart()
+        self.publish(version)
 
     def _sending(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights, in the engine's type; `sent` has their checksums once all have gone by."""
@@ -129,15 +108,9 @@ class WeightSync:
         return gap
 
     def differing(self) -> list[str]:
-        """Tensors of the last sync that this engine, or another rank's, does not compute with. A collective; raises
-        EngineFailure on all ranks or on none."""
-        error, wrong = None, list[str]()
-        try:
-            sent = self.sent | {name: self.sent[first] for name, first in self.policy.tied_names.items()}
-            wrong = differing(sent, self.engine.checksums())
-        except EngineFailure as failure:
-            error = failure
-        raise_together(error)
+        """Tensors of the last sync that this engine, or another rank's, does not compute with. A collective."""
+        sent = self.sent | {name: self.sent[first] for name, first in self.policy.tied_names.items()}
+        wrong = differing(sent, self.engine.checksums())
         everyones = [wrong]
         if dist.get_world_size() > 1:
             everyones *= dist.get_world_size()
@@ -145,17 +118,12 @@ class WeightSync:
         return list(dict.fromkeys(name for names in everyones for name in names))
 
     def gap(self) -> Gap:
-        """Of this engine against the policy; the worst rank's, on every rank. Raises EngineFailure on all or none."""
+        """Of this engine against the policy; the worst rank's, on every rank."""
         ours = self.policy.log_probs(self.pack, temperature=1.0)  # [N]; every rank forwards the same pack
         if not ours.isfinite().all():
             version = self.engine.policy_version
             raise PolicyBroken(f"policy version {version} gives probabilities that are not finite")
-        error, scored = None, []
-        try:
-            scored = self.engine.score(self.sequences)
-        except EngineFailure as failure:
-            error = failure
-        raise_together(error)
+        scored = self.engine.score(self.sequences)
         theirs = torch.tensor([logp for sequence in scored for logp in sequence], device=self.device)
         difference = (ours - theirs).abs().nan_to_num(torch.inf)
         worst = torch.stack([difference.mean(), difference.max()])

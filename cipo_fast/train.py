@@ -17,10 +17,12 @@ os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from cipo_fast.cipo.objective import conversations
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import gather, is_main, leave, process_group
+from cipo_fast.distributed import gather, is_main, leave_after, on_main, process_group, together
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
@@ -97,12 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dry_run(args, embedded_config))
             return 0
         config = parse_args(args)
-        with process_group() as mesh:
+        with process_group(config.run.rank_timeout_s) as mesh:
             train(config, mesh)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingStopped as error:
+        if error.__cause__ is not None:  # what nobody foresaw, on the rank that met it
+            traceback.print_exception(error.__cause__)
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -126,7 +130,7 @@ def train(config: Config, mesh: DeviceMesh) -> None:
             config = prepare(config, mesh, view.note)
         run, progress = build(config, mesh, view, open_files)
         checkpoints = config.run_dir / "checkpoints"
-        recorder = Recorder(given, progress.step if config.checkpoint.resume else None) if is_main() else None
+        recorder = on_main(lambda: Recorder(given, progress.step if config.checkpoint.resume else None))
         if recorder is not None:
             open_files.callback(recorder.close)
         if progress.before is None:
@@ -134,8 +138,8 @@ def train(config: Config, mesh: DeviceMesh) -> None:
         while progress.step < config.train.steps:
             metrics, batch, progress = cipo_step(run, progress)
             view.step(metrics)
-            if recorder is not None:
-                recorder.step(metrics, batch.groups, batch.anchors)
+            with saved_if_stopped(run, progress):
+                record(recorder, Recorder.step, metrics, batch.groups, batch.anchors)
             if progress.skipped_in_a_row >= MAX_SKIPS:
                 where = checkpoint.save(checkpoints, run.learner, progress, config.checkpoint.keep)
                 raise TrainingStopped(
@@ -146,8 +150,7 @@ def train(config: Config, mesh: DeviceMesh) -> None:
                 checkpoint.save(checkpoints, run.learner, progress, config.checkpoint.keep)
             if due(progress.step, config.eval.every) and progress.step < config.train.steps:
                 result = timed_evaluation(run, progress, f"at step {progress.step}")
-                if recorder is not None:
-                    recorder.evaluation(result, progress.step)
+                record(recorder, Recorder.evaluation, result, progress.step)
         after = timed_evaluation(run, progress, "after training")
         finish(run, recorder, view, progress, after)
 
@@ -171,7 +174,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
     progress = progress.after_step(batch.replay, [update.applied for update in updates], waited - started)
     run.sync.watch(batch.groups)
     with saved_if_stopped(run, progress):
-        sync = run.sync.push(step)
+        sync = run.sync.publish(step)
     progress = replace(progress, seconds=progress.seconds + time.perf_counter() - waited)
 
     generate_s, verify_s = run.sampler.take_times()
@@ -209,26 +212,30 @@ def saved_if_stopped(run: Run, progress: Progress) -> Iterator[None]:
         raise
     except TrainingStopped as stop:
         folder = run.config.run_dir / "checkpoints"
-        where = checkpoint.save(folder, run.learner, progress, run.config.checkpoint.keep)
-        raise TrainingStopped(f"{stop}; saved as {where}") from None
+        try:
+            where = checkpoint.save(folder, run.learner, progress, run.config.checkpoint.keep)
+        except TrainingStopped as failure:
+            raise TrainingStopped(f"{stop}; and it could not be saved: {failure}") from stop.__cause__
+        raise TrainingStopped(f"{stop}; saved as {where}") from stop.__cause__
+
+
+def record(recorder: Recorder | None, write: Callable[..., None], *what: object) -> None:
+    """`write(recorder, *what)` on the first rank; where it fails all ranks stop."""
+    together(lambda: write(recorder, *what) if recorder is not None else None)
 
 
 def sampled_batch(run: Run, step: int, progress: Progress) -> Batch:
     """The step's batch: with overlap the one sampled meanwhile, else a new one. With overlap the next one is begun."""
-
-    def sample_now() -> Batch:
-        return sample(run, step, progress.replay)
-
     ahead, run.ahead = run.ahead, None
-    batch = ahead.result() if ahead is not None else run.sync.with_engine(sample_now, progress.step)
+    batch = ahead.result() if ahead is not None else sample(run, step, progress.replay)
     if run.config.rollout.overlap and step < run.config.train.steps:
         run.ahead = run.pool.submit(sample, run, step + 1, batch.replay)
     return batch
 
 
 def wait_for_batch_ahead(run: Run) -> None:
-    """A sync changes the weights that a batch is sampled with, so it waits. A batch that failed is sampled anew, by the
-    next step, from the weights that the sync restores."""
+    """A sync changes the weights that a batch is sampled with, so it waits. A batch that the engine failed is sampled
+    anew, by the next step, with the weights that the sync brings; the sync repairs the engine where that is needed."""
     if run.ahead is not None and isinstance(run.ahead.exception(), EngineFailure):
         run.view.say(f"the batch sampled ahead is lost: {run.ahead.exception()}")
         run.ahead = None
@@ -335,7 +342,7 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     view.say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
     if config.rollout.engine != "local":
         view.say(f"starting {config.rollout.engine}")
-    engine = build_engine(config, model, chat, mesh.device_type)
+    engine = build_engine(config, model, chat, mesh.device_type, view.say)
     open_engine.callback(engine.close)
     config = fit_to_engine(config, engine, view.say)
     limit = config.data.max_prompt_tokens
@@ -347,9 +354,11 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     cost = cost_model(model.config, model.num_parameters())
     reference_model = copy.deepcopy(model) if config.loss.beta > 0 else None
     policy = build_policy(model, config, mesh)
-    sync = WeightSync(policy, engine, config, [p.token_ids for p in train_prompts], view.say)
-    group = dist.new_group(backend="gloo") if config.rollout.overlap else None
-    sampler = Sampler(engine, chat, config.seed, group)
+    sync = WeightSync(policy, engine, config, [p.token_ids for p in train_prompts])
+    engine.publish = sync.republish
+    if config.rollout.overlap:
+        engine.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.run.rank_timeout_s))
+    sampler = Sampler(engine, chat, config.seed, engine.group)
     reference = build_policy(reference_model, config, mesh) if reference_model is not None else None
     updates = config.train.steps * config.train.updates_per_step
     learner = Learner(policy, config.optim, updates, reference)
@@ -357,7 +366,7 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     if config.checkpoint.resume:
         progress = checkpoint.load_newest(config.run_dir / "checkpoints", learner)
         view.say(f"resumed after step {progress.step}")
-    sync.push(progress.step, probe=True)
+    sync.publish(progress.step)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
     run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view)
     return run, progress
@@ -367,9 +376,7 @@ def timed_evaluation(run: Run, progress: Progress, when: str) -> dict[str, float
     started = time.perf_counter()
     run.view.busy(f"evaluating {len(run.held_out)} held-out problems {when}")
     with saved_if_stopped(run, progress):
-        result = run.sync.with_engine(
-            lambda: evaluate(run.sampler, run.held_out, run.correct, run.config), progress.step
-        )
+        result = evaluate(run.sampler, run.held_out, run.correct, run.config)
     seconds = time.perf_counter() - started
     run.view.say(f"{when}: greedy {result['greedy']:.3f}, T=1 {result['t1']:.3f} ({seconds:.1f}s)")
     return result
@@ -383,26 +390,29 @@ def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, 
         for name, tensor in run.learner.policy.full_weights():  # a collective; only the first rank keeps what it gets
             if recorder is not None:
                 weights[name] = tensor.cpu()
-        if recorder is not None:
-            checkpoint.export(config.run_dir / "model", run.learner.policy.model, weights, run.sampler.chat.tokenizer)
+        folder, model = config.run_dir / "model", run.learner.policy.model
+        on_main(lambda: checkpoint.export(folder, model, weights, run.sampler.chat.tokenizer))
+    record(recorder, summarise, progress, after)
     if recorder is None:
         return
     assert progress.before is not None
-    saved = recorder.tokens_saved()
+    view.say("")
+    view.console.print(summary_table(progress.before, after, recorder.tokens_saved()))
+    view.say(f"{progress.step} steps in {progress.seconds:.0f}s; everything is in {config.run_dir}/")
+
+
+def summarise(recorder: Recorder, progress: Progress, after: dict[str, float | None]) -> None:
     recorder.summary(
         {
             "before": progress.before,
             "after": after,
-            "tokens_saved": saved,
+            "tokens_saved": recorder.tokens_saved(),
             "steps": progress.step,
             "skipped": progress.skipped,
             "seconds": progress.seconds,
             "config": recorder.config.model_dump(mode="json"),
         }
     )
-    view.say("")
-    view.console.print(summary_table(progress.before, after, saved))
-    view.say(f"{progress.step} steps in {progress.seconds:.0f}s; everything is in {config.run_dir}/")
 
 
 def keep_bad_pack(run: Run, pack: Pack, step: int) -> None:
@@ -416,4 +426,4 @@ def due(step: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave_after(main)

@@ -18,7 +18,7 @@ def main(folder: Path, fp32_head: str) -> None:
         more = ["rollout.engine=vllm", "model.dtype=bfloat16", f"rollout.vllm.fp32_head={fp32_head}"]
         setup = Setup(folder, mesh, *more)
         setup.change_weights(0)
-        assert setup.sync.push(0)["sync/changed"] is None
+        assert setup.sync.publish(0)["sync/changed"] is None
         stale = dict(setup.policy.full_weights(torch.bfloat16))
         for i, name in enumerate(stale):
             stale = {n: w.clone() for n, w in setup.policy.full_weights(torch.bfloat16)}
@@ -29,7 +29,7 @@ def main(folder: Path, fp32_head: str) -> None:
             setup.engine.sync({**now, name: stale[name]}.items(), 1)
             assert name in setup.sync.differing(), name
             assert set(setup.sync.differing()) <= {name, "lm_head.weight"}
-        setup.sync.push(1)
+        setup.sync.publish(1)
         update(setup.policy, 100)
         list(setup.sync._sending())  # and no sync
         assert setup.sync.gap().mean < 0.05  # log-probs do not show it

@@ -19,8 +19,9 @@ from cipo_fast.errors import PolicyBroken, TrainingStopped
 from cipo_fast.model import named_tensors
 from cipo_fast.policy import ATTENTION, Policy
 from cipo_fast.records import Group, Problem, Rollout
-from cipo_fast.rollout import EngineFailure, SyncReport
+from cipo_fast.rollout import EngineFailure, Sampling, SyncReport
 from cipo_fast.rollout.local import LocalEngine
+from cipo_fast.rollout.supervised import SupervisedEngine
 from cipo_fast.sync import PROBE_SEQUENCES, PROBE_TOKENS, WeightSync
 
 LR = 1e-6
@@ -34,7 +35,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory, mesh: DeviceMesh, request: p
 @pytest.fixture(autouse=True)
 def _in_sync(request: pytest.FixtureRequest) -> None:
     if "setup" in request.fixturenames:
-        request.getfixturevalue("setup").sync.push(0)
+        request.getfixturevalue("setup").sync.publish(0)
 
 
 def test_one_skipped_sync_after_an_update_at_lr_1e_6_is_caught(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +46,7 @@ def test_one_skipped_sync_after_an_update_at_lr_1e_6_is_caught(setup: Setup, mon
     update(setup.policy, seed=1)
     monkeypatch.setattr(setup.engine, "sync", skipping)
     with pytest.raises(TrainingStopped, match=r"after the sync to version 5 the engine is not the policy: \d+ of its "):
-        setup.sync.push(5)
+        setup.sync.publish(5)
     if setup.sync.dtype == torch.bfloat16:
         assert setup.sync.gap().mean < setup.sync.tolerance  # log-probs do not show it
 
@@ -83,46 +84,49 @@ def test_a_permuted_or_a_transposed_load_is_caught(setup: Setup) -> None:
 
 
 def test_the_share_of_tensors_that_changed(setup: Setup) -> None:
-    assert setup.sync.push(1)["sync/changed"] == 0
+    assert setup.sync.publish(1)["sync/changed"] == 0
     with torch.no_grad():
         setup.policy.model.model.norm.weight.to_local().mul_(2)
-    assert setup.sync.push(2)["sync/changed"] == 1 / 24
+    assert setup.sync.publish(2)["sync/changed"] == 1 / 24
     with torch.no_grad():
         setup.policy.model.model.norm.weight.to_local().div_(2)
-    fresh = WeightSync(setup.policy, setup.engine, setup.config, PROMPTS, setup.said.append)
-    assert fresh.push(3)["sync/changed"] is None
+    fresh = WeightSync(setup.policy, setup.engine, setup.config, PROMPTS)
+    assert fresh.publish(3)["sync/changed"] is None
 
 
-def test_a_probe_is_due_every_k_steps_at_first_when_asked_for_and_after_a_restart(
+def test_a_probe_is_due_every_k_steps_at_first_and_after_a_restart(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = setup.config.model_copy(deep=True)
     config.sync.probe_every = 4
-    sync = WeightSync(setup.policy, setup.engine, config, PROMPTS, setup.said.append)
+    sync = WeightSync(setup.policy, setup.engine, config, PROMPTS)
 
-    def probed(version: int, probe: bool = False) -> bool:
-        return sync.push(version, probe)["sync/parity_max_abs"] is not None
+    def probed(version: int) -> bool:
+        return sync.publish(version)["sync/parity_max_abs"] is not None
 
     assert [probed(version) for version in (7, 8, 9, 10, 11, 12)] == [True, True, False, False, False, True]
-    assert probed(13, probe=True)  # resumed
-    monkeypatch.setattr(setup.engine, "restart", lambda: None)
-    asked = []
-
-    def ask() -> str:
-        asked.append(sync.proven)
-        if len(asked) == 1:
-            raise EngineFailure("lost")
-        return "answer"
-
-    monkeypatch.setattr(sync, "_probe", lambda: probes.append(1) or sync.gap())
+    supervised = SupervisedEngine(setup.engine, 1, setup.said.append)
+    supervised.publish, sync.engine = sync.republish, supervised
     probes: list[int] = []
-    assert sync.with_engine(ask, 13) == "answer"
+    monkeypatch.setattr(sync, "_probe", lambda: probes.append(1) or sync.gap())
+    monkeypatch.setattr(setup.engine, "restart", lambda: None)
+    inner, failed = setup.engine.generate, []
+
+    def lost_once(*args):
+        if not failed:
+            failed.append(1)
+            raise EngineFailure("lost")
+        return inner(*args)
+
+    monkeypatch.setattr(setup.engine, "generate", lost_once)
+    supervised.version = 13
+    assert len(supervised.generate(PROMPTS, 1, Sampling(1.0, 1.0, 2), 0)) == len(PROMPTS)
     assert probes == [1]
 
 
 def test_log_probs_are_compared_on_the_longest_answers(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [group([5] * 10, [[6] * n for n in (3, 40, 7)]), group([7] * 4, [[8] * n for n in (90, 2, 60)])]
-    sync = WeightSync(setup.policy, setup.engine, setup.config, PROMPTS, setup.said.append)
+    sync = WeightSync(setup.policy, setup.engine, setup.config, PROMPTS)
     assert {len(ids) for ids in sync.sequences} == {len(ids) for ids in PROMPTS if len(ids) > 1}
     sync.watch(groups)
     assert [len(ids) for ids in sync.sequences] == [94, 64, 50, 17, 13, 6]
@@ -135,7 +139,7 @@ def test_log_probs_are_compared_on_the_longest_answers(setup: Setup, monkeypatch
     assert len(sync.sequences) <= PROBE_SEQUENCES
     assert sum(len(ids) for ids in sync.sequences) == PROBE_TOKENS
     sync.watch(groups)
-    assert sync.push(1)["sync/parity_mean_abs"] < sync.tolerance
+    assert sync.publish(1)["sync/parity_mean_abs"] < sync.tolerance
 
 
 def group(prompt: list[int], answers: list[list[int]]) -> Group:
@@ -148,9 +152,9 @@ def test_an_engine_that_computes_otherwise_with_the_same_weights_is_caught(setup
     right = rotary.inv_freq
     rotary.inv_freq = right * 3  # no tensor of the checkpoint
     with pytest.raises(TrainingStopped, match="its tensors are the trainer's, so it computes something else"):
-        setup.sync.push(4)
+        setup.sync.publish(4)
     rotary.inv_freq = right
-    setup.sync.push(4)
+    setup.sync.publish(4)
 
 
 def test_a_policy_that_is_not_finite_is_told_from_a_stale_engine(setup: Setup) -> None:
@@ -159,7 +163,7 @@ def test_a_policy_that_is_not_finite_is_told_from_a_stale_engine(setup: Setup) -
     with torch.no_grad():
         weight.fill_(torch.nan)
     with pytest.raises(PolicyBroken):
-        setup.sync.push(4)
+        setup.sync.publish(4)
     with torch.no_grad():
         weight.copy_(before)
 
@@ -198,7 +202,7 @@ def test_persistent_buffers_travel_as_they_are_and_are_compared(mixture: Glm4Moe
     assert held[BIAS].dtype == torch.float32
     assert torch.equal(held[BIAS], mixture.state_dict()[BIAS])
     config = load_config([], ["model.dtype=bfloat16"])
-    sync = WeightSync(policy, engine, config, PROMPTS, print)
+    sync = WeightSync(policy, engine, config, PROMPTS)
     list(sync._sending())
     assert sync.differing() == []
     held[BIAS][0] += 1e-6

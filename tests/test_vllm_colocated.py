@@ -24,14 +24,14 @@ def setup(tmp_path_factory: pytest.TempPathFactory, mesh: DeviceMesh) -> Iterato
     with pytest.raises(RuntimeError, match="a sync comes first"):
         setup.engine.generate(PROMPTS, 1, T1, 0)  # its weights are dummies
     setup.change_weights(0)
-    setup.sync.push(0)
+    setup.sync.publish(0)
     yield setup
     setup.engine.close()
 
 
 @pytest.fixture(autouse=True)
 def _in_sync(setup: Setup) -> None:
-    setup.sync.push(0)
+    setup.sync.publish(0)
 
 
 def test_log_probs_match_transformers_before_and_after_20_syncs_of_changed_weights(setup: Setup) -> None:
@@ -98,7 +98,7 @@ def test_samples_share_the_prompt_corrections_the_attempt_and_a_sync_forgets_bot
     after = setup.engine.prefix_cache()
     assert after[1] - before[1] >= 4 * 64  # all four: the context is known from the attempt
     setup.change_weights(7)
-    setup.sync.push(1)
+    setup.sync.publish(1)
     (fresh,) = setup.engine.generate([prompt], 1, T1, 3)
     assert setup.engine.prefix_cache()[1] == after[1]  # nothing was found
     assert setup.generated_gap([prompt], [fresh]) < 1e-5
@@ -111,7 +111,7 @@ def test_a_stale_head_is_caught_and_named(setup: Setup, monkeypatch: pytest.Monk
     monkeypatch.setattr(vllm_worker, "refresh_tied_head", lambda model: None)
     setup.change_weights(1, "embed_tokens", by=1e-6)
     with pytest.raises(TrainingStopped, match=r"not the policy: 1 of its tensors .* the trainer's: lm_head.weight; "):
-        setup.sync.push(1)
+        setup.sync.publish(1)
     assert setup.sync.gap().max < 1e-4  # what log-probs show of it
 
 
@@ -150,7 +150,7 @@ def test_a_sync_interrupted_half_way_leaves_an_engine_that_refuses(setup: Setup)
         setup.engine.generate(PROMPTS, 1, T1, 0)
     with pytest.raises(RuntimeError, match="a sync comes first"):
         setup.engine.score(PROMPTS)
-    setup.sync.push(2)  # whole again
+    setup.sync.publish(2)  # whole again
     assert setup.generated_gap(PROMPTS, setup.engine.generate(PROMPTS, 2, T1, 0)) < 1e-5
 
 
@@ -159,12 +159,12 @@ def test_a_missing_or_unknown_parameter_is_an_error(setup: Setup) -> None:
         setup.engine.sync(((n, w) for n, w in setup.weights() if n != "model.norm.weight"), 1)
     with pytest.raises(RuntimeError, match=r"no parameter model.extra"):
         setup.engine.sync([*setup.weights(), ("model.extra", torch.zeros(2))], 1)
-    setup.sync.push(2)
+    setup.sync.publish(2)
 
 
 def test_the_probe_is_due_every_k_syncs(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup.sync, "config", setup.sync.config.model_copy(update={"probe_every": 3}))
-    probed = [setup.sync.push(version)["sync/parity_max_abs"] is not None for version in range(5)]
+    probed = [setup.sync.publish(version)["sync/parity_max_abs"] is not None for version in range(5)]
     assert probed == [True, False, False, True, False]
 
 

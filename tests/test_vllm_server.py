@@ -6,9 +6,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import requests
 from torch.distributed.device_mesh import DeviceMesh
 from vllm_setup import PROMPTS, Setup
 
@@ -31,18 +33,21 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory, mesh: DeviceMesh) -> Iterator[Setup]:
-    server = ["rollout.engine=vllm_server", "rollout.server.start=true", f"rollout.server.port={free_port()}"]
+    server = ["rollout.engine=vllm_server", "rollout.server.start=true"]
     limits = ["rollout.server.start_timeout_s=240", "rollout.server.max_restarts=100"]
-    setup = Setup(tmp_path_factory.mktemp("run"), mesh, *server, *limits)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "VLLM_API_KEY"):
+            patch.setenv(variable, f"http://127.0.0.1:{free_port()}")  # nobody is there, and it is not the server's key
+        setup = Setup(tmp_path_factory.mktemp("run"), mesh, *server, *limits)
     setup.change_weights(0)
-    setup.sync.push(0)
+    setup.sync.publish(0)
     yield setup
     setup.engine.close()
 
 
 @pytest.fixture(autouse=True)
 def _in_sync(setup: Setup) -> None:
-    setup.sync.push(0)
+    setup.sync.publish(0)
     setup.said.clear()
 
 
@@ -51,7 +56,7 @@ def pid(setup: Setup) -> int:
 
 
 def is_paused(setup: Setup) -> bool:
-    return setup.engine._get("is_paused")["is_paused"]
+    return setup.engine.http.get("is_paused")["is_paused"]
 
 
 def test_log_probs_match_transformers_before_and_after_20_syncs_of_changed_weights(setup: Setup) -> None:
@@ -81,33 +86,27 @@ def test_a_sync_forgets_the_prefix_cache(setup: Setup) -> None:
     before = setup.engine.prefix_cache()
     assert before[1] >= 3 * 32
     setup.change_weights(7)
-    setup.sync.push(1)
+    setup.sync.publish(1)
     (fresh,) = setup.engine.generate([prompt], 1, T1, 3)
     assert setup.engine.prefix_cache()[1] == before[1]
     assert setup.generated_gap([prompt], [fresh]) < 1e-5
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_redoes_the_batch(setup: Setup) -> None:
-    prompts, killed = PROMPTS * 16, []
-
-    def ask() -> list:
-        if not killed:
-            killed.append(pid(setup))
-            threading.Timer(0.3, os.killpg, (pid(setup), signal.SIGKILL)).start()
-        return setup.engine.generate(prompts, 8, LONG, 1)
-
-    found = setup.sync.with_engine(ask, 0)
-    assert pid(setup) != killed[0]
+    prompts, killed = PROMPTS * 16, pid(setup)
+    threading.Timer(0.3, os.killpg, (killed, signal.SIGKILL)).start()
+    found = setup.supervised.generate(prompts, 8, LONG, 1)
+    assert pid(setup) != killed
     assert [len(completions) for completions in found] == [8] * 64
     assert setup.generated_gap(prompts[:8], found[:8]) < 2e-5
     assert len(setup.said) == 1
-    assert setup.said[0].startswith("engine lost: http://127.0.0.1")
+    assert setup.said[0].startswith("engine lost: ")
 
 
 def test_a_wedged_server_costs_a_time_out_and_is_restarted(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = token_ids(setup.engine.generate(PROMPTS, 2, T1, 1))
     wedged = pid(setup)
-    monkeypatch.setattr(setup.engine.config, "timeout_s", 2.0)
+    monkeypatch.setattr(setup.engine.http, "timeout_s", 2.0)
     os.killpg(wedged, signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(EngineFailure, match="no answer in time"):
@@ -115,7 +114,7 @@ def test_a_wedged_server_costs_a_time_out_and_is_restarted(setup: Setup, monkeyp
     assert time.monotonic() - started < 10
     monkeypatch.undo()
     setup.engine.restart()
-    setup.sync.push(0)
+    setup.sync.publish(0)
     assert token_ids(setup.engine.generate(PROMPTS, 2, T1, 1)) == wanted  # log-probs may differ in their last bits
     assert pid(setup) != wedged
 
@@ -144,7 +143,7 @@ def test_a_sync_that_loses_its_server_half_way_is_done_again(setup: Setup, monke
     with pytest.raises(RuntimeError, match="a sync comes first"):
         setup.engine.generate(PROMPTS, 1, T1, 0)
     setup.engine.restart()
-    setup.sync.push(1)
+    setup.sync.publish(1)
     assert setup.generated_gap(PROMPTS, setup.engine.generate(PROMPTS, 2, T1, 0)) < 1e-5
 
 
@@ -168,7 +167,7 @@ def test_a_sync_that_breaks_off_leaves_the_server_paused(setup: Setup, monkeypat
     assert is_paused(setup)
     monkeypatch.undo()
     setup.engine.restart()
-    setup.sync.push(1)
+    setup.sync.publish(1)
     assert not is_paused(setup)
     assert setup.sync.gap().max < 1e-5
 
@@ -189,26 +188,23 @@ def test_a_hanging_transfer_ends_in_time(setup: Setup, monkeypatch: pytest.Monke
     assert time.monotonic() - stopped[0] < 15
     monkeypatch.undo()
     setup.engine.restart()
-    setup.sync.push(1)
+    setup.sync.publish(1)
 
 
-def test_too_many_failures_stop_the_run(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup.engine.config, "max_restarts", setup.engine.restarts)
-    with pytest.raises(TrainingStopped, match=r"max_restarts=\d+\); its log is .*server.log"):
-        setup.engine.restart()
-    monkeypatch.undo()
-
-
-def test_a_server_that_is_not_ours_refuses_with_its_own_words(setup: Setup) -> None:
+def test_a_request_that_is_refused_is_not_asked_again(setup: Setup) -> None:
     with pytest.raises(TrainingStopped, match="HTTP 40"):
         setup.engine.generate([[5, 6]], 1, Sampling(-1.0, 1.0, 4), 0)
 
 
 def test_nothing_of_a_server_outlives_it(setup: Setup) -> None:
-    group = pid(setup)
+    group, log = pid(setup), setup.engine.process.log
+    with log.open("a") as file:
+        file.write("ValueError: of an earlier server\n")
     setup.engine.restart()
     assert processes(group) == []
-    setup.sync.push(0)
+    assert "earlier server" not in setup.engine.process.last_error()  # nor is it quoted
+    assert "earlier server" in log.with_name("server.before.log").read_text()
+    setup.sync.publish(0)
     os.kill(pid(setup), signal.SIGKILL)  # the API server alone: its workers do not notice, the watchdog does
     deadline = time.monotonic() + 20
     while processes(group := pid(setup)) and time.monotonic() < deadline:
@@ -229,3 +225,61 @@ def processes(group: int) -> list[str]:
         if int(pgid) == group and state != "Z":
             found.append(name)
     return found
+
+
+# ------------------------------------------------------------------------------------------------ whose server it is
+
+
+def test_long_answers_in_a_queue_are_waited_for(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request waits for longer than the time-out, behind others; the server works all the while."""
+    monkeypatch.setattr(setup.engine.http, "timeout_s", 2.0)
+    started = time.monotonic()
+    found = setup.engine.generate(PROMPTS * 64, 8, LONG, 1)
+    assert time.monotonic() - started > 4.0
+    assert len(found) == 256
+
+
+def test_nobody_without_the_key_does_anything(setup: Setup) -> None:
+    url = setup.engine.address.url
+    for path in ("health", "v1/models", "is_paused", "metrics"):
+        assert requests.get(f"{url}/{path}", timeout=10).status_code == 401
+    for path in ("pause", "collective_rpc", "update_weights", "inference/v1/generate", "shutdown"):
+        wrong = {"Authorization": "Bearer no"}
+        assert requests.post(f"{url}/{path}", json={}, headers=wrong, timeout=10).status_code == 401
+
+
+def test_answers_from_another_trainers_weights_stop_the_run(setup: Setup) -> None:
+    setup.engine._label("node7:123:beef/0")
+    with pytest.raises(TrainingStopped, match="another trainer \\('node7:123:beef/0'\\)"):
+        setup.supervised.generate(PROMPTS, 1, T1, 0)
+    setup.engine._take()  # whoever held it lives elsewhere, and will find our label
+    assert setup.engine._holder() == setup.engine.claim
+
+
+def test_a_server_that_serves_a_living_run_is_refused(setup: Setup) -> None:
+    setup.engine._label(f"{socket.gethostname()}:{os.getppid()}:beef/7")
+    with pytest.raises(TrainingStopped, match=f"serves the run of process {os.getppid()}"):
+        setup.engine._take()
+
+
+def test_another_vllm_than_ours_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup.engine, "address", replace(setup.engine.address, name="policy-0"))
+    with pytest.raises(TrainingStopped, match="another server answers there, with the model 'policy-"):
+        setup.engine._recognise()
+    found = replace(setup.engine.address, name=setup.engine.http.get("v1/models")["data"][0]["id"], started=False)
+    monkeypatch.setattr(setup.engine, "address", found)
+    setup.engine._recognise()
+    monkeypatch.setattr(setup.engine, "wanted_len", 99)
+    with pytest.raises(TrainingStopped, match="this run's are of 99"):
+        setup.engine._recognise()
+
+
+def test_too_many_failures_stop_the_run_and_metrics_do_not(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last test: it leaves no server."""
+    assert setup.engine.prefix_cache() is not None
+    os.killpg(pid(setup), signal.SIGKILL)
+    setup.engine.process.process.wait()
+    assert setup.engine.prefix_cache() is None
+    monkeypatch.setattr(setup.supervised, "max_restarts", 0)
+    with pytest.raises(TrainingStopped, match=r"max_restarts=0\), at last: the server has ended: .*server.log"):
+        setup.supervised.generate(PROMPTS, 1, T1, 0)

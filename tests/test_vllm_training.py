@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,29 @@ def test_overlap_samples_one_version_behind_and_says_so(tmp_path: Path, warm: Pa
         assert "alarm, step" in done.stdout
 
 
+def test_overlap_on_two_ranks_outlives_its_server(tmp_path: Path, warm: Path) -> None:
+    """Killed while it samples ahead, in a thread of each rank: that batch is sampled anew, one version fresher."""
+    folder = run_dir(tmp_path, warm)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    served = ["rollout.engine=vllm_server", "rollout.server.start=true", "rollout.overlap=1", "train.steps=9"]
+    with subprocess.Popen(
+        [*torchrun, *command(folder, *served)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as trainer:  # fmt: skip
+        wait_for_step(folder, 2, trainer)
+        os.killpg(server_in(folder), signal.SIGKILL)
+        output, _ = trainer.communicate(timeout=200)
+    assert trainer.returncode == 0, output[-3000:]
+    assert output.count("engine lost: ") == 1
+    assert [row["step"] for row in metrics(folder)] == list(range(1, 10))
+    fresher = 0
+    for step, file in enumerate(sorted((folder / "rollouts").glob("step-*.jsonl")), start=1):
+        versions = {json.loads(line)["policy_version"] for line in file.read_text().splitlines()}
+        assert versions in ({max(0, step - 2)}, {step - 1})
+        fresher += versions == {step - 1} and step > 1
+    assert fresher <= 1
+
+
 def test_the_importance_weight_of_a_sequence(tmp_path: Path, warm: Path) -> None:
     folder = run_dir(tmp_path, warm)
     done = run(folder, "rollout.engine=vllm", "loss.is_level=sequence")
@@ -203,6 +227,16 @@ def wait_for_step(folder: Path, step: int, trainer: subprocess.Popen[str]) -> No
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step}; the trainer has {'ended' if trainer.poll() is not None else 'hung'}")
+
+
+def server_in(folder: Path) -> int:
+    """The process group of the server that was started with the model in `folder`."""
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            words = cmdline.read_text().split("\0")
+            if "cipo_fast.rollout.vllm_launch" in words and str(folder / "engine") in words:
+                return os.getpgid(int(cmdline.parent.name))
+    raise AssertionError(f"no server in {folder}")
 
 
 def server_of(trainer: int) -> int:

@@ -32,6 +32,7 @@ class Setup:
 
     def __init__(self, folder: Path, mesh: DeviceMesh, *overrides: str):
         self.config: Config = load_config([], [*SHAPE, *LIMITS, f"run.dir={folder}", *overrides])
+        self.said: list[str] = []
         model = new_model(self.config, ATTENTION)
         twin = copy.deepcopy(model)
         twin.set_attn_implementation("sdpa")
@@ -40,10 +41,12 @@ class Setup:
         (folder / "engine").mkdir(parents=True)
         shaping = {"eos_token_id": EOS} | {k: v for files in HOSTILE.values() for k, v in files.items()}
         (folder / "engine" / "generation_config.json").write_text(json.dumps(shaping))
-        self.engine: Engine = build_engine(self.config, model, Chat(TOKENIZER, self.config.data), mesh.device_type)
+        chat = Chat(TOKENIZER, self.config.data)
+        self.supervised = build_engine(self.config, model, chat, mesh.device_type, lambda line: self.said.append(line))
+        self.engine: Engine = self.supervised.engine
         self.policy: Policy = build_policy(model, self.config, mesh)
-        self.said: list[str] = []
-        self.sync = WeightSync(self.policy, self.engine, self.config, PROMPTS, self.said.append)
+        self.sync = WeightSync(self.policy, self.supervised, self.config, PROMPTS)
+        self.supervised.publish = self.sync.publish
 
     def change_weights(self, seed: int, names: str = "", by: float = 0.02) -> None:
         """Add noise to every parameter whose name contains `names`."""

@@ -136,7 +136,7 @@ def check(engine: Engine, policy: Policy, config: Config, emit: Emit) -> None:
     prompts = [prompt[:8] for prompt in random_prompts(4)]
     answers = [found[0] for found in engine.generate(prompts, 1, sampling(PROBE_TOKENS), 0)]
     sequences = [prompt + answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)]
-    sync = WeightSync(policy, engine, config, sequences, lambda _: None)
+    sync = WeightSync(policy, engine, config, sequences)
     decoded = decode_gap(policy, prompts, answers)
     fresh = sync.gap()
     with torch.no_grad():
@@ -204,7 +204,7 @@ def hit_rate(before: tuple[int, int], after: tuple[int, int]) -> float:
 def compare_kv_cache(engine: VllmEngine, config: Config, emit: Emit) -> None:
     """What --dry-run says that the cache holds, and what it does."""
     plan = Plan(config, size_of(qwen3_4b("meta").config), Devices.of_this_machine(None))
-    cache = engine.llm.llm_engine.vllm_config.cache_config
+    cache = engine.engine.llm.llm_engine.vllm_config.cache_config
     tokens = cache.num_gpu_blocks * cache.block_size
     work = (plan.kv_cache - tokens * plan.kv_bytes_per_token + (ENGINE_WORK if CUDA else 0)) / 1e9
     planned = int(plan.kv_cache / plan.kv_bytes_per_token)

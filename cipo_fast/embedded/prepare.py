@@ -8,13 +8,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.chat import Chat
 from cipo_fast.checkpoint import export
 from cipo_fast.config import Config
-from cipo_fast.distributed import is_main
+from cipo_fast.distributed import on_main
 from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.embedded.warm_start import warm_start
@@ -64,7 +63,8 @@ def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
     prompts, _ = encode_dataset(dataset, chat, config, note)
     model = new_model(config, "cipo_tree")
     weights = warm_start(model, chat, prompts, config, mesh, note)
-    if is_main():
+
+    def write() -> None:
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -73,7 +73,8 @@ def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
             _write(part / TRAIN, dataset.train)
             _write(part / HELD_OUT, dataset.held_out)
         part.rename(folder)
-    dist.barrier()
+
+    on_main(write)
 
 
 def _write(path: Path, problems: list[Problem]) -> None:

@@ -26,6 +26,7 @@ from cipo_fast.policy import build_policy, cost_model
 from cipo_fast.records import Conversation, Rollout, Segment
 from cipo_fast.rollout import Sampling
 from cipo_fast.rollout.local import LocalEngine
+from cipo_fast.rollout.supervised import SupervisedEngine
 from cipo_fast.sampling import Prompt, Sampler, seed_for
 
 CHECK_EVERY = 10
@@ -45,7 +46,8 @@ def warm_start(
     shape, limit = config.model.embedded, config.rollout.max_tokens
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("sdpa")
-    engine = LocalEngine(twin, chat.end_ids(None), chat.tokenizer.pad_token_id, config.rollout.batch_sequences)
+    bare = LocalEngine(twin, chat.end_ids(None), chat.tokenizer.pad_token_id, config.rollout.batch_sequences)
+    engine = SupervisedEngine(bare, 0, note)
     sampler = Sampler(engine, chat, config.seed)
     cost = cost_model(model.config, model.num_parameters())
     policy = build_policy(model, config, mesh)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from cipo_fast.errors import EngineFailure as EngineFailure
 from cipo_fast.records import Completion
 
 
@@ -28,13 +29,19 @@ class SyncReport:
     seconds: float
 
 
-class EngineFailure(Exception):
-    """The engine did not do what it was asked. After `restart` and a `sync`, the same request can be made again."""
-
-
 class Engine(Protocol):
-    policy_version: int  # of the weights it samples with; -1 before the first sync
-    max_model_len: int | None  # longest prompt and answer together; None without a limit
+    """Every rank has one and calls the same methods in the same order. Engines fail each for itself, and say so with
+    EngineFailure where a fresh engine could do better; `supervised.py` makes the ranks agree, and repairs."""
+
+    @property
+    def policy_version(self) -> int:
+        """Of the weights it samples with; -1 before the first sync."""
+        ...
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Longest prompt and answer together; None without a limit."""
+        ...
 
     def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
         """`n` completions of each prompt (token ids), in the prompts' order; the same seed gives the same ones.
@@ -46,7 +53,7 @@ class Engine(Protocol):
         """Take over the trainer's weights, all of them, and forget the prefix cache. Every rank calls it, and iterates.
 
         A missing or unknown name is a RuntimeError. Interrupted half-way, it leaves an engine that refuses to generate.
-        Raises EngineFailure, on all ranks or on none."""
+        Raises EngineFailure."""
         ...
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
@@ -63,11 +70,13 @@ class Engine(Protocol):
         ...
 
     def restart(self) -> None:
-        """After an EngineFailure: a fresh engine, without weights. Raises TrainingStopped when it cannot be had."""
+        """After an EngineFailure: a fresh engine, without weights. Raises EngineFailure when it did not come up, and
+        TrainingStopped when it cannot be had."""
         ...
 
-    def prefix_cache(self) -> tuple[int, int]:
-        """(prompt tokens looked up, of them found) since the start; (0, 0) without a cache."""
+    def prefix_cache(self) -> tuple[int, int] | None:
+        """(prompt tokens looked up, of them found) since its start; (0, 0) without a cache, None when not known. Raises
+        nothing: a metric ends no run."""
         ...
 
     def close(self) -> None: ...

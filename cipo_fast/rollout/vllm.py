@@ -35,6 +35,7 @@ NEUTRAL: dict[str, Any] = {
     "watermarking": False,
 }
 VERSIONS = ("0.32.",)  # what is tested; torch 2.13 leaves no other choice
+FILES = "cipo_files"  # our weight transfer, by the name that trainer and server register their ends under
 # What a request says is all that shapes sampling, and the weights are the trainer's, bit for bit.
 OURS = {
     "generation_config",
@@ -138,7 +139,7 @@ class VllmEngine:
     def restart(self) -> None:
         raise NotImplementedError("an engine in the trainer's process lives and dies with it")
 
-    def prefix_cache(self) -> tuple[int, int]:
+    def prefix_cache(self) -> tuple[int, int] | None:
         values = {metric.name: metric.value for metric in self.llm.get_metrics() if "prefix_cache" in metric.name}
         return int(values["vllm:prefix_cache_queries"]), int(values["vllm:prefix_cache_hits"])
 

@@ -1,90 +1,100 @@
 """A vLLM server: token ids and log-probs over HTTP, weights through vLLM's own transfer engines.
 
-The first rank starts it (`rollout.server.start`), watches it and restarts it; or all find it by its URL. During a sync
-the server is paused, and a sync that breaks off leaves it so: nothing is sampled from half-updated weights. Every call
-has a time-out, and a call that fails is an EngineFailure.
+The first rank starts it (`rollout.server.start`) and restarts it; or all find it by its URL. A server is ours or
+refused: one that we started proves it by its name, one that we found by its version and settings, and every answer by
+the label of the weights that it was sampled with, which no other trainer gives. During a sync the server is paused, and
+a sync that breaks off leaves it so: nothing is sampled from half-updated weights.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import signal
-import subprocess
-import sys
+import secrets
+import socket
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import requests
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cipo_fast.config import Config
-from cipo_fast.distributed import is_main, raise_together
+from cipo_fast.distributed import is_main, on_main, together, told
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.records import Completion
 from cipo_fast.rollout import EngineFailure, Sampling, SyncReport
 from cipo_fast.rollout.checksums import added
+from cipo_fast.rollout.connection import CONNECT_TIMEOUT_S, Address, Connection
+from cipo_fast.rollout.server_process import NAME, ServerProcess, transfer_kind
 from cipo_fast.rollout.vllm import (
+    VERSIONS,
     engine_arguments,
     refuse_unknown,
     sampling_arguments,
     scoring_arguments,
-    two_lines,
 )
+from cipo_fast.rollout.vllm_guard import KEY
 
-CONNECT_TIMEOUT_S = 10.0
-CONTROL_TIMEOUT_S = 60.0  # of the small calls: pause, resume, reset
+Wanted = dict[str, tuple[tuple[int, ...], torch.dtype]]
+FREE = "free"  # label of weights that no trainer gives any more
+
+
+def build_server_engine(
+    folder: Path, config: Config, wanted: Wanted, eos_ids: list[int], device: str
+) -> VllmServerEngine:
+    """The engine, its server running and met. `folder` holds config.json and the tokenizer, no weights; `wanted` are
+    the shapes and types of what the trainer will send. A collective; UserError when there is no such server."""
+    settings = config.rollout.server
+    process = on_main(lambda: ServerProcess(folder, config, device)) if settings.start else None
+    address = told(process.address if process is not None else None)
+    if address is None:
+        assert settings.url is not None
+        address = Address(settings.url.rstrip("/"), NAME, os.environ.get(KEY) or None, started=False)
+    engine = VllmServerEngine(address, process, told(_claim()), config, wanted, eos_ids, device)
+    try:
+        on_main(engine.meet)
+        together(engine.try_out)
+    except BaseException as error:
+        engine.close()
+        if isinstance(error, EngineFailure | TrainingStopped):
+            raise UserError(f"rollout.engine=vllm_server: {error}") from None
+        raise
+    return engine
 
 
 class VllmServerEngine:
-    """`folder` holds config.json and the tokenizer, no weights; `wanted` are the (shape, type) of what the trainer will
-    send, by name and in order."""
+    """A rank's client. `process` is the server itself, on the first rank, when the trainer has started it; `claim`
+    names the run in the label of its weights; `wanted` are the (shape, type) of what the trainer will send, by name
+    and in order."""
 
     def __init__(
         self,
-        folder: Path,
+        address: Address,
+        process: ServerProcess | None,
+        claim: str,
         config: Config,
-        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        wanted: Wanted,
         eos_ids: list[int],
         device: str,
     ):
+        self.settings = config
         self.config = config.rollout.server
-        self.url = self.config.url.rstrip("/") if self.config.url else _own_url(self.config.port)
+        self.address = address
+        self.process = process
+        self.claim = claim
+        self.model_path = config.model.path
+        self.wanted_len = engine_arguments(config, device)["max_model_len"]
+        self.max_sequences = config.rollout.vllm.max_sequences
         self.transfer_kind = transfer_kind(config, device)
         self.wanted = wanted
         self.eos_ids = eos_ids
         self.policy_version = -1
-        self.in_flight = 2 * max(1, config.rollout.vllm.max_sequences // config.rollout.samples_per_prompt)
-        self.session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=self.in_flight))
-        self.restarts = 0
-        self.process: ServerProcess | None = None
-        if self.config.start and is_main():
-            self.process = ServerProcess(folder, config, device)
-        try:
-            self._meet()
-        except EngineFailure as failure:
-            self.close()
-            raise UserError(f"rollout.engine=vllm_server: {failure}") from None
-        self.max_model_len: int | None = self._get("v1/models")["data"][0]["max_model_len"]
-        try:
-            self._score([0, 0])  # from its dummy weights: what it can load and cannot run shows here
-            refuse_unknown(wanted, self.checksums(), config)
-        except EngineFailure as failure:
-            self.close()
-            raise UserError(
-                f"model.path={config.model.path}: vLLM cannot run it: {failure}{self._log_hint()}"
-            ) from None
-        except UserError:
-            self.close()
-            raise
+        self.max_model_len: int | None = None
+        self.taken = False  # a server that we found, and claimed
+        self.http = Connection(address, self.config.timeout_s, process.check if process is not None else lambda: None)
 
     def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
         self._check_ready()
@@ -97,23 +107,19 @@ class VllmServerEngine:
             }
             for i, prompt in enumerate(prompts)
         ]
-        with ThreadPoolExecutor(self.in_flight) as pool:
-            return list(pool.map(self._generate, bodies))
+        at_once = max(1, 2 * self.max_sequences // (n * dist.get_world_size()))  # twice what runs: no slot waits for us
+        return self.http.for_all(self._generate, bodies, at_once)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         started = time.perf_counter()
         self.policy_version = -1
-        error, sender, size = None, None, 0
+        sender, size, sent = None, 0, set()
         if is_main():
             from cipo_fast.rollout.vllm_transfer import Sender
 
-            try:
-                self._post("pause?mode=abort")
-                sender = Sender(*self.transfer, self.config.timeout_s)
-            except EngineFailure as failure:
-                error = failure
-        sent = set()
-        for name, tensor in weights:  # a collective: every rank walks to the end
+            self.http.post("pause?mode=abort")
+            sender = Sender(*self.transfer, self.config.timeout_s)
+        for name, tensor in weights:
             self._check_parameter(name, tensor)
             sent.add(name)
             size += tensor.nbytes
@@ -122,22 +128,18 @@ class VllmServerEngine:
         if missing := set(self.wanted) - sent:
             raise RuntimeError(f"sync: the trainer sent no {', '.join(sorted(missing)[:3])}")
         if sender is not None:
-            try:
-                sender.finish()
-                self._commit(version)
-            except EngineFailure as failure:
-                error = failure
-        raise_together(error)
+            sender.finish()
+            self._commit(version)
         self.policy_version = version
         return SyncReport(version, len(sent), size, time.perf_counter() - started)
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         self._check_ready()
-        with ThreadPoolExecutor(len(sequences)) as pool:
-            return list(pool.map(self._score, sequences))
+        return self.http.for_all(self._score, sequences, max(1, len(sequences)))
 
     def checksums(self) -> dict[str, int]:
-        return added(self._post("collective_rpc", {"method": "cipo_checksums"}, self.config.timeout_s)["results"])
+        answer = self.http.post("collective_rpc", {"method": "cipo_checksums"}, self.config.timeout_s)
+        return added(answer["results"])
 
     def release(self) -> None:
         pass  # its devices are its own
@@ -145,34 +147,52 @@ class VllmServerEngine:
     def restart(self) -> None:
         """Of a server that the trainer started; one found by URL is given the same time to come back."""
         self.policy_version = -1
-        self.restarts += 1
-        if self.restarts > self.config.max_restarts:
-            raise TrainingStopped(
-                f"the vLLM server at {self.url} failed {self.restarts} times (rollout.server.max_restarts="
-                f"{self.config.max_restarts}){self._log_hint()}"
-            )
-        if self.process is not None:
-            self.process.stop()
-            self.process.start()
+        if not is_main():
+            return
         try:
-            self._meet()
+            if self.process is not None:
+                self.process.stop()
+                self.process.start()
+            self.meet()
+        except UserError as taken:
+            raise TrainingStopped(str(taken)) from None
         except EngineFailure as failure:
-            raise TrainingStopped(f"the vLLM server did not come back: {failure}") from None
+            if self.process is None:
+                raise TrainingStopped(f"the server did not come back: {failure}; start it anew") from None
+            raise
 
-    def prefix_cache(self) -> tuple[int, int]:
-        text = self._request("GET", "metrics", None, CONTROL_TIMEOUT_S).text
-        counts = {"vllm:prefix_cache_queries_total": 0.0, "vllm:prefix_cache_hits_total": 0.0}
-        for line in text.splitlines():
-            name, _, rest = line.partition("{")
-            if name in counts:
-                counts[name] += float(rest.rsplit(" ", 1)[1])
-        queries, hits = counts.values()
+    def prefix_cache(self) -> tuple[int, int] | None:
+        found = self.http.metrics(("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"))
+        if found is None:
+            return None
+        queries, hits = found.values()
         return int(queries), int(hits)
 
     def close(self) -> None:
         if self.process is not None:
             self.process.stop()
-        self.session.close()
+        elif self.taken:
+            with suppress(EngineFailure, TrainingStopped):
+                if self._holder() == self.claim:
+                    self._label(FREE)
+        self.http.close()
+
+    def meet(self) -> None:
+        """The first rank waits for the server, makes sure whose it is and sets up the weight transfer."""
+        self._wait_until_healthy()
+        self._recognise()
+        if not self.address.started:
+            self._take()
+        self._connect()
+
+    def try_out(self) -> None:
+        """A token from its dummy weights: what it can load and cannot run shows here."""
+        self._recognise()
+        try:
+            self.http.for_all(self._score, [[0, 0]], 1)
+            refuse_unknown(self.wanted, self.checksums(), self.settings)
+        except (EngineFailure, TrainingStopped) as failure:
+            raise UserError(f"model.path={self.model_path}: vLLM cannot run it: {failure}{self._log_hint()}") from None
 
     def _check_ready(self) -> None:
         if self.policy_version < 0:
@@ -181,188 +201,117 @@ class VllmServerEngine:
     # -------------------------------------------------------------------------------------------------- one request
 
     def _generate(self, body: dict[str, Any]) -> list[Completion]:
-        answer = self._post("inference/v1/generate", body, self.config.timeout_s)
+        answer = self.http.post("inference/v1/generate", body, None)  # for_all looks for progress
         found = []
         for choice in sorted(answer["choices"], key=lambda c: c["index"]):
             if choice["finish_reason"] not in ("stop", "length"):
-                raise EngineFailure(f"{self.url} ended an answer with {choice['finish_reason']!r}")
-            versions = {span["version"] for span in choice["weight_versions"]}
-            if versions != {str(self.policy_version)}:
-                raise EngineFailure(
-                    f"{self.url} sampled with weights {', '.join(sorted(versions))}, not {self.policy_version}"
-                )
+                raise EngineFailure(f"{self.http.url} ended an answer with {choice['finish_reason']!r}")
+            self._check_label({span["version"] for span in choice["weight_versions"]})
             logps = [token["logprob"] for token in choice["logprobs"]["content"]]
             truncated = choice["finish_reason"] == "length"
             found.append(Completion(choice["token_ids"], logps, truncated, self.policy_version))
         return found
 
+    def _check_label(self, labels: set[str]) -> None:
+        if labels == {f"{self.claim}/{self.policy_version}"}:
+            return
+        if strangers := sorted(label for label in labels if not label.startswith(f"{self.claim}/")):
+            raise TrainingStopped(
+                f"{self.http.url} sampled with weights of another trainer ({strangers[0]!r}): a server serves one run"
+            )
+        raise EngineFailure(f"{self.http.url} sampled with weights {sorted(labels)}, not {self.policy_version}")
+
     def _score(self, ids: list[int]) -> list[float]:
         body = {"token_ids": ids, "sampling_params": scoring_arguments()}
-        answer = self._post("inference/v1/generate", body, self.config.timeout_s)
+        answer = self.http.post("inference/v1/generate", body, None)
         positions = zip(answer["prompt_logprobs"][1:], ids[1:], strict=True)
         return [position[str(token)]["logprob"] for position, token in positions]
-
-    def _post(self, path: str, body: Any = None, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
-        return self._request("POST", path, body, timeout_s).json()
-
-    def _get(self, path: str) -> Any:
-        return self._request("GET", path, None, CONTROL_TIMEOUT_S).json()
-
-    def _request(self, method: str, path: str, body: Any, timeout_s: float) -> requests.Response:
-        try:
-            answer = self.session.request(
-                method, f"{self.url}/{path}", json=body, timeout=(CONNECT_TIMEOUT_S, timeout_s)
-            )
-        except requests.RequestException as error:
-            raise EngineFailure(f"{self.url}/{path}: {_reason(error)}") from error
-        if 400 <= answer.status_code < 500:  # the same request would be refused again
-            raise TrainingStopped(f"{self.url}/{path}: HTTP {answer.status_code}: {answer.text[:300]}")
-        if answer.status_code != 200:
-            raise EngineFailure(f"{self.url}/{path}: HTTP {answer.status_code}: {answer.text[:300]}")
-        return answer
 
     # --------------------------------------------------------------------------------------------- start and weights
 
     def _commit(self, version: int) -> None:
         """New weights are in place: no key or value of the old ones may be found again."""
-        self._post("update_weight_version", {"new_version": str(version)})
-        if not self._post("reset_prefix_cache")["success"]:
-            raise EngineFailure(f"{self.url} kept its prefix cache, which holds keys and values of the old weights")
-        self._post("resume")
+        self._label(f"{self.claim}/{version}")
+        if not self.http.post("reset_prefix_cache")["success"]:
+            raise EngineFailure(f"{self.http.url} kept its prefix cache, with keys and values of the old weights")
+        self.http.post("resume")
+
+    def _label(self, label: str) -> None:
+        self.http.post("update_weight_version", {"new_version": label})
+
+    def _holder(self) -> str:
+        """The claim in the label of the server's weights."""
+        return str(self.http.get("weight_info").get("weight_version")).rpartition("/")[0]
 
     def _check_parameter(self, name: str, tensor: Tensor) -> None:
         if self.wanted.get(name) != (tuple(tensor.shape), tensor.dtype):
             raise RuntimeError(f"sync: no parameter {name} of shape {tuple(tensor.shape)} and type {tensor.dtype}")
 
-    def _meet(self) -> None:
-        """Wait for the server, set up the weight transfer. Raises EngineFailure on all ranks or on none."""
-        error = None
-        try:
-            self._wait_until_healthy()
-            self._connect()
-        except EngineFailure as failure:
-            error = failure
-        raise_together(error)
-
-    def _connect(self) -> None:
-        """The first rank meets the server's transfer engine."""
-        if not is_main():
-            return
-        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, ParamMeta
-
-        from cipo_fast.rollout.vllm_transfer import connect
-
-        workers = self._get("get_world_size")["world_size"]
-        client = HTTPVLLMWeightSyncClient(self.url, timeout=self.config.timeout_s)
-        parameters = [ParamMeta(name, dtype, shape) for name, (shape, dtype) in self.wanted.items()]
-        self.transfer = connect(self.transfer_kind, client, parameters, workers, self.config.timeout_s)
-
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self.config.start_timeout_s
         while True:
-            if self.process is not None and self.process.ended():
-                raise EngineFailure(f"the server ended at its start: {self.process.last_error()}{self._log_hint()}")
             try:
-                self._request("GET", "health", None, CONNECT_TIMEOUT_S)
+                self.http.request("GET", "health", None, CONNECT_TIMEOUT_S, ())
                 return
             except EngineFailure:
+                self.http.check()  # one that has ended says why
                 if time.monotonic() > deadline:
                     raise EngineFailure(
-                        f"{self.url} did not answer for {self.config.start_timeout_s:g} s{self._log_hint()}"
+                        f"{self.http.url} did not answer for {self.config.start_timeout_s:g} s{self._log_hint()}"
                     ) from None
             time.sleep(0.5)
+
+    def _recognise(self) -> None:
+        """TrainingStopped unless it is the server that we mean, with the settings that we sample with."""
+        try:
+            (model,) = self.http.get("v1/models")["data"]
+            name, length = model["id"], model["max_model_len"]
+        except (KeyError, TypeError, ValueError):
+            raise TrainingStopped(f"{self.http.url}: what answers there is no vLLM server") from None
+        self.http.check()  # the name is ours alone, but it can have ended since
+        if name != self.address.name:
+            raise TrainingStopped(
+                f"{self.http.url}: another server answers there, with the model {name!r}; "
+                + ("end it, or take another port" if self.address.started else "start one with cipo_fast.serve")
+            )
+        self.max_model_len = length
+        if not self.address.started:
+            self._check_settings(length)
+
+    def _check_settings(self, length: int) -> None:
+        version = str(self.http.get("version").get("version"))
+        if not version.startswith(VERSIONS):
+            raise TrainingStopped(f"{self.http.url} runs vLLM {version}; tested with {', '.join(VERSIONS)}x")
+        if length != self.wanted_len:
+            raise TrainingStopped(
+                f"{self.http.url} holds sequences of {length} tokens, this run's are of {self.wanted_len}: start "
+                "cipo_fast.serve with the run's own settings"
+            )
+
+    def _take(self) -> None:
+        """Claim a server found by its URL. Whoever held it and lives elsewhere finds our label on its next answers."""
+        host, _, rest = self._holder().partition(":")
+        pid = rest.partition(":")[0]
+        if host == socket.gethostname() and pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists():
+            raise TrainingStopped(f"{self.http.url} serves the run of process {pid} on {host}: a server serves one run")
+        self._label(f"{self.claim}/start")
+        self.taken = True
+
+    def _connect(self) -> None:
+        """The first rank meets the server's transfer engine, which may still hold an earlier connection."""
+        from vllm.distributed.weight_transfer import ParamMeta
+
+        from cipo_fast.rollout.vllm_transfer import SyncClient, connect
+
+        self.http.post("shutdown_weight_transfer_engine")
+        workers = self.http.get("get_world_size")["world_size"]
+        parameters = [ParamMeta(name, dtype, shape) for name, (shape, dtype) in self.wanted.items()]
+        self.transfer = connect(self.transfer_kind, SyncClient(self.http), parameters, workers, self.config.timeout_s)
 
     def _log_hint(self) -> str:
         return f"; its log is {self.process.log}" if self.process is not None else ""
 
 
-class ServerProcess:
-    """`vllm serve` as a process group of its own, that dies with the trainer."""
-
-    def __init__(self, folder: Path, config: Config, device: str):
-        self.command = serve_command(folder, config, device)
-        self.devices = config.rollout.server.devices
-        self.log = folder / "server.log"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN} | ENVIRONMENT
-        if self.devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.devices
-        launch = [sys.executable, "-m", "cipo_fast.rollout.vllm_launch", str(os.getpid())]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*launch, *self.command], stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-
-    def ended(self) -> bool:
-        return self.process is None or self.process.poll() is not None
-
-    def stop(self) -> None:
-        """The whole group at once: a wedged server does not end itself, and its weights are the trainer's anyway."""
-        if self.process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def last_error(self) -> str:
-        """Of its log, without the process names that vLLM writes in front of each line."""
-        lines = [re.sub(r"^\(\w+ pid=\d+\) ", "", x) for x in self.log.read_text(errors="replace").splitlines()]
-        errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
-        return two_lines("\n".join(lines[errors[-1] :])) if errors else "its log names no error"
-
-
-ENVIRONMENT = {
-    "VLLM_SERVER_DEV_MODE": "1",  # weight updates, pause, cache reset
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without a GPU the cores are the trainer's too
-}
-# What torchrun tells its workers; a server is none of them.
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def transfer_kind(config: Config, device: str) -> str:
-    kind = config.rollout.server.transfer
-    return kind if kind != "auto" else "nccl" if device == "cuda" else "shared_memory"
-
-
-def serve_command(folder: Path, config: Config, device: str) -> list[str]:
-    """Options of vLLM's API server."""
-    from cipo_fast.rollout.vllm_transfer import backend
-
-    arguments = {
-        "model": str(folder),
-        "served_model_name": "policy",
-        "disable_uvicorn_access_log": True,
-        "enable_scale_out": True,  # /inference/v1/generate: token ids in, token ids out
-        "host": "127.0.0.1" if _one_node() else "0.0.0.0",
-        "port": config.rollout.server.port,
-        "weight_transfer_config": {"backend": backend(transfer_kind(config, device))},
-    } | engine_arguments(config, device)
-    options: list[str] = []
-    for name, value in arguments.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            options.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            options += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return options
-
-
-def _one_node() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
-
-
-def _own_url(port: int) -> str:
-    host = "127.0.0.1" if _one_node() else os.environ["MASTER_ADDR"]
-    return f"http://{host}:{port}"
-
-
-def _reason(error: Exception) -> str:
-    """The innermost cause: what requests and urllib3 wrap around it says little."""
-    if isinstance(error, requests.Timeout):
-        return "no answer in time"
-    if isinstance(error, requests.ConnectionError):
-        return "no connection, or it broke off"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _claim() -> str:
+    """A run's name for its weights' labels: who holds a server, as well."""
+    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"

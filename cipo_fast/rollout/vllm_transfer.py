@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save_file
@@ -31,10 +32,22 @@ from vllm.distributed.weight_transfer import (
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
 
 from cipo_fast.rollout import EngineFailure
+from cipo_fast.rollout.connection import Connection
+from cipo_fast.rollout.vllm import FILES
 
-FILES = "cipo_files"  # vllm_worker.py registers the server's end under this name
 BUCKET_BYTES = 2**28  # of parameters that wait in shared memory at once
 END = None  # in the queue: no parameter follows
+
+
+class SyncClient(HTTPVLLMWeightSyncClient):
+    """vLLM's client over our connection: with its key, past its proxies. It asks nothing twice."""
+
+    def __init__(self, http: Connection):
+        super().__init__(http.url, http.timeout_s)
+        self.http = http
+
+    def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
+        self.http.request("POST", path, json, self.timeout, ())
 
 
 class QueueSource(WeightSource):
@@ -178,8 +191,9 @@ def _buckets(source: WeightSource) -> Iterator[dict[str, Tensor]]:
 
 def _own_address(server: str) -> str:
     """The address under which a server sees this node."""
-    host = server.split("//")[1].split(":")[0].split("/")[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    host = urlsplit(server).hostname or ""
+    family = socket.getaddrinfo(host, 9)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as s:
         s.connect((host, 9))
         return s.getsockname()[0]
 

