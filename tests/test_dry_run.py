@@ -124,6 +124,27 @@ def test_what_it_says_to_change_makes_it_fit(overrides: list[str], qwen: str) ->
     assert "DOES NOT FIT" not in dry_run(["qwen3_4b_math.yaml", qwen, *overrides, *settings, *NODE])
 
 
+@pytest.mark.parametrize("engine", ["local", "vllm", "vllm_server"])
+def test_lengths_are_what_a_run_would_say_for_every_engine(engine: str, tmp_path: Path) -> None:
+    overrides = [f"rollout.engine={engine}", *(["rollout.server.start=true"] if engine == "vllm_server" else [])]
+
+    def printed(*more: str, **changes: object) -> str:
+        folder = tmp_path / "-".join(map(str, changes.values()))
+        shape = Qwen3Config(**{**QWEN3_4B.to_dict(), "layer_types": None, **changes})
+        return dry_run(["qwen3_4b_math.yaml", folder_of(shape, folder), *overrides, *more, *NODE])
+
+    assert "positions" not in printed(max_position_embeddings=16384)  # 8,192 and 8,192: just so
+    cut = printed(max_position_embeddings=16383)
+    assert "# the model has 16383 positions (max_position_embeddings): prompts of more than" in cut
+    assert "DOES NOT FIT: the model has 8192 positions" in printed(max_position_embeddings=8192)
+    window = {"use_sliding_window": True, "max_window_layers": 0}
+    assert "DOES NOT FIT" in printed(sliding_window=16383, **window)
+    assert "(sliding_window=16383), and this run's longest sequence has 16384" in printed(
+        sliding_window=16383, **window
+    )
+    assert "sliding" not in printed(sliding_window=16384, **window).split("# ", 1)[1]
+
+
 def test_more_ranks_where_no_setting_helps(tmp_path: Path) -> None:
     seed = folder_of(SEED_CODER_8B, tmp_path)
     printed = dry_run(["seed_coder_8b_code.yaml", seed, "--world", "1", "--device-memory", "80", "--dry-run"])
@@ -258,6 +279,12 @@ def test_bad_input_is_one_line(args: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         dry_run(["--dry-run", *args])
     assert "\n" not in str(caught.value)
+
+
+def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
+    shape = Qwen3Config(**QWEN3_4B.to_dict(), quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match=r"quantised \(gptq"):
+        dry_run(["qwen3_4b_math.yaml", folder_of(shape, tmp_path), *NODE])
 
 
 def test_without_the_hub_it_says_what_would_do() -> None:
