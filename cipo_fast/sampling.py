@@ -64,15 +64,19 @@ def fitting(prompts: list[Prompt], limit: int, what: str, say: Callable[[str], N
 def count_unreachable(
     prompts: Sequence[Prompt], chat: Chat, what: str, limit: tuple[str, int], say: Callable[[str], None]
 ) -> None:
-    """Say how many answers, their end of turn included, are longer than `limit` (setting, tokens): no attempt can give
-    them. All of them being longer is an error."""
+    """Say how many answers no attempt can give: with their end of turn longer than `limit` (setting, tokens), or not
+    what their tokens decode to. All of them being longer is an error."""
     setting, most = limit
-    lengths = [len(chat.answer(p.problem.answer)) for p in prompts]
-    longer = sum(length > most for length in lengths)
-    if longer == len(lengths):
-        raise UserError(f"{what}: every answer is longer than {setting}={most}; the shortest has {min(lengths)} tokens")
-    if longer:
-        say(f"{what}: {longer} of {len(lengths)} answers are longer than {setting}={most}, so never given")
+    answers = [chat.answer(p.problem.answer) for p in prompts]
+    longer = [p.problem for p, ids in zip(prompts, answers, strict=True) if len(ids) > most]
+    if len(longer) == len(answers):
+        shortest = min(map(len, answers))
+        raise UserError(f"{what}: every answer is longer than {setting}={most}; the shortest has {shortest} tokens")
+    changed = [p.problem for p, ids in zip(prompts, answers, strict=True) if not verify(p.problem, chat.text(ids))]
+    for found, why in ((longer, f"longer than {setting}={most}"), (changed, "changed by the tokenizer")):
+        if found:
+            first = found[0].where or found[0].id
+            say(f"{what}: {len(found)} of {len(answers)} answers are {why}, so never right (first: {first})")
 
 
 def encode_dataset(
