@@ -23,8 +23,8 @@ from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.model import cast_weights, load_model, load_shape, load_tokenizer
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import Sampling
-from cipo_fast.sampling import Prompt, Sampler, count_unreachable, encode_prompts, fitting
-from cipo_fast.tasks import load_held_out
+from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, quiet
+from cipo_fast.tasks import Dataset, load_held_out
 from cipo_fast.view import evaluation_table
 
 Evaluation = dict[str, float | None]
@@ -85,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_model(config: Config, device: str) -> Evaluation:
     """`evaluate` of the weights in `model.path`, on the config's held-out problems, by the config's engine."""
-    say = print if is_main() else lambda line: None
+    say = print if is_main() else quiet
     problems = load_held_out(config, say)
     chat = Chat(load_tokenizer(config), config.data)
-    prompts = fitting(encode_prompts(problems, chat), config.data.max_prompt_tokens, "held-out problems", say)
-    count_unreachable(prompts, chat, "held-out problems", ("eval.max_tokens", config.eval.max_tokens), say)
-    CorrectionPrompts(chat, config.correction)  # what it refuses, it refuses before an engine starts
+    _, prompts = encode_dataset(Dataset([], problems), chat, config, say)
     chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
     model = load_model(config, "sdpa")
+    config = config.model_copy(deep=True)
+    config.rollout.max_tokens = min(config.rollout.max_tokens, config.eval.max_tokens)  # nothing longer is asked for
     config = fit_to_model(config, model.config, say)
     say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
     with closing(build_engine(config, model, chat, device, say)) as engine:

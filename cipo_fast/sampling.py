@@ -18,6 +18,8 @@ from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
 from cipo_fast.rollout import Engine, Sampling
 from cipo_fast.tasks import Dataset, verify
 
+Say = Callable[[str], None]
+
 
 def seed_for(seed: int, step: int, purpose: str, rank: int = 0) -> int:
     """A seed for one purpose of one step: with no generator carried from step to step, a resumed run is the same."""
@@ -47,7 +49,7 @@ def encode_prompts(problems: Sequence[Problem], chat: Chat) -> list[Prompt]:
     return prompts
 
 
-def fitting(prompts: list[Prompt], limit: int, what: str, say: Callable[[str], None]) -> list[Prompt]:
+def fitting(prompts: list[Prompt], limit: int, what: str, say: Say) -> list[Prompt]:
     """Prompts of at most `limit` tokens; longer ones are dropped and counted, all of them being longer is an error."""
     kept = [p for p in prompts if len(p.token_ids) <= limit]
     if not kept:
@@ -61,32 +63,42 @@ def fitting(prompts: list[Prompt], limit: int, what: str, say: Callable[[str], N
     return kept
 
 
-def count_unreachable(
-    prompts: Sequence[Prompt], chat: Chat, what: str, limit: tuple[str, int], say: Callable[[str], None]
-) -> None:
-    """Say how many answers, their end of turn included, are longer than `limit` (setting, tokens): no attempt can give
-    them. All of them being longer is an error."""
+def count_unreachable(prompts: Sequence[Prompt], chat: Chat, what: str, limit: tuple[str, int], say: Say) -> None:
+    """Say how many answers no attempt can give: with their end of turn longer than `limit` (setting, tokens), or not
+    what their tokens decode to. All of them being longer is an error."""
     setting, most = limit
-    lengths = [len(chat.answer(p.problem.answer)) for p in prompts]
-    longer = sum(length > most for length in lengths)
-    if longer == len(lengths):
-        raise UserError(f"{what}: every answer is longer than {setting}={most}; the shortest has {min(lengths)} tokens")
-    if longer:
-        say(f"{what}: {longer} of {len(lengths)} answers are longer than {setting}={most}, so never given")
+    answers = [chat.answer(p.problem.answer) for p in prompts]
+    longer = [p.problem for p, ids in zip(prompts, answers, strict=True) if len(ids) > most]
+    if len(longer) == len(answers):
+        shortest = min(map(len, answers))
+        raise UserError(f"{what}: every answer is longer than {setting}={most}; the shortest has {shortest} tokens")
+    changed = [p.problem for p, ids in zip(prompts, answers, strict=True) if not verify(p.problem, chat.text(ids))]
+    for found, why in ((longer, f"longer than {setting}={most}"), (changed, "changed by the tokenizer")):
+        if found:
+            first = found[0].where or found[0].id
+            say(f"{what}: {len(found)} of {len(answers)} answers are {why}, so never right (first: {first})")
 
 
-def encode_dataset(
-    dataset: Dataset, chat: Chat, config: Config, say: Callable[[str], None]
-) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts that fit. What rows, template and limits cannot stand is refused here, before an
-    engine starts."""
-    limit = config.data.max_prompt_tokens
-    train = fitting(encode_prompts(dataset.train, chat), limit, "data.train", say)
-    held_out = fitting(encode_prompts(dataset.held_out, chat), limit, "held-out problems", say)
-    count_unreachable(train, chat, "data.train", ("rollout.max_tokens", config.rollout.max_tokens), say)
-    count_unreachable(held_out, chat, "held-out problems", ("eval.max_tokens", config.eval.max_tokens), say)
+def encode_dataset(dataset: Dataset, chat: Chat, config: Config, say: Say) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held-out) prompts, the long ones among them: an engine may lower the limit. What rows, template and
+    limits cannot stand is refused here, before one starts."""
+    found = []
+    for problems, what, limit in (
+        (dataset.train, "data.train", ("rollout.max_tokens", config.rollout.max_tokens)),
+        (dataset.held_out, "held-out problems", ("eval.max_tokens", config.eval.max_tokens)),
+    ):
+        prompts = encode_prompts(problems, chat)
+        found.append(prompts)
+        if not prompts:  # an evaluation has no training problems
+            continue
+        kept = fitting(prompts, config.data.max_prompt_tokens, what, quiet)
+        count_unreachable(kept, chat, what, limit, say)
     CorrectionPrompts(chat, config.correction)
-    return train, held_out
+    return found[0], found[1]
+
+
+def quiet(line: str) -> None:
+    """Says nothing."""
 
 
 @dataclass

@@ -4,7 +4,7 @@ import datetime
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from cipo_fast.chat import Chat, pinned_date
@@ -12,6 +12,7 @@ from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import CorrectionConfig, DataConfig, load_config
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem, Rollout
+from cipo_fast.sampling import count_unreachable, encode_prompts
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -280,3 +281,20 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused() -> None:
     t.add_special_tokens({"pad_token": "<|pad|>"})
     with pytest.raises(UserError, match=rf"ids up to {len(t) - 1}, the model {len(t) - 1} embeddings"):
         chat(t).refuse_beyond(len(t) - 1)
+
+
+def test_answers_that_cannot_be_given_are_counted() -> None:
+    """Qwen's tokenizer composes characters: an answer written decomposed never comes back."""
+    t = qwen()
+    t.backend_tokenizer.normalizer = normalizers.NFC()
+    c = chat(t)
+    answers = ["4", "cafe\u0301", "1234567", "caf\u00e9"]
+    problems = [Problem(a, user(a), a, "test", f"row:{i}") for i, a in enumerate(answers)]
+    said: list[str] = []
+    count_unreachable(encode_prompts(problems, c), c, "data.train", ("rollout.max_tokens", 7), said.append)
+    assert said == [
+        "data.train: 1 of 4 answers are longer than rollout.max_tokens=7, so never right (first: row:2)",
+        "data.train: 1 of 4 answers are changed by the tokenizer, so never right (first: row:1)",
+    ]
+    with pytest.raises(UserError, match="every answer is longer than rollout"):
+        count_unreachable(encode_prompts(problems, c), c, "data.train", ("rollout.max_tokens", 1), said.append)

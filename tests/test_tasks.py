@@ -71,7 +71,7 @@ ROW = '{"prompt": "q", "answer": %s}'
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (ROW % "NaN", "field 'answer' is nan"),
+        (ROW % "NaN", "field 'answer' is NaN"),
         (ROW % "-Infinity", "field 'answer' is -Infinity"),
         (ROW % "1e999", "field 'answer' is 1e999, beyond any float"),
         (ROW % ("7" * 5000), "field 'answer' is a number of 5000 digits"),

@@ -18,7 +18,7 @@ from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.embedded.warm_start import warm_start
 from cipo_fast.records import Problem
-from cipo_fast.sampling import encode_dataset
+from cipo_fast.sampling import encode_dataset, fitting, quiet
 from cipo_fast.tasks import Dataset, load_dataset
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -60,7 +60,8 @@ def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
         dataset = Dataset(*embedded_problems(config.data.task, config.seed, config.held_out))
     else:
         dataset = load_dataset(config)
-    prompts, _ = encode_dataset(dataset, chat, config, note)
+    prompts, _ = encode_dataset(dataset, chat, config, quiet)  # the run that follows says the same
+    prompts = fitting(prompts, config.data.max_prompt_tokens, "data.train", quiet)
     model = new_model(config, "cipo_tree")
     weights = warm_start(model, chat, prompts, config, mesh, note)
 

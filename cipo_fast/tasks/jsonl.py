@@ -143,7 +143,8 @@ def _answer(record: dict[str, Any], where: str) -> str:
 
 def _answer_text(value: Any, where: str, field: str) -> str:
     if isinstance(value, float):
-        raise UserError(f"{where}: field {field!r} is {str(value).replace('inf', 'Infinity')}: not a number to answer")
+        name = str(value).replace("nan", "NaN").replace("inf", "Infinity")
+        raise UserError(f"{where}: field {field!r} is {name}: not a number to answer")
     if isinstance(value, Number):
         if len(value) > MAX_DIGITS:
             raise UserError(f"{where}: field {field!r} is a number of {len(value)} digits: give it as text")
