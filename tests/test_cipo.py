@@ -187,12 +187,23 @@ def test_truncated_empty_and_duplicate_attempts_are_no_anchors() -> None:
 
 
 def test_an_anchor_that_does_not_fit_is_dropped_counted_and_replaced() -> None:
-    anchors, counts = select_anchors(
-        [group([0, 0, 0, 0])], 2, 0.0, CorrectionConfig(), lambda r: None if r.text == "no0" else fits(r), rng()
-    )
-    assert len(anchors) == 2
-    assert all(a.rollout.text != "no0" for a in anchors)
-    assert counts.dropped <= 1
+    seen = set()
+    for seed in range(20):
+        refused = []
+
+        def all_but_no0(r: Rollout, refused: list = refused):
+            if r.text == "no0":
+                refused.append(r)
+                return None
+            return fits(r)
+
+        draw = np.random.default_rng(seed)
+        anchors, counts = select_anchors([group([0, 0, 0, 0])], 2, 0.0, CorrectionConfig(), all_but_no0, draw)
+        assert len(anchors) == 2
+        assert all(a.rollout.text != "no0" for a in anchors)
+        assert counts.dropped == len(refused) <= 1
+        seen.add(counts.dropped)
+    assert seen == {0, 1}  # it is asked for only where the draw comes to it
 
 
 # --------------------------------------------------------------------------------------------------------- prompts

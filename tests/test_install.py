@@ -30,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-q",
         "-w",
         str(folder),
-        str(ROOT),
+        str(source),
     ]
     subprocess.run(command, check=True, timeout=250, stdin=subprocess.DEVNULL)
     return next(folder.glob("*.whl"))
