@@ -11,20 +11,19 @@ from contextlib import closing
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, leave, process_group
+from cipo_fast.distributed import is_main, leave, prepared_group
 from cipo_fast.engines import build_engine, fit_to_engine
-from cipo_fast.errors import TrainingStopped, UserError
+from cipo_fast.errors import TrainingStopped, UserError, command, put
 from cipo_fast.model import load_model, load_tokenizer
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_prompts
 from cipo_fast.tasks import load_dataset
-from cipo_fast.view import evaluation_table
+from cipo_fast.view import Terminal, evaluation_table
 
 Evaluation = dict[str, float | None]
 
@@ -62,24 +61,26 @@ def first_attempts(groups: list[Group], correct: CorrectionPrompts) -> list[Anch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: prints the table for `model.path`. Exit code 2 for bad input, with one line."""
-    try:
-        config = parse_args(sys.argv[1:] if argv is None else argv)
+    """The command: prints the table for `model.path`. Exit codes as train.py's."""
+    return command(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(args: Sequence[str]) -> None:
+    def prepare() -> Config:
+        config = parse_args(args)
         if config.model.path == "embedded":
             raise UserError(
                 "model.path=embedded has no weights to evaluate: name a folder, such as runs/embedded/model"
             )
-        with process_group() as mesh:
+        return config
+
+    with prepared_group(prepare) as (mesh, config):
+        try:
             result = evaluate_model(config, mesh.device_type)
-            if is_main():
-                Console().print(evaluation_table(result))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (EngineFailure, TrainingStopped) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+        except EngineFailure as failure:
+            raise TrainingStopped(str(failure)) from None
+        if is_main():
+            Terminal().print(evaluation_table(result))
 
 
 def evaluate_model(config: Config, device: str) -> Evaluation:
@@ -89,7 +90,7 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
     model = load_model(config, "sdpa")
     with closing(build_engine(config, model, tokenizer, device)) as engine:
         config = fit_to_engine(config, engine)
-        prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "held-out problems", print)
+        prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "held-out problems", put)
         dtype = getattr(torch, config.model.dtype)
         engine.sync(((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()), 0)
         sampler = Sampler(engine, tokenizer, config.seed)

@@ -17,25 +17,27 @@ from transformers import AutoConfig
 
 from cipo_fast.config import parse_args
 from cipo_fast.engines import write_shape
-from cipo_fast.errors import UserError
+from cipo_fast.errors import command
 from cipo_fast.model import embedded_config, load_tokenizer
+from cipo_fast.recorder import check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 2 for bad input, with one line."""
-    try:
-        config = parse_args(sys.argv[1:] if argv is None else argv)
-        from cipo_fast.rollout.vllm import check_version
+    return command(lambda: run(sys.argv[1:] if argv is None else argv))
 
-        check_version()
-        tokenizer = load_tokenizer(config)
-        embedded = config.model.path == "embedded"
-        shape = embedded_config(config.model.embedded) if embedded else AutoConfig.from_pretrained(config.model.path)
-        folder = config.run_dir / "engine"
-        write_shape(folder, shape, tokenizer)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def run(args: Sequence[str]) -> None:
+    config = parse_args(args)
+    from cipo_fast.rollout.vllm import check_version
+
+    check_version()
+    check_writable(config.run_dir)
+    tokenizer = load_tokenizer(config)
+    embedded = config.model.path == "embedded"
+    shape = embedded_config(config.model.embedded) if embedded else AutoConfig.from_pretrained(config.model.path)
+    folder = config.run_dir / "engine"
+    write_shape(folder, shape, tokenizer)
     from cipo_fast.rollout.vllm_server import ENVIRONMENT, serve_command
 
     os.environ.update(ENVIRONMENT)
@@ -44,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()
-    return 0
 
 
 if __name__ == "__main__":

@@ -35,15 +35,15 @@ from cipo_fast.cipo.objective import conversations
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, leave, process_group
+from cipo_fast.distributed import is_main, leave, prepared_group, starts_first
 from cipo_fast.engines import build_engine, fit_to_engine
-from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
+from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError, command, put
 from cipo_fast.evaluate import evaluate
 from cipo_fast.learner import STATS, STREAMS, Learner, Update
 from cipo_fast.model import load_model, load_tokenizer
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
 from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
-from cipo_fast.recorder import Recorder
+from cipo_fast.recorder import Recorder, check_writable
 from cipo_fast.records import Anchor, Conversation, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
@@ -85,27 +85,26 @@ class Batch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what)."""
+    """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what), 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def prepare() -> Config:
+        config = parse_args(args)
+        if starts_first():
+            check_writable(config.run_dir)
+        return config
+
+    def body() -> None:
         if "--dry-run" in args:
             from cipo_fast.dry_run import dry_run
 
-            print(dry_run(args))
-            return 0
-        config = parse_args(args)
-        with process_group() as mesh:
+            if starts_first():
+                put(dry_run(args))
+            return
+        with prepared_group(prepare) as (mesh, config):
             train(config, mesh)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrainingStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: checkpoint.resume=true goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    return 0
+
+    return command(body, "interrupted: checkpoint.resume=true goes on from the newest checkpoint")
 
 
 def train(config: Config, mesh: DeviceMesh) -> None:
