@@ -16,8 +16,9 @@ from cipo_fast.checkpoint import Progress
 from cipo_fast.cipo.replay import ReplayState
 from cipo_fast.config import load_config
 from cipo_fast.distributed import process_group
-from cipo_fast.model import embedded_tokenizer, load_model
-from cipo_fast.tasks import load_dataset
+from cipo_fast.embedded.model import embedded_tokenizer, new_model
+from cipo_fast.embedded.prepare import prepare
+from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.train import Run, build, cipo_step
 from cipo_fast.view import View
 
@@ -29,7 +30,7 @@ def our_run(tmp_path: Path, mesh, open_engine: ExitStack) -> Run:
     fair = "loss.entropy_coef=1e-9"
     config = load_config(["grpo.yaml"], [f"run.dir={tmp_path}", "model.embedded.warm_accuracy=0", fair])
     with View("plain", 1, "", quiet=True) as view:
-        return build(config, mesh, view, open_engine)[0]
+        return build(prepare(config, mesh, view.note), mesh, view, open_engine)[0]
 
 
 def trl_trainer(tmp_path: Path):
@@ -38,7 +39,7 @@ def trl_trainer(tmp_path: Path):
     from trl import GRPOConfig, GRPOTrainer
 
     config = load_config(["grpo.yaml"], [])
-    problems = load_dataset(config).train
+    problems, _ = embedded_problems(config.data.task, config.seed, config.eval.problems)
     data = Dataset.from_list([{"prompt": list(p.messages), "answer": p.answer} for p in problems])
 
     def reward(completions, answer, **_):
@@ -64,7 +65,7 @@ def trl_trainer(tmp_path: Path):
     )  # fmt: skip
     clock = Clock()
     trainer = GRPOTrainer(
-        model=load_model(config, "sdpa"), reward_funcs=reward, args=arguments, train_dataset=data,
+        model=new_model(config, "sdpa"), reward_funcs=reward, args=arguments, train_dataset=data,
         processing_class=embedded_tokenizer(), callbacks=[clock],
     )  # fmt: skip
     return trainer, clock

@@ -12,8 +12,8 @@ import pytest
 
 from cipo_fast.config import Config, OptimConfig, load_config
 from cipo_fast.distributed import process_group
+from cipo_fast.embedded.model import new_model
 from cipo_fast.learner import Learner
-from cipo_fast.model import load_model
 from cipo_fast.packing import Pack, build_trees, make_pack, pack_trees
 from cipo_fast.policy import ATTENTION, build_policy, cost_model
 from cipo_fast.records import Conversation, Segment
@@ -48,7 +48,7 @@ def test_learner_trees_against_rows(benchmark, capsys: pytest.CaptureFixture[str
     config = load_config([], [])
     batch = cipo_batch(config, 0)
     with process_group() as mesh:
-        model = load_model(config, ATTENTION)
+        model = new_model(config, ATTENTION)
         cost = cost_model(model.config, model.num_parameters())
         learner = Learner(build_policy(model, config, mesh), OptimConfig(lr=1e-30), 1)  # the weights stay as they are
 

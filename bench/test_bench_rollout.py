@@ -22,7 +22,8 @@ from cipo_fast.checkpoint import Progress
 from cipo_fast.cipo.replay import ReplayState
 from cipo_fast.config import load_config
 from cipo_fast.distributed import process_group
-from cipo_fast.model import load_model
+from cipo_fast.embedded.model import new_model
+from cipo_fast.embedded.prepare import prepare
 from cipo_fast.records import Completion
 from cipo_fast.rollout import Engine, Sampling, SyncReport
 from cipo_fast.train import Run, build, cipo_step
@@ -44,13 +45,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
 
 
 def build_run(engine: str, folder: Path, mesh, stack: ExitStack) -> Run:
-    """The embedded job, ten supervised steps old."""
+    """The embedded job, as it starts without a warm start."""
     overrides = [f"run.dir={folder}", f"rollout.engine={engine}", "model.embedded.warm_accuracy=0"]
     overrides += ["rollout.vllm.max_model_len=512", "rollout.vllm.cpu_kv_gib=0.5"]
     if engine == "vllm_server":
         overrides += ["rollout.server.start=true", f"rollout.server.port={free_port()}"]
     view = stack.enter_context(View("plain", 1, "", quiet=True))
-    return build(load_config([], overrides), mesh, view, stack)[0]
+    return build(prepare(load_config([], overrides), mesh, view.note), mesh, view, stack)[0]
 
 
 def free_port() -> int:
@@ -71,7 +72,7 @@ def follow_up(prompts: list[list[int]], answers: list[list[Completion]]) -> list
 
 def check_log_probs(run: Run, prompts: list[list[int]], answers: list[list[Completion]]) -> None:
     """Against a plain forward pass of the policy's weights, every answer alone."""
-    model = load_model(run.config, "sdpa").eval()
+    model = new_model(run.config, "sdpa").eval()
     for name, tensor in run.learner.policy.full_weights():
         model.get_parameter(name).data.copy_(tensor)
     with torch.no_grad():

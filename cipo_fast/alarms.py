@@ -87,8 +87,8 @@ class Alarms:
             causes = {0: ALL_WRONG, len(rollouts): ALL_RIGHT}.get(right, NOTHING_VARIES)
             if right == 0 and 2 * truncated > len(rollouts):
                 causes = (f"answers do not end: {truncated} of {len(rollouts)} are truncated", *causes)
-            what = f"every prompt's rewards are equal {many}, {right} of {len(rollouts)} answers are right{_sample(rollouts)}"
-            return what, causes
+            found = f"{right} of {len(rollouts)} answers are right{_sample(rollouts)}"
+            return f"every prompt's rewards are equal {many}, {found}", causes
         if name == "truncated":
             return f"all {len(rollouts)} answers are cut off at rollout.max_tokens {many}", CAUSES[name]
         if name == "no_anchors":

@@ -55,9 +55,9 @@ class EmbeddedModel(Section):
     mlp: Positive = 320
     """Inner size of the feed-forward part."""
     warm_accuracy: Share = 0.42
-    """Supervised steps stop at this greedy accuracy on training problems."""
-    warm_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """... or after this many seconds, whichever comes first."""
+    """Supervised steps stop at the first check with this greedy accuracy on training problems."""
+    warm_steps: NonNegative = 600
+    """... or after this many, whichever comes first."""
     warm_lr: Annotated[float, Field(gt=0, le=1)] = 2e-3
     """Learning rate of the supervised steps."""
     warm_batch: Positive = 64
@@ -275,6 +275,9 @@ class TrainConfig(Section):
     """`rows` feeds one row a conversation, nothing shared: the control the speed-up is measured against."""
     pack_tokens: Positive = 16384
     """Capacity of a pack (one forward and backward pass), in tokens."""
+    measure_every: NonNegative = 1
+    """Every so many steps, entropy, KL and mismatch also over the answers that teach nothing (`*/all_*`), which costs
+    their forward pass; 0 never [ours]."""
 
 
 class EvalConfig(Section):
@@ -311,6 +314,9 @@ class RunConfig(Section):
     """Write TensorBoard scalars too."""
     save_rollouts_every: NonNegative = 1
     """Write rollouts and corrections as JSONL every so many steps; 0 never."""
+    alarm_after: Positive = 10
+    """Steps in a row in which nothing is learned (no reward varies, every answer is cut off...) that raise an alarm,
+    and how often it is said again [ours]."""
 
 
 class Config(Section):

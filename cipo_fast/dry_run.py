@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from cipo_kernels import device_rates
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from cipo_fast.config import Config, parse_args
+from cipo_fast.config import Config, EmbeddedModel, parse_args
 from cipo_fast.errors import UserError
-from cipo_fast.model import embedded_config
 from cipo_fast.policy import cost_model, decoder_layers
 
 # Assumed, not measured: CUDA context, NCCL, CUDA graphs of a sleeping engine, fragmentation; Python and torch on a CPU.
@@ -29,6 +28,7 @@ ENGINE_WORK = 3e9  # assumed: vLLM's activations and CUDA graphs, within its sha
 FOLLOW_UP = 64  # tokens of a follow-up turn, about
 
 Memory = dict[str, float]  # what for -> bytes
+EmbeddedShape = Callable[[EmbeddedModel], PretrainedConfig]
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,20 @@ class Size:
         return self.parameters - self.layers * self.layer
 
 
-def dry_run(args: Sequence[str]) -> str:
-    """What `--dry-run` prints for a command line; raises UserError."""
+def dry_run(args: Sequence[str], embedded_shape: EmbeddedShape) -> str:
+    """What `--dry-run` prints for a command line; raises UserError. `embedded_shape` knows the embedded model's."""
     rest = [arg for arg in args if arg != "--dry-run"]
     world, memory = (_take_number(rest, option) for option in ("--world", "--device-memory"))
     config = parse_args(rest)
     devices = Devices.of_this_machine(int(world) if world else None)
     if memory:
         devices = Devices("cuda", devices.ranks, memory * 1e9, False)
-    return describe(config, devices)
+    embedded = config.model.path == "embedded"
+    return describe(config, embedded_shape(config.model.embedded) if embedded else load_shape(config), devices)
 
 
-def describe(config: Config, devices: Devices | None = None) -> str:
+def describe(config: Config, shape: PretrainedConfig, devices: Devices | None = None) -> str:
     """Everything a run would do, without doing it; on this machine unless `devices` says otherwise."""
-    shape = _shape(config)
     plan = Plan(config, size_of(shape), devices or Devices.of_this_machine(None))
     sections = [_sizes(config), *_memory(plan), _time(plan, shape)]
     return (
@@ -106,9 +106,8 @@ def _take_number(args: list[str], option: str) -> float | None:
     return number
 
 
-def _shape(config: Config) -> PretrainedConfig:
-    if config.model.path == "embedded":
-        return embedded_config(config.model.embedded)
+def load_shape(config: Config) -> PretrainedConfig:
+    """The config.json of `model.path`; raises UserError."""
     try:
         return AutoConfig.from_pretrained(config.model.path)
     except (OSError, ValueError) as error:

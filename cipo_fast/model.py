@@ -1,33 +1,16 @@
-"""The model and its tokenizer: the embedded one built in code, or any causal LM with a chat template."""
+"""The model and its tokenizer: any causal LM with a chat template."""
 
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cipo_fast.config import Config, EmbeddedModel
+from cipo_fast.config import Config
 from cipo_fast.errors import UserError
-
-_SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Raises UserError where there is none, or none with a chat template."""
-    if config.model.path == "embedded":
-        return embedded_tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     except (OSError, ValueError, KeyError) as error:
@@ -41,51 +24,12 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 def load_model(config: Config, attention: str) -> PreTrainedModel:
     """The first policy in fp32 with the given attention implementation; raises UserError."""
-    if config.model.path == "embedded":
-        torch.manual_seed(config.seed)
-        return Qwen3ForCausalLM._from_config(embedded_config(config.model.embedded), attn_implementation=attention)
     try:
         return AutoModelForCausalLM.from_pretrained(
             config.model.path, dtype=torch.float32, attn_implementation=attention
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(config, "model", error) from None
-
-
-def embedded_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: byte-level BPE without merges, so any text is its characters and nothing is unknown."""
-    vocab = {token: i for i, token in enumerate((*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(_SPECIAL))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        chat_template=_TEMPLATE,
-        padding_side="left",
-    )
-
-
-def embedded_config(shape: EmbeddedModel) -> Qwen3Config:
-    tokenizer = embedded_tokenizer()
-    return Qwen3Config(
-        architectures=[Qwen3ForCausalLM.__name__],
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.hidden // shape.heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        initializer_range=0.05,
-    )
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -23,6 +23,7 @@ class Recorder:
     without what they hold from after `resume_step`."""
 
     def __init__(self, config: Config, resume_step: int | None):
+        self.config = config
         self.dir = config.run_dir
         self.save_rollouts_every = config.run.save_rollouts_every
         self.dir.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 
 from cipo_fast.config import parse_args
 from cipo_fast.engines import write_shape
-from cipo_fast.errors import command
-from cipo_fast.model import embedded_config, load_tokenizer
+from cipo_fast.errors import UserError, command
+from cipo_fast.model import load_tokenizer
 from cipo_fast.recorder import check_writable
 
 
@@ -32,12 +32,11 @@ def run(args: Sequence[str]) -> None:
     from cipo_fast.rollout.vllm import check_version
 
     check_version()
+    if config.model.path == "embedded":
+        raise UserError("model.path=embedded: name a folder; `python -m cipo_fast.embedded` makes one and prints it")
     check_writable(config.run_dir)
-    tokenizer = load_tokenizer(config)
-    embedded = config.model.path == "embedded"
-    shape = embedded_config(config.model.embedded) if embedded else AutoConfig.from_pretrained(config.model.path)
     folder = config.run_dir / "engine"
-    write_shape(folder, shape, tokenizer)
+    write_shape(folder, AutoConfig.from_pretrained(config.model.path), load_tokenizer(config))
     from cipo_fast.rollout.vllm_server import ENVIRONMENT, serve_command
 
     os.environ.update(ENVIRONMENT)

@@ -28,18 +28,21 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast import checkpoint
+from cipo_fast.alarms import Alarms
 from cipo_fast.checkpoint import Progress
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics
-from cipo_fast.cipo.objective import conversations
+from cipo_fast.cipo.objective import conversations, left_out
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, prepared_group, starts_first
+from cipo_fast.embedded.model import embedded_config
+from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError, command, put
 from cipo_fast.evaluate import evaluate
-from cipo_fast.learner import STATS, STREAMS, Learner, Update
+from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Learner, Update
 from cipo_fast.model import load_model, load_tokenizer
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
 from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
@@ -50,7 +53,6 @@ from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import load_dataset
 from cipo_fast.view import View, summary_table
-from cipo_fast.warm_start import load_weights, warm_start
 
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
 
@@ -69,6 +71,7 @@ class Run:
     cost: CostModel
     sampling: Sampling
     view: View
+    alarms: Alarms
     ahead: Future["Batch"] | None = None  # the next step's batch, when rollout.overlap=1
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what), 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
 
-    def prepare() -> Config:
+    def checked() -> Config:
         config = parse_args(args)
         if starts_first():
             check_writable(config.run_dir)
@@ -99,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cipo_fast.dry_run import dry_run
 
             if starts_first():
-                put(dry_run(args))
+                put(dry_run(args, embedded_config))
             return
-        with prepared_group(prepare) as (mesh, config):
+        with prepared_group(checked) as (mesh, config):
             train(config, mesh)
 
     return command(body, "interrupted: checkpoint.resume=true goes on from the newest checkpoint")
@@ -112,10 +115,15 @@ def train(config: Config, mesh: DeviceMesh) -> None:
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
+    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
+        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
     with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
+        given = config  # what is recorded; `embedded` is a folder from here on
+        if config.model.path == "embedded":
+            config = prepare(config, mesh, view.note)
         run, progress = build(config, mesh, view, open_files)
         checkpoints = config.run_dir / "checkpoints"
-        recorder = Recorder(config, progress.step if config.checkpoint.resume else None) if is_main() else None
+        recorder = Recorder(given, progress.step if config.checkpoint.resume else None) if is_main() else None
         if recorder is not None:
             open_files.callback(recorder.close)
         if progress.before is None:
@@ -184,7 +192,10 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
     }
     metrics["time/idle_s"] = step_s - sum(v for k, v in metrics.items() if k.startswith("time/") and v)
     metrics["time/step_s"] = step_s
-    alarm(run, metrics)
+    alarms, lines = run.alarms.step(metrics, batch.groups, batch.anchors)
+    for line in lines:
+        run.view.say(line)
+    metrics |= alarms
     return metrics, batch, progress
 
 
@@ -234,16 +245,6 @@ def sample(run: Run, step: int, replay: ReplayState) -> Batch:
     return Batch(groups, anchors, counts, replay.rho, update_replay(replay, kept, config.replay))
 
 
-def alarm(run: Run, metrics: Metrics) -> None:
-    """Say so when trainer and engine drift apart: the importance weights then do more than correct rounding."""
-    outside = max(metrics.get(f"{stream}/mismatch_outside") or 0.0 for stream in STREAMS)
-    if outside > run.config.sync.alarm_outside:
-        run.view.say(
-            f"alarm, step {metrics['step']}: the trainer's probability of {outside:.1%} of the sampled tokens is not "
-            f"within 10% of the engine's (sync.alarm_outside={run.config.sync.alarm_outside:g})"
-        )
-
-
 def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
     """B prompts: every epoch is a permutation of its own, and a step's place in it follows from its number."""
     b = config.rollout.prompts_per_step
@@ -259,13 +260,17 @@ def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Pr
 def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tuple[list[Update], Metrics, float]:
     """The step's optimiser updates: (updates, token counts, seconds for old and reference log-probs)."""
     n = run.config.train.updates_per_step
-    batches = []
+    measured = due(step, run.config.train.measure_every)
+    batches: list[list[Pack]] = []
+    rests: list[list[Pack]] = []
     forwarded = rows = 0
     for part in range(n):
         members = [replace(a, group=a.group // n) for a in anchors if a.group % n == part]
         batch = conversations(groups[part::n], members, run.config)
+        rest = left_out(groups[part::n], members, batch) if measured else []
         packs, tokens = make_packs(batch, run)
         batches.append(packs)
+        rests.append(make_packs(rest, run)[0] if rest else [])
         forwarded += tokens
         rows += row_tokens(batch)
     old_logp_s = 0.0
@@ -273,10 +278,11 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
     if need_old or run.learner.reference is not None:
         started = time.perf_counter()
         batches = [run.learner.with_log_probs(packs, need_old) for packs in batches]
+        rests = [run.learner.with_log_probs(packs, need_old, need_ref=False) for packs in rests]
         old_logp_s = time.perf_counter() - started
     updates = []
-    for part, packs in enumerate(batches):
-        updates.append(run.learner.update(packs, (step - 1) * n + part))
+    for part, (packs, rest_packs) in enumerate(zip(batches, rests, strict=True)):
+        updates.append(run.learner.update(packs, (step - 1) * n + part, rest_packs if measured else None))
         if updates[-1].bad_pack is not None:
             keep_bad_pack(run, updates[-1].bad_pack, step)
     saved = 1 - forwarded / rows if rows else None
@@ -299,11 +305,15 @@ def update_metrics(updates: list[Update]) -> Metrics:
         "optim/lr": updates[-1].lr,
         "train/skipped": sum(not u.applied for u in updates),
     }
-    for stream in ("rollout", "correction"):
+    for stream in STREAMS:
         found = [u.streams[stream] for u in updates if stream in u.streams]
         for key in STATS:
             values = [f[key] for f in found] or [math.nan]  # nothing in the stream to learn from
             metrics[f"{stream}/{key}"] = max(values) if key.endswith("max") else sum(values) / len(values)
+        sampled = [u.sampled[stream] for u in updates if u.sampled is not None]
+        tokens, *sums = map(sum, zip(*sampled, strict=True)) if sampled else [0.0] * (1 + len(ALL_STATS))
+        for key, total in zip(ALL_STATS, sums, strict=True):
+            metrics[f"{stream}/{key}"] = total / tokens if tokens else None
     return {k: v if v is None or math.isfinite(v) else None for k, v in metrics.items()}
 
 
@@ -311,11 +321,9 @@ def update_metrics(updates: list[Update]) -> Metrics:
 
 
 def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) -> tuple[Run, Progress]:
-    """Load, start the engine, shard, warm start or resume; everything that can be refused is refused here."""
+    """Load, start the engine, shard, resume; everything that can be refused is refused here."""
     tokenizer = load_tokenizer(config)
     dataset = load_dataset(config)
-    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
-        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
     model = load_model(config, ATTENTION)
     refuse_unsupported(model)
     if config.rollout.engine != "local":
@@ -335,16 +343,7 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     sync = WeightSync(policy, engine, config, [p.token_ids for p in train_prompts], view.say)
     group = dist.new_group(backend="gloo") if config.rollout.overlap else None
     sampler = Sampler(engine, tokenizer, config.seed, group)
-    if config.model.path == "embedded":
-
-        def report(steps: int, accuracy: float, seconds: float) -> None:
-            view.note(f"warm start: {steps} supervised steps, greedy accuracy {accuracy:.3f}, {seconds:.0f}s")
-
-        warm_start(policy, train_prompts, correct, sampler, sync, config, cost, report)
-    reference = None
-    if reference_model is not None:
-        reference = build_policy(reference_model, config, mesh)
-        load_weights(reference, dict(policy.full_weights()))
+    reference = build_policy(reference_model, config, mesh) if reference_model is not None else None
     updates = config.train.steps * config.train.updates_per_step
     learner = Learner(policy, config.optim, updates, reference)
     progress = Progress(0, ReplayState(config.replay.rho0))
@@ -353,7 +352,8 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
         view.say(f"resumed after step {progress.step}")
     sync.push(progress.step)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
-    run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view)
+    alarms = Alarms(config.run.alarm_after, config.sync.alarm_outside)
+    run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view, alarms)
     return run, progress
 
 
@@ -391,7 +391,7 @@ def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, 
             "steps": progress.step,
             "skipped": progress.skipped,
             "seconds": progress.seconds,
-            "config": config.model_dump(mode="json"),
+            "config": recorder.config.model_dump(mode="json"),
         }
     )
     view.say("")

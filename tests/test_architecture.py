@@ -21,6 +21,7 @@ WALLS = {
         "cipo_fast.policy",
         "cipo_fast.packing",
     ],
+    "cipo_fast/model.py": ["cipo_fast.embedded"],
     "cipo_fast/packing.py": ["transformers", "cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.policy"],
     "cipo_fast/policy.py": ["cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.tasks"],
     "cipo_fast/learner.py": ["transformers", "cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.tasks"],
@@ -73,6 +74,12 @@ def test_only_train_knows_everybody() -> None:
     for path in files("cipo_fast"):
         known = {part for part in parts for name in imports(path) if name.startswith(part)}
         assert path.name in allowed or len(known) < len(parts), f"{path.name} knows {sorted(known)}"
+
+
+def test_the_toy_is_known_to_train_alone() -> None:
+    for path in files("cipo_fast"):
+        if path.name != "train.py" and path.parent.name != "embedded":
+            assert [name for name in imports(path) if name.startswith("cipo_fast.embedded")] == [], path
 
 
 def test_optional_packages_are_imported_where_used_only() -> None:

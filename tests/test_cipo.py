@@ -12,7 +12,7 @@ from cipo_fast.cipo.objective import conversations, verified_corrections
 from cipo_fast.cipo.prompts import CorrectionPrompts, chat_ids
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, CorrectionConfig, ReplayConfig, load_config
-from cipo_fast.model import embedded_tokenizer
+from cipo_fast.embedded.model import embedded_tokenizer
 from cipo_fast.records import Anchor, Group, Problem, Rollout
 
 F2F = ReplayConfig(ema_decay=0.0, n_min=1)

@@ -11,12 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
+from cipo_fast import dry_run as planner
 from cipo_fast.config import configs_dir, load_config
-from cipo_fast.dry_run import Devices, Plan, dry_run, layer_activations, size_of
+from cipo_fast.dry_run import Devices, Plan, layer_activations, size_of
+from cipo_fast.embedded.model import embedded_config
 from cipo_fast.errors import UserError
 from cipo_fast.packing import Pack, build_trees, make_pack
 from cipo_fast.policy import ATTENTION, recompute_all_but_attention
 from cipo_fast.records import Conversation, Segment
+
+
+def dry_run(args: list[str]) -> str:
+    return planner.dry_run(args, embedded_config)
+
 
 NODE = ["--dry-run", "--world", "8", "--device-memory", "80"]
 # As published with the models.
@@ -255,7 +262,7 @@ def test_bad_input_is_one_line(args: list[str], message: str) -> None:
 
 def test_without_the_hub_it_says_what_would_do() -> None:
     """In a process of its own: whether the hub may be asked is read once."""
-    code = "from cipo_fast.dry_run import dry_run; dry_run(['qwen3_4b_math.yaml'])"
+    code = "from cipo_fast.dry_run import dry_run; dry_run(['qwen3_4b_math.yaml'], None)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "PATH": ""},
         capture_output=True, text=True, timeout=120,

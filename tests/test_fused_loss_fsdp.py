@@ -17,7 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from cipo_fast.config import load_config
 from cipo_fast.distributed import leave, process_group
-from cipo_fast.model import load_model
+from cipo_fast.embedded.model import new_model
 from cipo_fast.packing import Pack, build_trees, make_pack
 from cipo_fast.policy import ATTENTION, build_policy
 
@@ -37,7 +37,7 @@ def step(impl: str, chunk_targets: int, pack: Pack, mesh: DeviceMesh) -> tuple[i
     os.environ["CIPO_KERNELS"] = impl
     ChunkedHead.auto_chunk_targets = staticmethod(lambda weight: chunk_targets)  # type: ignore[method-assign]
     config = load_config([], ["model.embedded.hidden=32", "model.embedded.mlp=48", "loss.entropy_coef=0.1"])
-    model = load_model(config, ATTENTION)
+    model = new_model(config, ATTENTION)
     policy = build_policy(model, config, mesh)
     with CommDebugMode() as forward:
         loss = policy(pack).loss

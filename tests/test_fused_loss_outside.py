@@ -85,7 +85,7 @@ def trainer(tmp_path_factory):
     from datasets import Dataset
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from cipo_fast.model import embedded_tokenizer
+    from cipo_fast.embedded.model import embedded_tokenizer
 
     torch.manual_seed(0)
     tokenizer = embedded_tokenizer()

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cipo_fast.config import load_config
-from cipo_fast.model import embedded_tokenizer, load_model
+from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.rollout import Sampling
 from cipo_fast.rollout.local import LocalEngine
 
@@ -16,7 +16,7 @@ PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("ab", "a longer prompt", "x
 
 
 def model() -> PreTrainedModel:
-    return load_model(load_config([], ["model.embedded.hidden=32", "model.embedded.mlp=48"]), "sdpa")
+    return new_model(load_config([], ["model.embedded.hidden=32", "model.embedded.mlp=48"]), "sdpa")
 
 
 def engine(

@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 
 from cipo_fast.config import load_config
+from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.errors import UserError
 from cipo_fast.tasks import load_dataset, verify
-from cipo_fast.tasks.embedded import embedded_problems
 from cipo_fast.tasks.jsonl import read_problems
 
 
 @pytest.mark.parametrize("task", ["sort", "add"])
 def test_train_and_held_out_are_disjoint_by_content(task: str) -> None:
     for seed in range(3):
-        data = load_dataset(load_config([], [f"data.task={task}", f"seed={seed}"]))
-        train, held_out = {p.content for p in data.train}, {p.content for p in data.held_out}
-        assert len(data.held_out) == len(held_out) == 400
-        assert len(train) == len(data.train) > 7000
+        problems = embedded_problems(task, seed, 400)
+        train, held_out = ({p.content for p in part} for part in problems)
+        assert len(problems[1]) == len(held_out) == 400
+        assert len(train) == len(problems[0]) > 7000
         assert not train & held_out
 
 

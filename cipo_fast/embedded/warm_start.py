@@ -1,84 +1,74 @@
 """Supervised first steps for the embedded model: enough for RL to have right and wrong attempts to learn from.
 
-The same packs, fused loss and optimiser step as RL, with a cross-entropy weight on every target. The result is cached
-in the run directory, so a second run starts at once.
+The same packs, fused loss and optimiser step as RL, with a cross-entropy weight on every target. They stop by their
+number and by accuracy, never by the clock: a seed is the same start on a busy machine and on a quiet one.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import string
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedTokenizerBase
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, OptimConfig
-from cipo_fast.distributed import is_main
 from cipo_fast.errors import UserError
 from cipo_fast.learner import Learner
-from cipo_fast.packing import CostModel, build_trees, make_pack, pack_trees
-from cipo_fast.policy import Policy
-from cipo_fast.records import Conversation, Rollout, Segment
+from cipo_fast.packing import build_trees, make_pack, pack_trees
+from cipo_fast.policy import build_policy, cost_model
+from cipo_fast.records import Conversation, Problem, Rollout, Segment
 from cipo_fast.rollout import Sampling
-from cipo_fast.sampling import Prompt, Sampler, seed_for
-from cipo_fast.sync import WeightSync
+from cipo_fast.rollout.local import LocalEngine
+from cipo_fast.sampling import Prompt, Sampler, encode_prompts, seed_for
 
 CHECK_EVERY = 10
 CHECK_PROBLEMS = 256
-Report = Callable[[int, float, float], None]  # steps done, greedy accuracy, seconds
 
 
 def warm_start(
-    policy: Policy,
-    prompts: list[Prompt],
-    correct: CorrectionPrompts,
-    sampler: Sampler,
-    sync: WeightSync,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
     config: Config,
-    cost: CostModel,
-    report: Report,
-) -> None:
-    """Bring `policy` to `warm_accuracy` greedy accuracy (or `warm_seconds`), or load where an earlier run got to."""
-    cache = cache_file(config)
-    if cache.is_file():
-        load_weights(policy, load_file(cache))
-        return
-    shape = config.model.embedded
-    limit = config.rollout.max_tokens
-    if all(len(answer_ids(correct.tokenizer, p.problem.answer)) > limit for p in prompts):
+    mesh: DeviceMesh,
+    note: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """`model` brought to `warm_accuracy` greedy accuracy on training problems, or through `warm_steps` steps: its
+    weights, on every rank. A collective; raises UserError for problems that cannot be learned from."""
+    shape, limit = config.model.embedded, config.rollout.max_tokens
+    prompts = encode_prompts(problems, tokenizer, config.data.max_prompt_tokens, "data.train", note)
+    if all(len(answer_ids(tokenizer, p.problem.answer)) > limit for p in prompts):
         raise UserError(f"every answer is longer than rollout.max_tokens={limit}: raise it (and eval.max_tokens)")
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("sdpa")
+    engine = LocalEngine(twin, [tokenizer.eos_token_id], tokenizer.pad_token_id, config.rollout.batch_sequences)
+    sampler = Sampler(engine, tokenizer, config.seed)
+    cost = cost_model(model.config, model.num_parameters())
+    policy = build_policy(model, config, mesh)
+    learner = Learner(policy, OptimConfig(lr=shape.warm_lr, warmup_steps=20), shape.warm_steps)
+    correct = CorrectionPrompts(tokenizer, config.correction)
     examples = Examples(prompts[CHECK_PROBLEMS:] or prompts, correct, config.seed)
-    optim = OptimConfig(lr=shape.warm_lr, warmup_steps=20)
-    learner = Learner(policy, optim, total_updates=10**6)
-    sampling = Sampling(0.0, 1.0, limit)
     started = time.perf_counter()
-    step, accuracy, elapsed = 0, 0.0, 0.0
-    while accuracy < shape.warm_accuracy and elapsed < shape.warm_seconds:
+    step, accuracy = 0, 0.0
+    while accuracy < shape.warm_accuracy and step < shape.warm_steps:
         for _ in range(CHECK_EVERY if accuracy < shape.warm_accuracy / 2 else CHECK_EVERY // 2):
             trees = build_trees(examples.batch(shape.warm_batch, step))
             bins = pack_trees(trees, config.train.pack_tokens, cost, dist.get_world_size())
             learner.update([make_pack(members) for members in bins[dist.get_rank()]], step)
             step += 1
-        sync.push(0)
-        greedy = sync.with_engine(lambda: sampler.groups(prompts[:CHECK_PROBLEMS], 1, sampling, 0, "warm"), 0)
+        engine.sync(policy.full_weights(), 0)
+        greedy = sampler.groups(prompts[:CHECK_PROBLEMS], 1, Sampling(0.0, 1.0, limit), 0, "warm")
         accuracy = float(np.mean([g.rollouts[0].reward for g in greedy]))
-        elapsed = _same_on_all_ranks(time.perf_counter() - started)
-        report(step, accuracy, elapsed)
-    weights = {name: tensor.clone() for name, tensor in policy.full_weights()}
-    if is_main():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache.with_suffix(".part")
-        save_file(weights, unfinished)
-        unfinished.rename(cache)
+        seconds = time.perf_counter() - started
+        note(f"warm start: {step} supervised steps, greedy accuracy {accuracy:.3f}, {seconds:.0f}s")
+    return {name: tensor.clone() for name, tensor in policy.full_weights()}
 
 
 class Examples:
@@ -137,34 +127,3 @@ def corrupt(answer: str, rng: np.random.Generator) -> str:
             del characters[i]
             characters.insert(min(j, len(characters)), doubled)
     return "".join(characters)
-
-
-def load_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
-    """Copy whole tensors into the (sharded) parameters."""
-    for name, parameter in policy.model.named_parameters():
-        value = weights[name].to(parameter.device)
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        with torch.no_grad():
-            parameter.copy_(value)
-
-
-def _same_on_all_ranks(seconds: float) -> float:
-    value = torch.tensor(seconds)
-    dist.broadcast(value, 0)
-    return value.item()
-
-
-def cache_file(config: Config) -> Path:
-    """In the run directory, named by all that the warm-started weights depend on."""
-    file = config.data.train.stat() if config.data.train else None
-    key = [
-        config.seed,
-        config.model.embedded,
-        config.data,
-        file and (file.st_size, file.st_mtime_ns),
-        config.rollout.max_tokens,
-        config.correction.model_dump(include={"layout", "followup", "verdict", "max_prompt_tokens"}),
-    ]
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-    return config.run_dir / "warm_start" / f"{digest}.safetensors"

@@ -1,0 +1,78 @@
+"""From `model.path=embedded` to a model folder: tokenizer, warm-started weights, and the problems of the task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from cipo_fast.checkpoint import export
+from cipo_fast.config import Config
+from cipo_fast.distributed import is_main
+from cipo_fast.embedded.model import embedded_tokenizer, new_model
+from cipo_fast.embedded.problems import embedded_problems
+from cipo_fast.embedded.warm_start import warm_start
+from cipo_fast.records import Problem
+from cipo_fast.tasks import load_dataset
+
+TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
+Say = Callable[[str], None]
+
+
+def prepare(config: Config, mesh: DeviceMesh, note: Say) -> Config:
+    """`config` with a model folder for `embedded`, and the task's files where no data is given. The folder is made
+    once, under `<run.dir>/warm_start/`, and named by all that is in it. A collective; raises UserError."""
+    folder = config.run_dir / "warm_start" / digest(config)
+    if not folder.is_dir():
+        _make(config, mesh, folder, note)
+    prepared = config.model_copy(deep=True)
+    prepared.model.path = str(folder)
+    if config.data.train is None:
+        prepared.data.train, prepared.data.eval = folder / TRAIN, folder / HELD_OUT
+    return prepared
+
+
+def digest(config: Config) -> str:
+    """Of all that the folder depends on."""
+    file = config.data.train.stat() if config.data.train else None
+    key = [
+        config.seed,
+        config.model.dtype,
+        config.model.embedded,
+        config.data,
+        config.eval.problems,
+        file and (file.st_size, file.st_mtime_ns),
+        config.rollout.max_tokens,
+        config.correction.model_dump(include={"layout", "followup", "verdict", "max_prompt_tokens"}),
+    ]
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+
+
+def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
+    tokenizer = embedded_tokenizer()
+    if config.data.train is None:
+        train, held_out = embedded_problems(config.data.task, config.seed, config.eval.problems)
+    else:
+        train, held_out = load_dataset(config).train, []
+    model = new_model(config, "cipo_tree")
+    weights = warm_start(model, tokenizer, train, config, mesh, note)
+    if is_main():
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        export(part, model, weights, tokenizer)
+        if held_out:
+            _write(part / TRAIN, train)
+            _write(part / HELD_OUT, held_out)
+        part.rename(folder)
+    dist.barrier()
+
+
+def _write(path: Path, problems: list[Problem]) -> None:
+    rows = [{"id": p.id, "prompt": p.messages[-1]["content"], "answer": p.answer} for p in problems]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
