@@ -73,7 +73,7 @@ class Alarms:
             if steps >= needed and (steps - needed) % self.after == 0:
                 what, causes = self._explain(name, steps, metrics, groups, anchors)
                 listed = ", ".join(f"({i}) {cause}" for i, cause in enumerate(causes, 1))
-                lines.append(f"alarm {name}, step {metrics['step']}: {what}. Likely causes, in order: {listed}")
+                lines.append(f"alarm, step {metrics['step']}: {name}: {what}. Likely causes, in order: {listed}")
         return flags, lines
 
     def _explain(

@@ -22,10 +22,10 @@ from cipo_fast.settings import (
     NameOrPath,
     Place,
     expand,
+    for_system,
     from_argument,
     from_file,
     from_system,
-    to_system,
     to_yaml,
 )
 
@@ -476,7 +476,7 @@ def _check_engine(config: Config) -> None:
 def _find_file(name: str) -> Path:
     """A path is that path. A name alone is a file of this folder, or else a recipe."""
     expanded = expand(name, f"config file {name}")
-    path = Path(to_system(expanded))
+    path = Path(for_system(expanded, f"config file {name}"))
     recipe = configs_dir() / path.name
     if is_file(path):
         if "/" not in expanded and is_file(recipe):

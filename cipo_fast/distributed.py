@@ -86,7 +86,9 @@ def _environment() -> tuple[int, int] | None:
 def _device_of_rank() -> int:
     local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= devices:
-        raise UserError(f"LOCAL_RANK={local}, but this node has {devices} GPUs: torchrun --nproc-per-node={devices}")
+        error = UserError(f"LOCAL_RANK={local}, but this node has {devices} GPUs: torchrun --nproc-per-node={devices}")
+        error.told = local > devices  # by the first rank without one
+        raise error
     return local
 
 

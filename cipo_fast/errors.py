@@ -17,12 +17,14 @@ class UserError(Exception):
     """Bad input: one line that says what, where and what to do. The command prints it and exits with code 2."""
 
     word, exit_code = "error", 2
+    told = False  # another rank prints it
 
 
 class TrainingStopped(Exception):
     """The run cannot go on (three non-finite steps in a row, say). State is saved; exits with code 1."""
 
     word, exit_code = "stopped", 1
+    told = False
 
 
 class PolicyBroken(TrainingStopped):
@@ -39,7 +41,7 @@ def command(body: Callable[[], None], interrupted: str = "interrupted") -> int:
     try:
         body()
     except (UserError, TrainingStopped) as error:
-        if not getattr(error, "told", False):
+        if not error.told:
             note(f"{error.word}: {error}")
         return error.exit_code
     except KeyboardInterrupt as error:

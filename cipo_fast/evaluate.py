@@ -15,10 +15,11 @@ import torch
 from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, leave, prepared_group
+from cipo_fast.distributed import is_main, leave, prepared_group, starts_first
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import TrainingStopped, UserError, command, put
 from cipo_fast.model import load_model, load_tokenizer
+from cipo_fast.recorder import check_writable
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_prompts
@@ -72,6 +73,8 @@ def run(args: Sequence[str]) -> None:
             raise UserError(
                 "model.path=embedded has no weights to evaluate: name a folder, such as runs/embedded/model"
             )
+        if config.rollout.engine != "local" and starts_first():
+            check_writable(config.run_dir)  # vLLM starts from a folder in it
         return config
 
     with prepared_group(prepare) as (mesh, config):

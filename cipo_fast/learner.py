@@ -30,6 +30,8 @@ STATS = (
 )
 
 
+# Of all that an engine sampled: a stream -> [tokens, sums of ALL_STATS over them].
+Sampled = dict[str, list[float]]
 ALL_STATS = ("all_entropy", "all_approx_kl", "all_mismatch_kl", "all_mismatch_outside")
 
 
@@ -44,7 +46,7 @@ class Update:
     lr: float
     applied: bool  # False: the loss or a gradient was not finite, nothing changed
     streams: dict[str, dict[str, float]]
-    sampled: dict[str, list[float]] | None = None  # a stream: its sampled tokens, and their sums of ALL_STATS
+    sampled: Sampled  # ... of these packs
     bad_pack: Pack | None = None  # this rank's pack that was not finite
 
 
@@ -59,17 +61,22 @@ class Learner:
             policy.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
 
-    def update(self, packs: Sequence[Pack], step: int, rest: Sequence[Pack] | None = None) -> Update:
+    def measure(self, packs: Sequence[Pack]) -> Sampled:
+        """What an `update` would see of these packs, by the weights as they are; nothing is learned from them. Every
+        rank must bring equally many packs."""
+        sampled = _SampledStats(self.device)
+        for pack in packs:
+            pack = pack.to(self.device)
+            sampled.add(*self.policy.measure(pack), pack)
+        return sampled.result()
+
+    def update(self, packs: Sequence[Pack], step: int) -> Update:
         """One optimiser step on this rank's packs; `step` counts optimiser steps from 0 and sets the learning rate.
-        `rest`: the sampled answers that are in no pack; where it is given (empty too), `sampled` is measured, by the
-        weights before the step. Every rank must bring equally many packs: a pack is a collective."""
+        Every rank must bring equally many packs: a pack is a collective."""
         lr = learning_rate(self.config, step, self.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses, stats, sampled = [], _Stats(self.device), _SampledStats(self.device)
-        for pack in rest or ():
-            pack = pack.to(self.device)
-            sampled.add(*self.policy.measure(pack), pack)
         for pack in packs:
             pack = pack.to(self.device)
             output = self.policy(pack)
@@ -87,7 +94,7 @@ class Learner:
             self.optimizer.zero_grad()
             bad_pack = self._find_bad(packs)
         self.optimizer.zero_grad()
-        return Update(loss, norm, lr, applied, stats.result(), None if rest is None else sampled.result(), bad_pack)
+        return Update(loss, norm, lr, applied, stats.result(), sampled.result(), bad_pack)
 
     def with_log_probs(self, packs: Sequence[Pack], need_old: bool, need_ref: bool = True) -> list[Pack]:
         """The packs with old_logp (where a batch gets several updates) and ref_logp (where there is a reference)."""
@@ -189,7 +196,7 @@ class _SampledStats:
         columns = [torch.ones_like(logp), entropy, k3(logp, old), k3(old, old - gap), outside]
         self.sums.index_add_(0, stream, torch.stack([c.double() for c in columns], dim=1))
 
-    def result(self) -> dict[str, list[float]]:
+    def result(self) -> Sampled:
         return dict(zip(STREAMS, _reduce(self.sums, dist.ReduceOp.SUM).tolist(), strict=True))
 
 

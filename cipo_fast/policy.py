@@ -59,7 +59,7 @@ AttentionInterface.register(ATTENTION, cipo_tree_attention)
 
 
 class Policy(nn.Module):
-    """`policy(pack) -> LossOutput`, `policy(pack, "logp") -> logp [N] fp32`, `policy(pack, "measure")`: (logp, entropy).
+    """`policy(pack) -> LossOutput`, `policy(pack, "logp") -> logp [N] fp32`, `"measure"`: (logp, entropy).
 
     All run in `forward`, inside the FSDP root, so that its hooks unshard the head once for the fused loss.
     """

@@ -29,8 +29,8 @@ Place = dict[str, str]  # dotted key -> where it was given
 
 
 def as_setting(path: Path | str) -> str:
-    """A path as a setting says it: UTF-8 whatever the locale, and `$`, which begins a variable, is written `$$`."""
-    return os.fsencode(path).decode("utf-8").replace("$", "$$")
+    """A path as a setting says it: `$`, which begins a variable, is written `$$`."""
+    return str(path).replace("$", "$$")
 
 
 _HUB = object()
@@ -135,9 +135,14 @@ def from_system(argument: str, where: str) -> str:
         raise UserError(f"{where}: not UTF-8 text") from None
 
 
-def to_system(text: str) -> str:
-    """A file name as the operating system's calls want it in this locale."""
-    return os.fsdecode(text.encode("utf-8"))
+def for_system(text: str, where: str) -> str:
+    """A file name that the operating system's calls take in this locale; raises UserError. (Python could go round it,
+    the libraries that read and write tokenizers cannot.)"""
+    try:
+        os.fsencode(text)
+    except UnicodeError:
+        raise UserError(f"{where}: this locale cannot name {text}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8") from None
+    return text
 
 
 # ------------------------------------------------------------------------------------------------- by the field's type
@@ -218,7 +223,7 @@ class _Reader:
                     if str(value) == text:
                         return value
         if Path in members:
-            return Path(to_system(self._absolute(text, key, where)))
+            return Path(self._absolute(text, key, where))
         if any(extra is _HUB for extra in members.get(str, ())):
             return self._name_or_path(text, key, where)
         return text
@@ -226,15 +231,15 @@ class _Reader:
     def _absolute(self, text: str, key: str, where: str) -> str:
         if not text or "\0" in text:
             raise UserError(f"{where}: {key}: expected a path")
-        return os.path.join(from_system(os.getcwd(), "the current folder"), expand(text, f"{where}: {key}"))
+        place = f"{where}: {key}"
+        return for_system(os.path.join(os.getcwd(), expand(text, place)), place)
 
     def _name_or_path(self, text: str, key: str, where: str) -> str:
-        expanded = expand(text, f"{where}: {key}")
-        here = to_system(expanded)
-        is_path = here.startswith(("/", "./", "../")) or here in (".", "..")
-        if is_path or (here != "embedded" and "\0" not in here and os.path.isdir(here)):
-            return str(Path(to_system(self._absolute(text, key, where))))
-        return expanded
+        name = for_system(expand(text, f"{where}: {key}"), f"{where}: {key}")
+        is_path = name.startswith(("/", "./", "../")) or name in (".", "..")
+        if is_path or (name != "embedded" and "\0" not in name and os.path.isdir(name)):
+            return str(Path(self._absolute(text, key, where)))
+        return name
 
     def _guess(self, node: yaml.Node, key: str, depth: int) -> Any:
         """The value of a node that no field gives a type."""

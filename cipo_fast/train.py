@@ -42,7 +42,7 @@ from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine
 from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError, command, put
 from cipo_fast.evaluate import evaluate
-from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Learner, Update
+from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Learner, Sampled, Update
 from cipo_fast.model import load_model, load_tokenizer
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
 from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
@@ -258,7 +258,7 @@ def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Pr
 
 
 def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tuple[list[Update], Metrics, float]:
-    """The step's optimiser updates: (updates, token counts, seconds for old and reference log-probs)."""
+    """The step's optimiser updates: (updates, metrics of the tokens, seconds for old and reference log-probs)."""
     n = run.config.train.updates_per_step
     measured = due(step, run.config.train.measure_every)
     batches: list[list[Pack]] = []
@@ -280,13 +280,17 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
         batches = [run.learner.with_log_probs(packs, need_old) for packs in batches]
         rests = [run.learner.with_log_probs(packs, need_old, need_ref=False) for packs in rests]
         old_logp_s = time.perf_counter() - started
-    updates = []
-    for part, (packs, rest_packs) in enumerate(zip(batches, rests, strict=True)):
-        updates.append(run.learner.update(packs, (step - 1) * n + part, rest_packs if measured else None))
+    updates, sampled = [], []
+    for part, packs in enumerate(batches):
+        if measured:
+            sampled.append(run.learner.measure(rests[part]))  # by the weights that this update starts from
+        updates.append(run.learner.update(packs, (step - 1) * n + part))
         if updates[-1].bad_pack is not None:
             keep_bad_pack(run, updates[-1].bad_pack, step)
     saved = 1 - forwarded / rows if rows else None
-    return updates, {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}, old_logp_s
+    seen: Metrics = {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}
+    seen |= sampled_metrics([*sampled, *(u.sampled for u in updates)] if measured else [])
+    return updates, seen, old_logp_s
 
 
 def make_packs(batch: list[Conversation], run: Run) -> tuple[list[Pack], int]:
@@ -310,11 +314,17 @@ def update_metrics(updates: list[Update]) -> Metrics:
         for key in STATS:
             values = [f[key] for f in found] or [math.nan]  # nothing in the stream to learn from
             metrics[f"{stream}/{key}"] = max(values) if key.endswith("max") else sum(values) / len(values)
-        sampled = [u.sampled[stream] for u in updates if u.sampled is not None]
-        tokens, *sums = map(sum, zip(*sampled, strict=True)) if sampled else [0.0] * (1 + len(ALL_STATS))
-        for key, total in zip(ALL_STATS, sums, strict=True):
-            metrics[f"{stream}/{key}"] = total / tokens if tokens else None
     return {k: v if v is None or math.isfinite(v) else None for k, v in metrics.items()}
+
+
+def sampled_metrics(found: list[Sampled]) -> Metrics:
+    """Means over every token that was sampled, learned from or not; None where none was measured or is finite."""
+    metrics: Metrics = {}
+    for stream in STREAMS:
+        tokens, *sums = (sum(column) for column in zip(*(f[stream] for f in found), strict=True)) if found else [0.0]
+        for key, total in zip(ALL_STATS, sums or [0.0] * len(ALL_STATS), strict=True):
+            metrics[f"{stream}/{key}"] = total / tokens if tokens and math.isfinite(total) else None
+    return metrics
 
 
 # ----------------------------------------------------------------------------------------------- before and after

@@ -36,7 +36,7 @@ def left_out(groups: list[Group], anchors: list[Anchor], teaching: list[Conversa
     taught = {id(c.sampler_logps) for c in teaching}  # an answer's log-probs are a list of its own
     prompts = [Segment(group.prompt_ids) for group in groups]
     attempts = [[Segment(rollout.token_ids) for rollout in group.rollouts] for group in groups]
-    answers = [
+    answers: list[tuple[tuple[Segment, ...], Rollout, str]] = [
         ((prompts[g], attempts[g][i]), rollout, "rollout")
         for g, group in enumerate(groups)
         for i, rollout in enumerate(group.rollouts)
