@@ -64,7 +64,7 @@ def save(folder: Path, learner: Learner, progress: Progress, keep: int) -> Path:
         part.mkdir(parents=True)
 
     def end() -> None:
-        (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
+        (part / "state.json").write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         for old in saved(folder)[:-keep]:
@@ -97,7 +97,7 @@ def load_newest(folder: Path, learner: Learner) -> Progress:
     state: dict[str, Any] = {"model": model, "optimizer": optimizer}
     try:
         dcp.load(state, checkpoint_id=found[-1])
-        record = json.loads((found[-1] / "state.json").read_text())
+        record = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
     except Exception as error:
         reason = str(error).strip().splitlines()[-1][:200]
         raise UserError(

@@ -2,6 +2,7 @@
 
 Sources: [paper] arXiv 2605.14539 as published in summary, [f2f] the form Fail2Fix-RL uses, [ours] our decision,
 or the work named. Three layers are merged, later ones win: YAML files in the order given, then `key.path=value`.
+How a text becomes a value: settings.py.
 When `model.path` is `embedded` (the default), `configs/embedded.yaml` lies under all of them.
 """
 
@@ -9,25 +10,36 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cipo_fast.errors import UserError
+from cipo_fast.errors import UserError, note
+from cipo_fast.settings import (
+    FilePath,
+    NameOrPath,
+    Place,
+    expand,
+    for_system,
+    from_argument,
+    from_file,
+    from_system,
+    to_yaml,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 
+OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class EmbeddedModel(Section):
@@ -54,7 +66,7 @@ class EmbeddedModel(Section):
 
 
 class ModelConfig(Section):
-    path: str = "embedded"
+    path: NameOrPath = "embedded"
     """`embedded`, a local folder or a hub name; anything `AutoModelForCausalLM` loads and that has a chat template."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the forward and backward pass. Weights, their gradients and the optimiser are float32 in either case."""
@@ -71,9 +83,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     task: Literal["sort", "add"] = "sort"
     """Embedded task, used when `data.train` is not given."""
-    train: Path | None = None
+    train: FilePath | None = None
     """JSON Lines: `prompt` (text) or `messages`, and `answer` (exact match, stripped); or TRL's or verl's form."""
-    eval: Path | None = None
+    eval: FilePath | None = None
     """Held-out problems in the same form. Without it `eval.problems` (a tenth at most) are held out of `data.train`."""
     max_prompt_tokens: Positive = 2048
     """Longer prompts are dropped and counted."""
@@ -272,6 +284,9 @@ class TrainConfig(Section):
     """`rows` feeds one row a conversation, nothing shared: the control the speed-up is measured against."""
     pack_tokens: Positive = 16384
     """Capacity of a pack (one forward and backward pass), in tokens."""
+    measure_every: NonNegative = 1
+    """Every so many steps, entropy, KL and mismatch also over the answers that teach nothing (`*/all_*`), which costs
+    their forward pass; 0 never [ours]."""
 
 
 class EvalConfig(Section):
@@ -298,9 +313,9 @@ class CheckpointConfig(Section):
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "cipo"
+    name: Annotated[str, Field(pattern=r"^\.*[\w-][\w.-]*$")] = "cipo"
     """Name of the run."""
-    dir: Path | None = None
+    dir: FilePath | None = None
     """Where everything is written; None means `runs/<name>`."""
     view: Literal["auto", "live", "plain"] = "auto"
     """`live` redraws one terminal view, `plain` prints a line a step; auto asks the terminal."""
@@ -310,6 +325,9 @@ class RunConfig(Section):
     """Write rollouts and corrections as JSONL every so many steps; 0 never."""
     rank_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """Longest wait of a rank for another one, whose rollouts may be longer, in seconds [torch]."""
+    alarm_after: Positive = 10
+    """Steps in a row in which nothing is learned (no reward varies, every answer is cut off...) that raise an alarm,
+    and how often it is said again [ours]."""
 
 
 class Config(Section):
@@ -358,7 +376,8 @@ class Config(Section):
         return self.correction.samples_per_anchor or self.rollout.samples_per_prompt
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """What starts the same run again, from any folder."""
+        return to_yaml(self.model_dump(mode="json"))
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -372,30 +391,43 @@ def configs_dir() -> Path:
 
 
 def parse_args(args: Sequence[str]) -> Config:
-    """The Config of a command line: YAML files and `key.path=value`, in any order; raises UserError."""
-    unknown = [a for a in args if a.startswith("-")]
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]}: expected .yaml files, key.path=value, --dry-run")
-    files = [a for a in args if "=" not in a and a.endswith((".yaml", ".yml"))]
-    return load_config(files, [a for a in args if a not in files])
+    """The Config of a command line: YAML files and `key.path=value`, in any order, the last one wins; raises UserError.
+
+    What begins with a dotted key and `=` is a setting, so `./lr=1/config.yaml` is a file."""
+    typed = [from_system(arg, f"argument {arg!r}") for arg in args]
+    files: list[str] = []
+    overrides: list[str] = []
+    for arg in typed:
+        if arg.startswith("-"):
+            raise UserError(f"unknown option {arg}: expected .yaml files, key.path=value, --dry-run")
+        (files if arg.endswith((".yaml", ".yml")) and not OVERRIDE.match(arg) else overrides).append(arg)
+    return load_config(files, overrides)
 
 
 def load_config(files: list[str], overrides: list[str]) -> Config:
     """Merge YAML `files` and `key.path=value` `overrides` into a checked Config; raises UserError."""
     given: dict[str, Any] = {}
+    places: Place = {}  # where a key was given: only a file's have one, an override names itself
     for name in files:
-        _merge(given, _read_yaml(_find_file(name)))
+        values, found = from_file(_find_file(name), Config)
+        _merge(given, values)
+        places |= found
     for text in overrides:
-        _merge(given, _parse_override(text))
+        if not OVERRIDE.match(text):
+            raise UserError(
+                f"argument {text!r}: expected key.path=value, a .yaml file or --dry-run{_recipe_hint(text)}"
+            )
+        _merge(given, from_argument(text, Config))
+        places.pop(text.partition("=")[0], None)
     merged: dict[str, Any] = {}
     model = given.get("model")
     if not isinstance(model, dict) or model.get("path", "embedded") == "embedded":
-        merged = _read_yaml(configs_dir() / "embedded.yaml")
+        merged, _ = from_file(configs_dir() / "embedded.yaml", Config)
     _merge(merged, given)
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, places)) from None
     _check(config)
     return config
 
@@ -429,9 +461,9 @@ def _check(config: Config) -> None:
         raise UserError("model.embedded: hidden must be a multiple of 2*heads, and heads of kv_heads")
     for key in ("train", "eval"):
         path = getattr(config.data, key)
-        if path is not None and not path.is_file():
+        if path is not None and not is_file(path):
             raise UserError(f"data.{key}: no file {path}")
-    if config.run_dir.exists() and not config.run_dir.is_dir():
+    if is_file(config.run_dir):
         raise UserError(f"run.dir={config.run_dir} is a file; name a folder")
 
 
@@ -456,35 +488,30 @@ def _check_engine(config: Config) -> None:
 
 
 def _find_file(name: str) -> Path:
-    for path in (Path(name), configs_dir() / Path(name).name):
-        if path.is_file():
-            return path
-    raise UserError(f"config file {name}: not found (nor {Path(name).name} in {configs_dir()})")
+    """A path is that path. A name alone is a file of this folder, or else a recipe."""
+    expanded = expand(name, f"config file {name}")
+    path = Path(for_system(expanded, f"config file {name}"))
+    recipe = configs_dir() / path.name
+    if is_file(path):
+        if "/" not in expanded and is_file(recipe):
+            note(f"{name}: the file in this folder, not the recipe of that name")
+        return path
+    if "/" not in expanded and is_file(recipe):
+        return recipe
+    hint = f"; the recipe is {path.name}, without a folder" if is_file(recipe) else f" (nor in {configs_dir()})"
+    raise UserError(f"config file {name}: not found{hint}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _recipe_hint(text: str) -> str:
+    return f"; the recipe is {text}.yaml" if text and is_file(configs_dir() / f"{text}.yaml") else ""
+
+
+def is_file(path: Path) -> bool:
+    """False also where the system will not say: a name too long, a folder that may not be entered."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys and values at the top level, got {type(content).__name__}")
-    return content
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"argument {text!r}: expected key.path=value, a .yaml file or --dry-run")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        raise UserError(f"argument {text!r}: the value is not valid YAML; quote it") from None
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
@@ -505,15 +532,22 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
     return keys
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, places: Place) -> str:
     """The first problem, in one line."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    known = next((k for k in (key, key.rpartition(".")[0]) if k in places), None)
+    where = f"{places[known]}: " if known else ""
     if first["type"] == "extra_forbidden":
         near = _nearest(key)
-        return f"unknown key {key!r}" + (f": did you mean {near!r}?" if near else "")
+        return f"{where}unknown key {key!r}" + (f": did you mean {near!r}?" if near else "")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{key}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+    return f"{where}{key}={_typed(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+
+
+def _typed(value: Any) -> str:
+    """A number as it was typed, anything else quoted."""
+    return value if isinstance(value, str) and re.fullmatch(r"[-+.\w]*\d[-+.\w]*", value) else repr(value)
 
 
 def _nearest(key: str) -> str | None:

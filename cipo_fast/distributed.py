@@ -6,51 +6,146 @@ between the collectives of an update, leaves at once; the others notice at their
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from cipo_fast.errors import EngineFailure, PolicyBroken, RankFailure, TrainingStopped, UserError
+from cipo_fast.errors import (
+    Ending,
+    EngineFailure,
+    PolicyBroken,
+    Preempted,
+    RankFailure,
+    TrainingStopped,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    from cipo_fast.config import Config
 
 T = TypeVar("T")
-OURS = (PolicyBroken, RankFailure, TrainingStopped, UserError, EngineFailure)  # a message is all there is to them
+# A message is all there is to them. What is derived stands before what it is derived from.
+OURS = (PolicyBroken, RankFailure, TrainingStopped, Preempted, UserError, EngineFailure)
+START_TIMEOUT = timedelta(minutes=5)  # for the other ranks to start
 
 
 @contextmanager
 def process_group(timeout_s: float = 1800.0) -> Iterator[DeviceMesh]:
     """The mesh of all ranks, from torchrun's environment or a group of one; closed at the end.
 
-    `timeout_s` is the longest wait of one rank for another. TrainingStopped when another rank is gone."""
-    timeout = timedelta(seconds=timeout_s)
+    `timeout_s` is the longest wait of one rank for another. Raises UserError where the environment names no group, or
+    the ranks do not find each other, and TrainingStopped when another rank is gone. An error that leaves it on several
+    ranks is marked `told` on all of them but one."""
+    place = _environment()
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(_device_of_rank())
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    store, rank, world = _meet() if place is not None else (dist.HashStore(), 0, 1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
     try:
-        yield init_device_mesh("cuda" if cuda else "cpu", (dist.get_world_size(),))
+        yield init_device_mesh("cuda" if cuda else "cpu", (world,))
         dist.barrier()  # no rank takes the group down while another still works (the first writes files last)
+    except (Ending, KeyboardInterrupt) as error:
+        error.told = not _first_to_tell(store, error)  # type: ignore[union-attr]
+        raise
     except RuntimeError as error:
         if not _from_a_collective(error):
             raise
-        raise TrainingStopped(
+        gone = TrainingStopped(
             f"another rank has ended, or did not answer for {timeout_s:g} s (run.rank_timeout_s); what it printed says "
             "why, and the newest checkpoint is the state to go on from"
-        ) from None
+        )
+        gone.told = not _first_to_tell(store, gone)
+        raise gone from None
     finally:
         if dist.get_world_size() == 1 or sys.exc_info()[0] is None:  # else others are not where they could take part
             dist.destroy_process_group()
+
+
+@contextmanager
+def prepared_group(prepare: Callable[[], Config]) -> Iterator[tuple[DeviceMesh, Config]]:
+    """The process group and the config that `prepare` made on this rank before it. Where that raised UserError on one
+    rank, all ranks raise it: none waits for a rank that will not come."""
+    made, error = None, None
+    try:
+        made = prepare()
+    except UserError as found:
+        error = found
+    with process_group(made.run.rank_timeout_s if made is not None else 1800.0) as mesh:
+        raise_together(error)
+        assert made is not None
+        yield mesh, made
+
+
+def starts_first() -> bool:
+    """Whether this process is the first rank, or alone; to be asked before there is a group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _environment() -> tuple[int, int] | None:
+    """(rank, world size) as torchrun says them, None for a process alone; raises UserError."""
+    if "RANK" not in os.environ:
+        return None
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    hint = "start with torchrun, or unset RANK for a single process"
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"RANK={os.environ['RANK']} is set in the environment, {missing[0]} is not: {hint}")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"):
+        if not re.fullmatch(r"[0-9]{1,9}", os.environ.get(name, "0")):
+            raise UserError(f"{name}={os.environ[name]} in the environment is no whole number: {hint}")
+    rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= world:
+        raise UserError(f"RANK={rank} in the environment is not below WORLD_SIZE={world}: {hint}")
+    if not 1 <= port <= 65535:
+        raise UserError(f"MASTER_PORT={port} in the environment is no port: {hint}")
+    return rank, world
+
+
+def _device_of_rank() -> int:
+    local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= devices:
+        error = UserError(f"LOCAL_RANK={local}, but this node has {devices} GPUs: torchrun --nproc-per-node={devices}")
+        error.told = local > devices  # by the first rank without one
+        raise error
+    return local
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """The store that all ranks share, this one's rank and their number."""
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+    except (dist.DistError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"{address}: the ranks do not find each other ({reason}); does every rank run, is the port free?"
+        ) from None
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # On one node torchrun keeps the store over its restarts: without a name for each, a rank that is faster than
+        # another reads where that one was before it was killed.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store, rank, world
+
+
+def _first_to_tell(store: dist.Store, error: BaseException) -> bool:
+    """True on one of the ranks that have this error. Asks no other rank: it may be gone."""
+    name = hashlib.sha256(f"{type(error).__name__}: {error}".encode(errors="replace")).hexdigest()
+    try:
+        return store.add(f"told/{name}", 1) == 1
+    except RuntimeError:  # the store went with the rank or the launcher that held it
+        return True
 
 
 def _from_a_collective(error: RuntimeError) -> bool:
@@ -61,8 +156,9 @@ def _from_a_collective(error: RuntimeError) -> bool:
 def leave(code: int) -> NoReturn:
     """End this process at once, all files being closed. The interpreter's own way out is not safe: a gloo thread that
     frees a tensor meanwhile aborts the process, its work done (seen under load; pytorch/pytorch#179291)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or it was closed
+            stream.flush()
     os._exit(code)
 
 

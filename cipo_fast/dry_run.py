@@ -45,7 +45,7 @@ class Devices:
 
     @staticmethod
     def of_this_machine(ranks: int | None) -> Devices:
-        ranks = ranks or int(os.environ.get("WORLD_SIZE", 1))
+        ranks = ranks or (int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1)
         if torch.cuda.is_available():
             return Devices("cuda", ranks, float(torch.cuda.get_device_properties(0).total_memory), True)
         return Devices("cpu", ranks, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / ranks, True)

@@ -11,21 +11,21 @@ from contextlib import closing
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from cipo_fast.chat import Chat
 from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, leave_after, process_group
+from cipo_fast.distributed import is_main, leave_after, prepared_group, starts_first
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
-from cipo_fast.errors import TrainingStopped, UserError
+from cipo_fast.errors import UserError, command, put
 from cipo_fast.model import cast_weights, load_model, load_shape, load_tokenizer
+from cipo_fast.recorder import check_writable
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, quiet
 from cipo_fast.tasks import Dataset, load_held_out
-from cipo_fast.view import evaluation_table
+from cipo_fast.view import Terminal, evaluation_table
 
 Evaluation = dict[str, float | None]
 
@@ -63,29 +63,30 @@ def first_attempts(groups: list[Group], correct: CorrectionPrompts) -> list[Anch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: prints the table for `model.path`. Exit code 2 for bad input, with one line."""
-    try:
-        config = parse_args(sys.argv[1:] if argv is None else argv)
+    """The command: prints the table for `model.path`. Exit codes as train.py's."""
+    return command(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(args: Sequence[str]) -> None:
+    def prepare() -> Config:
+        config = parse_args(args)
         if config.model.path == "embedded":
             raise UserError(
                 "model.path=embedded has no weights to evaluate: name a folder, such as runs/embedded/model"
             )
-        with process_group(config.run.rank_timeout_s) as mesh:
-            result = evaluate_model(config, mesh.device_type)
-            if is_main():
-                Console().print(evaluation_table(result))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrainingStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+        if config.rollout.engine != "local" and starts_first():
+            check_writable(config.run_dir)  # vLLM starts from a folder in it
+        return config
+
+    with prepared_group(prepare) as (mesh, config):
+        result = evaluate_model(config, mesh.device_type)
+        if is_main():
+            Terminal().print(evaluation_table(result))
 
 
 def evaluate_model(config: Config, device: str) -> Evaluation:
     """`evaluate` of the weights in `model.path`, on the config's held-out problems, by the config's engine."""
-    say = print if is_main() else quiet
+    say = put if is_main() else quiet
     problems = load_held_out(config, say)
     chat = Chat(load_tokenizer(config), config.data)
     _, prompts = encode_dataset(Dataset([], problems), chat, config, say)

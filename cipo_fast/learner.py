@@ -30,6 +30,11 @@ STATS = (
 )
 
 
+# Of all that an engine sampled: a stream -> [tokens, sums of ALL_STATS over them].
+Sampled = dict[str, list[float]]
+ALL_STATS = ("all_entropy", "all_approx_kl", "all_mismatch_kl", "all_mismatch_outside")
+
+
 @dataclass(frozen=True)
 class Update:
     """What an optimiser step did. `streams[name]` holds STATS over the targets learned from: those of the loss, and the
@@ -41,6 +46,7 @@ class Update:
     lr: float
     applied: bool  # False: the loss or a gradient was not finite, nothing changed
     streams: dict[str, dict[str, float]]
+    sampled: Sampled  # ... of these packs
     bad_pack: Pack | None = None  # this rank's pack that was not finite
 
 
@@ -55,19 +61,29 @@ class Learner:
             policy.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
 
+    def measure(self, packs: Sequence[Pack]) -> Sampled:
+        """What an `update` would see of these packs, by the weights as they are; nothing is learned from them. Every
+        rank must bring equally many packs."""
+        sampled = _SampledStats(self.device)
+        for pack in packs:
+            pack = pack.to(self.device)
+            sampled.add(*self.policy.measure(pack), pack)
+        return sampled.result()
+
     def update(self, packs: Sequence[Pack], step: int) -> Update:
         """One optimiser step on this rank's packs; `step` counts optimiser steps from 0 and sets the learning rate.
         Every rank must bring equally many packs: a pack is a collective."""
         lr = learning_rate(self.config, step, self.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses, stats = [], _Stats(self.device)
+        losses, stats, sampled = [], _Stats(self.device), _SampledStats(self.device)
         for pack in packs:
             pack = pack.to(self.device)
             output = self.policy(pack)
             output.loss.backward()
             losses.append(output.loss.detach())
             stats.add(output.logp, output.entropy, output.ratio, output.clipped, pack)
+            sampled.add(output.logp, output.entropy, pack)
         norm = self._clip_gradients()
         loss = _reduce(torch.stack(losses).sum(), dist.ReduceOp.SUM).item()
         applied = math.isfinite(loss) and math.isfinite(norm)
@@ -78,15 +94,15 @@ class Learner:
             self.optimizer.zero_grad()
             bad_pack = self._find_bad(packs)
         self.optimizer.zero_grad()
-        return Update(loss, norm, lr, applied, stats.result(), bad_pack)
+        return Update(loss, norm, lr, applied, stats.result(), sampled.result(), bad_pack)
 
-    def with_log_probs(self, packs: Sequence[Pack], need_old: bool) -> list[Pack]:
+    def with_log_probs(self, packs: Sequence[Pack], need_old: bool, need_ref: bool = True) -> list[Pack]:
         """The packs with old_logp (where a batch gets several updates) and ref_logp (where there is a reference)."""
         filled = []
         for pack in packs:
             moved = pack.to(self.device)
             old = self.policy.log_probs(moved) if need_old else None
-            ref = self.reference.log_probs(moved) if self.reference is not None else None
+            ref = self.reference.log_probs(moved) if need_ref and self.reference is not None else None
             filled.append(dataclasses.replace(moved, old_logp=old, ref_logp=ref))
         return filled
 
@@ -159,6 +175,29 @@ class _Stats:
                     "mismatch_outside": outside / n_sampled,
                 }
         return found
+
+
+class _SampledStats:
+    """Sums over all tokens that an engine sampled, learned from or not, a stream each, over packs and ranks."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(len(STREAMS), 1 + len(ALL_STATS), dtype=torch.float64, device=device)
+
+    def add(self, logp: Tensor, entropy: Tensor, pack: Pack) -> None:
+        """logp and entropy [N] by the weights of now."""
+        of_conversation = torch.tensor(
+            [STREAMS.index(c.stream) for c in pack.conversations], dtype=torch.int64, device=logp.device
+        )
+        sampled = ~pack.sampler_logp.isnan()
+        stream, logp, entropy = of_conversation[pack.conversation][sampled], logp[sampled], entropy[sampled]
+        old = logp if pack.old_logp is None else pack.old_logp[sampled]
+        gap = old - pack.sampler_logp[sampled]
+        outside = (gap.exp() - 1).abs() > 0.1
+        columns = [torch.ones_like(logp), entropy, k3(logp, old), k3(old, old - gap), outside]
+        self.sums.index_add_(0, stream, torch.stack([c.double() for c in columns], dim=1))
+
+    def result(self) -> Sampled:
+        return dict(zip(STREAMS, _reduce(self.sums, dist.ReduceOp.SUM).tolist(), strict=True))
 
 
 def _reduce(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:

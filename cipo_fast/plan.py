@@ -21,12 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cipo_kernels import device_rates
-from rich.console import Console
 from rich.table import Table
 
-from cipo_fast.errors import UserError
+from cipo_fast.errors import UserError, command
 from cipo_fast.packing import CostModel, Node, build_trees, pack_trees
 from cipo_fast.records import Conversation, Segment
+from cipo_fast.settings import expand
+from cipo_fast.view import Terminal
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,13 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 2 for bad input, with one line."""
-    try:
-        options = parse(sys.argv[1:] if argv is None else argv)
-        table = report(recorded(Path(options.run)) if options.run else synthetic(options), options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    Console().print(table)
-    return 0
+    return command(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(args: Sequence[str]) -> None:
+    options = parse(args)
+    batch = recorded(Path(expand(options.run, "run"))) if options.run else synthetic(options)
+    Terminal().print(report(batch, options))
 
 
 def parse(args: Sequence[str]) -> Options:

@@ -73,9 +73,9 @@ AttentionInterface.register(ATTENTION, cipo_tree_attention)
 
 
 class Policy(nn.Module):
-    """`policy(pack) -> LossOutput`, `policy(pack, "logp") -> logp [N] fp32`.
+    """`policy(pack) -> LossOutput`, `policy(pack, "logp") -> logp [N] fp32`, `"measure"`: (logp, entropy).
 
-    Both run in `forward`, inside the FSDP root, so that its hooks unshard the head once for the fused loss.
+    All run in `forward`, inside the FSDP root, so that its hooks unshard the head once for the fused loss.
     """
 
     def __init__(self, model: PreTrainedModel, config: Config):
@@ -89,7 +89,9 @@ class Policy(nn.Module):
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.train()
 
-    def forward(self, pack: Pack, what: str = "loss", temperature: float | None = None) -> LossOutput | Tensor:
+    def forward(
+        self, pack: Pack, what: str = "loss", temperature: float | None = None
+    ) -> LossOutput | Tensor | tuple[Tensor, Tensor]:
         hidden = self.model.base_model(
             input_ids=pack.input_ids[None],
             position_ids=pack.layout.position_ids[None],
@@ -100,9 +102,12 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         inputs = (hidden, head.weight, pack.pred_index, pack.target_id)
-        if what == "logp":
+        if what != "loss":
             temperature = self.temperature if temperature is None else temperature
-            return fused_linear_logprob(*inputs, bias=bias, softcap=self.softcap, temperature=temperature)
+            logp, entropy = fused_linear_logprob(
+                *inputs, bias=bias, softcap=self.softcap, temperature=temperature, return_entropy=True
+            )
+            return logp if what == "logp" else (logp, entropy)
         return fused_linear_cipo_loss(
             *inputs,
             old_logp=pack.old_logp,
@@ -128,9 +133,19 @@ class Policy(nn.Module):
     def log_probs(self, pack: Pack, temperature: float | None = None) -> Tensor:
         """[N] fp32, without a backward pass to follow; at the sampling temperature unless given."""
         logp = self(pack, "logp", temperature)
+        self._reshard()
+        return logp
+
+    @torch.no_grad()
+    def measure(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """(log-probs [N], entropies [N]) fp32 at the sampling temperature, without a backward pass to follow."""
+        found = self(pack, "measure")
+        self._reshard()
+        return found
+
+    def _reshard(self) -> None:
         if isinstance(self, FSDPModule):
             self.reshard()  # FSDP2 leaves the root's parameters gathered for a backward pass
-        return logp
 
     def _sampler_logp(self, pack: Pack) -> Tensor:
         """[N] such that exp(old_logp - it) is the importance weight of the target, or of its whole sequence.

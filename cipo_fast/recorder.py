@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cipo_fast.config import Config
+from cipo_fast.errors import UserError
 from cipo_fast.records import Anchor, Group, Rollout
 
 # What one run writes, and the next one sets aside.
@@ -28,8 +31,8 @@ class Recorder:
             set_aside(self.dir)
         else:
             _forget_after(self.dir, resume_step)
-        (self.dir / "config.yaml").write_text(config.to_yaml())
-        self.metrics = (self.dir / "metrics.jsonl").open("a", buffering=1)
+        (self.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        self.metrics = (self.dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         self.tensorboard = None
         if config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -55,12 +58,12 @@ class Recorder:
 
     def summary(self, summary: dict[str, Any]) -> None:
         part = self.dir / "summary.json.part"
-        part.write_text(json.dumps(summary, indent=1))
+        part.write_text(json.dumps(summary, indent=1), encoding="utf-8")
         part.rename(self.dir / "summary.json")
 
     def tokens_saved(self) -> float | None:
         """Share of tokens that sharing saved, over all steps of the run."""
-        lines = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         rows = sum(line["tokens/rows"] for line in lines)
         return 1 - sum(line["tokens/forwarded"] for line in lines) / rows if rows else None
 
@@ -74,7 +77,7 @@ class Recorder:
         corrections = {(a.group, a.index): [_record(c) for c in a.corrections] for a in anchors}
         folder = self.dir / "rollouts"
         folder.mkdir(exist_ok=True)
-        with (folder / f"step-{step:05d}.jsonl").open("w") as file:
+        with (folder / f"step-{step:05d}.jsonl").open("w", encoding="utf-8") as file:
             for g, group in enumerate(groups):
                 asked = {
                     "problem": group.problem.id,
@@ -97,6 +100,22 @@ def _record(rollout: Rollout) -> dict[str, Any]:
     }
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless files can be made in `folder`, to be asked first of all; nothing is left behind."""
+    made: list[Path] = []
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise UserError(f"run.dir={folder}: cannot write there: {error.strerror}; name another folder") from None
+    finally:
+        for path in made:
+            with suppress(OSError):  # another run begins in it, or it was not made
+                path.rmdir()
+
+
 def set_aside(run_dir: Path) -> None:
     """Move an earlier run's files to `previous/<time it ended>/`: nothing is overwritten."""
     found = [run_dir / name for name in OUTPUTS if (run_dir / name).exists()]
@@ -114,9 +133,10 @@ def set_aside(run_dir: Path) -> None:
 def _forget_after(run_dir: Path, step: int) -> None:
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         part = metrics.with_suffix(".part")
-        part.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        part.write_text(kept, encoding="utf-8")
         part.rename(metrics)
     for path in (run_dir / "rollouts").glob("step-*.jsonl"):
         if int(path.stem[5:]) > step:

@@ -17,46 +17,45 @@ import torch
 
 from cipo_fast.config import parse_args
 from cipo_fast.engines import fit_to_model, write_shape
-from cipo_fast.errors import UserError
+from cipo_fast.errors import UserError, command, put
 from cipo_fast.model import load_shape, load_tokenizer
+from cipo_fast.recorder import check_writable
 from cipo_fast.rollout.connection import is_loopback
 from cipo_fast.rollout.vllm_guard import KEY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 2 for bad input, with one line."""
-    try:
-        config = parse_args(sys.argv[1:] if argv is None else argv)
-        from cipo_fast.rollout.vllm import check_version
+    return command(lambda: run(sys.argv[1:] if argv is None else argv))
 
-        check_version()
-        if config.model.path == "embedded":
-            raise UserError(
-                "model.path=embedded: name a folder; `python -m cipo_fast.embedded` makes one and prints it"
-            )
-        folder = config.run_dir / "engine"
-        from cipo_fast.rollout.server_process import DEFAULT_PORT, ENVIRONMENT, NAME, refuse_taken, serve_command
 
-        host = config.rollout.vllm.args.get("host", "127.0.0.1")
-        if not is_loopback(host) and not os.environ.get(KEY):
-            raise UserError(
-                f"rollout.vllm.args.host={host}: others reach it there; set a key, {KEY}, here and for the trainer"
-            )
-        port = config.rollout.server.port or DEFAULT_PORT
-        refuse_taken(host, port)
-        shape = load_shape(config)
-        config = fit_to_model(config, shape, print)
-        write_shape(folder, shape, load_tokenizer(config))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(args: Sequence[str]) -> None:
+    config = parse_args(args)
+    from cipo_fast.rollout.vllm import check_version
+
+    check_version()
+    if config.model.path == "embedded":
+        raise UserError("model.path=embedded: name a folder; `python -m cipo_fast.embedded` makes one and prints it")
+    from cipo_fast.rollout.server_process import DEFAULT_PORT, ENVIRONMENT, NAME, refuse_taken, serve_command
+
+    host = config.rollout.vllm.args.get("host", "127.0.0.1")
+    if not is_loopback(host) and not os.environ.get(KEY):
+        raise UserError(
+            f"rollout.vllm.args.host={host}: others reach it there; set a key, {KEY}, here and for the trainer"
+        )
+    port = config.rollout.server.port or DEFAULT_PORT
+    refuse_taken(host, port)
+    shape = load_shape(config)
+    config = fit_to_model(config, shape, put)
+    check_writable(config.run_dir)
+    folder = config.run_dir / "engine"
+    write_shape(folder, shape, load_tokenizer(config))
     os.environ.update(ENVIRONMENT)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sys.argv = [sys.argv[0], *serve_command(folder, config, device, host, port, NAME)]
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 import copy
 import math
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -30,25 +29,26 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast import checkpoint
+from cipo_fast.alarms import Alarms
 from cipo_fast.chat import Chat, pinned_date
 from cipo_fast.checkpoint import Progress
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics
-from cipo_fast.cipo.objective import conversations
+from cipo_fast.cipo.objective import conversations, left_out
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import gather, is_main, leave_after, on_main, process_group, together
+from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first, together
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
-from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError
+from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError, command, put
 from cipo_fast.evaluate import evaluate
-from cipo_fast.learner import STATS, STREAMS, Learner, Update
+from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Learner, Sampled, Update
 from cipo_fast.model import load_model, load_shape, load_tokenizer
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
 from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
-from cipo_fast.recorder import Recorder
+from cipo_fast.recorder import Recorder, check_writable
 from cipo_fast.records import Anchor, Conversation, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, seed_for
@@ -74,6 +74,7 @@ class Run:
     cost: CostModel
     sampling: Sampling
     view: View
+    alarms: Alarms
     ahead: Future["Batch"] | None = None  # the next step's batch, when rollout.overlap=1
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
@@ -90,29 +91,26 @@ class Batch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what)."""
+    """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what), 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def checked() -> Config:
+        config = parse_args(args)
+        if starts_first():
+            check_writable(config.run_dir)
+        return config
+
+    def body() -> None:
         if "--dry-run" in args:
             from cipo_fast.dry_run import dry_run
 
-            print(dry_run(args, embedded_config))
-            return 0
-        config = parse_args(args)
-        with process_group(config.run.rank_timeout_s) as mesh:
+            if starts_first():
+                put(dry_run(args, embedded_config))
+            return
+        with prepared_group(checked) as (mesh, config):
             train(config, mesh)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TrainingStopped as error:
-        if error.__cause__ is not None:  # what nobody foresaw, on the rank that met it
-            traceback.print_exception(error.__cause__)
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: checkpoint.resume=true goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    return 0
+
+    return command(body, "interrupted: checkpoint.resume=true goes on from the newest checkpoint")
 
 
 def train(config: Config, mesh: DeviceMesh) -> None:
@@ -199,7 +197,10 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
     }
     metrics["time/idle_s"] = step_s - sum(v for k, v in metrics.items() if k.startswith("time/") and v)
     metrics["time/step_s"] = step_s
-    alarm(run, metrics)
+    alarms, lines = run.alarms.step(metrics, batch.groups, batch.anchors)
+    for line in lines:
+        run.view.say(line)
+    metrics |= alarms
     return metrics, batch, progress
 
 
@@ -253,16 +254,6 @@ def sample(run: Run, step: int, replay: ReplayState) -> Batch:
     return Batch(groups, anchors, counts, replay.rho, update_replay(replay, kept, config.replay))
 
 
-def alarm(run: Run, metrics: Metrics) -> None:
-    """Say so when trainer and engine drift apart: the importance weights then do more than correct rounding."""
-    outside = max(metrics.get(f"{stream}/mismatch_outside") or 0.0 for stream in STREAMS)
-    if outside > run.config.sync.alarm_outside:
-        run.view.say(
-            f"alarm, step {metrics['step']}: the trainer's probability of {outside:.1%} of the sampled tokens is not "
-            f"within 10% of the engine's (sync.alarm_outside={run.config.sync.alarm_outside:g})"
-        )
-
-
 def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
     """B prompts: every epoch is a permutation of its own, and a step's place in it follows from its number."""
     b = config.rollout.prompts_per_step
@@ -276,15 +267,19 @@ def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Pr
 
 
 def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tuple[list[Update], Metrics, float]:
-    """The step's optimiser updates: (updates, token counts, seconds for old and reference log-probs)."""
+    """The step's optimiser updates: (updates, metrics of the tokens, seconds for old and reference log-probs)."""
     n = run.config.train.updates_per_step
-    batches = []
+    measured = due(step, run.config.train.measure_every)
+    batches: list[list[Pack]] = []
+    rests: list[list[Pack]] = []
     forwarded = rows = 0
     for part in range(n):
         members = [replace(a, group=a.group // n) for a in anchors if a.group % n == part]
         batch = conversations(groups[part::n], members, run.config)
+        rest = left_out(groups[part::n], members, batch) if measured else []
         packs, tokens = make_packs(batch, run)
         batches.append(packs)
+        rests.append(make_packs(rest, run)[0] if rest else [])
         forwarded += tokens
         rows += row_tokens(batch)
     old_logp_s = 0.0
@@ -292,14 +287,19 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
     if need_old or run.learner.reference is not None:
         started = time.perf_counter()
         batches = [run.learner.with_log_probs(packs, need_old) for packs in batches]
+        rests = [run.learner.with_log_probs(packs, need_old, need_ref=False) for packs in rests]
         old_logp_s = time.perf_counter() - started
-    updates = []
+    updates, sampled = [], []
     for part, packs in enumerate(batches):
+        if measured:
+            sampled.append(run.learner.measure(rests[part]))  # by the weights that this update starts from
         updates.append(run.learner.update(packs, (step - 1) * n + part))
         if updates[-1].bad_pack is not None:
             keep_bad_pack(run, updates[-1].bad_pack, step)
     saved = 1 - forwarded / rows if rows else None
-    return updates, {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}, old_logp_s
+    seen: Metrics = {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}
+    seen |= sampled_metrics([*sampled, *(u.sampled for u in updates)] if measured else [])
+    return updates, seen, old_logp_s
 
 
 def make_packs(batch: list[Conversation], run: Run) -> tuple[list[Pack], int]:
@@ -318,12 +318,22 @@ def update_metrics(updates: list[Update]) -> Metrics:
         "optim/lr": updates[-1].lr,
         "train/skipped": sum(not u.applied for u in updates),
     }
-    for stream in ("rollout", "correction"):
+    for stream in STREAMS:
         found = [u.streams[stream] for u in updates if stream in u.streams]
         for key in STATS:
             values = [f[key] for f in found] or [math.nan]  # nothing in the stream to learn from
             metrics[f"{stream}/{key}"] = max(values) if key.endswith("max") else sum(values) / len(values)
     return {k: v if v is None or math.isfinite(v) else None for k, v in metrics.items()}
+
+
+def sampled_metrics(found: list[Sampled]) -> Metrics:
+    """Means over every token that was sampled, learned from or not; None where none was measured or is finite."""
+    metrics: Metrics = {}
+    for stream in STREAMS:
+        tokens, *sums = (sum(column) for column in zip(*(f[stream] for f in found), strict=True)) if found else [0.0]
+        for key, total in zip(ALL_STATS, sums or [0.0] * len(ALL_STATS), strict=True):
+            metrics[f"{stream}/{key}"] = total / tokens if tokens and math.isfinite(total) else None
+    return metrics
 
 
 # ----------------------------------------------------------------------------------------------- before and after
@@ -368,7 +378,8 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
         view.say(f"resumed after step {progress.step}")
     sync.publish(progress.step)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
-    run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view)
+    alarms = Alarms(config.run.alarm_after, config.sync.alarm_outside)
+    run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view, alarms)
     return run, progress
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cipo_fast.cipo.metrics import Metrics
+from cipo_fast.errors import stop_printing, visible
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PHASES = ("generate", "verify", "old_logp", "train", "sync", "probe", "idle")
@@ -34,21 +35,32 @@ COLORS = {
 }
 
 
+class Terminal(Console):
+    """A console that takes text as it is: no markup, no emoji codes. A reader that goes away ends nothing."""
+
+    def __init__(self, quiet: bool = False):
+        super().__init__(quiet=quiet, highlight=False, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        stop_printing()
+
+
 class View:
     """`mode` is live, plain or auto (live in a terminal). Quiet on every rank but the first."""
 
     def __init__(self, mode: str, steps: int, title: str, quiet: bool):
-        self.console = Console(quiet=quiet, highlight=False)
-        self.title = title
+        self.console = Terminal(quiet)
+        self.title = visible(title)
         self.history: list[float] = []
         self.latest: Metrics = {}
         self.message = ""
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("left", markup=False),
             TimeRemainingColumn(),
             expand=True,
         )
@@ -64,7 +76,7 @@ class View:
         if self.live:
             self.live.start()
         else:
-            self.console.print(self.title, soft_wrap=True)
+            self.say(self.title)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,17 +86,17 @@ class View:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, soft_wrap=True)
+        self.console.print(Text(visible(text)), soft_wrap=True)
 
     def busy(self, text: str) -> None:
         """What is going on, in the live view alone."""
-        self.message = text
+        self.message = visible(text)
 
     def note(self, text: str) -> None:
         """A line that is replaced by the next in the live view."""
-        self.message = text
+        self.message = visible(text)
         if not self.live:
-            self.console.print(text, soft_wrap=True)
+            self.say(text)
 
     def step(self, metrics: Metrics) -> None:
         if not self.latest:
@@ -94,7 +106,7 @@ class View:
         self.history.append(float(metrics["rollout/accuracy"] or 0))
         self.progress.update(self.task, completed=metrics["step"])
         if not self.live:
-            self.console.print(step_line(metrics, int(self.progress.tasks[0].total or 0)), soft_wrap=True)
+            self.say(step_line(metrics, int(self.progress.tasks[0].total or 0)))
 
     def _render(self) -> Panel:
         parts: list[Any] = [self.progress]
@@ -102,7 +114,7 @@ class View:
             parts += [Text(), _columns(self.latest, self.history)]
         if self.message:
             parts.append(Text(self.message, style="dim"))
-        return Panel(Group(*parts), title=self.title, title_align="left", border_style="blue")
+        return Panel(Group(*parts), title=Text(self.title), title_align="left", border_style="blue")
 
 
 def step_line(m: Metrics, total: int) -> str:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from cipo_fast.config import Config, configs_dir, load_config
+from cipo_fast.config import Config, configs_dir, load_config, parse_args
 from cipo_fast.errors import UserError
 
 
@@ -34,7 +36,25 @@ from cipo_fast.errors import UserError
         ("model.embedded.heads=3", "model.embedded: hidden must be"),
         ("nonsense", "expected key.path=value"),
         ("=3", "expected key.path=value"),
-        ("train.steps=[", "not valid YAML"),
+        ("train.steps=[", "train.steps='[': input should be a valid integer"),
+        ("train.steps=true", "train.steps='true': input should be a valid integer"),
+        ("seed=0x10", "seed=0x10: input should be a valid integer"),
+        ("run.tensorboard=maybe", "input should be a valid boolean"),
+        ("rollout.overlap=2", "rollout.overlap=2: input should be 0 or 1"),
+        ("rollout.vllm.args={a: [", "not valid YAML"),
+        ("rollout.vllm.args={a: 1, a: 2}", "key 'a' is given twice"),
+        ("rollout.vllm.args=3", "should be a valid dictionary"),
+        ("rollout=vllm", "rollout='vllm': input should be a valid dictionary"),
+        ("rollout.engine.x=3", "rollout.engine is one value"),
+        ("rollout..engine=vllm", "expected key.path=value"),
+        ("run.name=", "argument 'run.name=': no value after the ="),
+        ("run.name=..", "run.name='..'"),
+        ("run.dir=$CIPO_NOT_SET/x", "the environment variable 'CIPO_NOT_SET' is not set"),
+        ("data.train=${CIPO_NOT_SET}/x", "the environment variable 'CIPO_NOT_SET' is not set"),
+        ("model.path=~no_such_user/m", "no user 'no_such_user'"),
+        ("data.train=" + "a" * 300, "data.train: no file"),
+        ("grpo", "the recipe is grpo.yaml"),
+        ("correction.followup=\udc80", "half a surrogate pair"),
         ("seed=-1", "seed=-1"),
     ],
 )
@@ -127,3 +147,154 @@ def keys_of(content: dict, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]
     for key, value in content.items():
         found += keys_of(value, (*above, key)) if isinstance(value, dict) else [(*above, key)]
     return found
+
+
+# ------------------------------------------------------------------------------------------------ a text is that text
+
+TEXTS = ["007", "yes", "1e3", "0x10", "2026-01-01", "null", "true", "~", "1:30", "a #### b", "[x]", "{a: b}", "a: b",
+         "'q'", '"q"', "  s  ", "- x", "&a", "*a", "!t", "%", "@x", "$HOME", "é 中 😀", "\u2028 \x85 \r\n\t\x1b",
+         "x\n\n y\n", "\ufeff"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_setting_is_the_text_typed_and_recorded(text: str, tmp_path: Path) -> None:
+    config = load_config([], [f"correction.followup={text}"])
+    assert config.correction.followup == text
+    (tmp_path / "c.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config([str(tmp_path / "c.yaml")], []) == config
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "value"),
+    [("007", "007"), ("yes", "yes"), ("1e3", "1e3"), ("2026-01-01  # a day", "2026-01-01"), ("0x10", "0x10"),
+     ("'a # b'", "a # b"), ("null", "null"), ("!!int 5", "5"), ("'{}'", "{}")],
+)  # fmt: skip
+def test_a_text_in_a_file_is_its_scalar(yaml_text: str, value: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xef\xbb\xbfcorrection:\r\n  followup: " + yaml_text.encode() + b"\r\n")
+    assert load_config([str(path)], []).correction.followup == value
+
+
+def test_numbers_and_truth_values_are_read_by_their_field(tmp_path: Path) -> None:
+    text = "optim: {lr: 1e-6}\nseed: 010\ntrain: {steps: 1_000}\nrun: {tensorboard: off, name: 1.0}\nrollout:\n"
+    (tmp_path / "x.yaml").write_text(text)
+    config = load_config([str(tmp_path / "x.yaml")], ["loss.is_cap=null", "rollout.overlap=0", "sync.probe_every=3.0"])
+    assert (config.optim.lr, config.seed, config.train.steps, config.run.tensorboard) == (1e-6, 10, 1000, False)
+    assert (config.run.name, config.loss.is_cap, config.sync.probe_every) == ("1.0", None, 3)
+
+
+def test_values_without_a_type_are_yaml_1_2(tmp_path: Path) -> None:
+    args = ["rollout.vllm.args={a: 1e-6, b: yes, c: 007, d: null, e: [true, x]}", "rollout.vllm.args.f.g=false"]
+    config = load_config([], [*args, "rollout.vllm.args.h=0x10"])
+    expected = {"a": 1e-6, "b": "yes", "c": "007", "d": None, "e": [True, "x"], "f": {"g": False}, "h": "0x10"}
+    assert config.rollout.vllm.args == expected
+    (tmp_path / "c.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config([str(tmp_path / "c.yaml")], []) == config
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab.<~1é ", max_size=3), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=9)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    followup=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    args=st.dictionaries(st.text("abc~<1é", min_size=1, max_size=4), JSON, max_size=3),
+    folder=NAMES,
+    devices=st.none() | st.sampled_from(["null", "~", "6,7", "0", "", "yes"]),
+    lr=st.floats(1e-300, 1),
+    name=st.from_regex(r"\A[a-zA-Z0-9_-][a-zA-Z0-9_.-]{0,8}\Z"),
+)
+def test_the_record_of_a_config_is_that_config(tmp_path, followup, args, folder, devices, lr, name) -> None:
+    config = load_config([], [f"optim.lr={lr}", f"run.name={name}"])
+    config.correction.followup, config.rollout.vllm.args = followup, args
+    config.rollout.server.devices = devices
+    config.run.dir, config.model.path = tmp_path / folder, f"/models/{folder}"
+    (tmp_path / "c.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config([str(tmp_path / "c.yaml")], []) == config
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\ntrain: {steps: 1}\nseed: 2\n", "x.yaml:3: key 'seed' is given twice, first in line 1"),
+        ("train:\n  steps: 1\n  steps: 1\n", "x.yaml:3: key 'steps' is given twice, first in line 2"),
+        ("train:\n\tsteps: 1", "x.yaml:2: not valid YAML"),
+        ("train:\n  steps: -3", "x.yaml:2: train.steps=-3: input should be greater"),
+        ("train:\n  stepz: 3", "x.yaml:2: unknown key 'train.stepz': did you mean 'train.steps'?"),
+        ("train.steps: 3", "x.yaml:1: key 'train.steps': write one level a key, train: {steps: ...}"),
+        ("run:\n  name: [a]", "x.yaml:2: run.name: expected one value, got a list"),
+        ("? {a: b}\n: 1", "x.yaml:1: a key is a word"),
+        ("seed: 1\n---\nseed: 2", "x.yaml:2: not valid YAML"),
+        ("seed: *no", "x.yaml:1: not valid YAML"),
+        ("rollout: {vllm: {args: &a {b: *a}}}", "x.yaml:1: over 10,000 values"),
+        ("rollout: {vllm: {args: {a: &a [0,0,0,0,0,0,0,0,0], b: &b [*a,*a,*a,*a,*a,*a,*a], c: &c [*b,*b,*b,*b,*b,*b],"
+         " d: &d [*c,*c,*c,*c,*c,*c,*c], e: [*d,*d,*d,*d,*d,*d,*d]}}}", "x.yaml:1: over 10,000 values"),
+        ("[" * 5000, "x.yaml: not valid YAML"),
+        ("data: {train: $CIPO_NOT_SET/a}", "x.yaml:1: data.train: the environment variable 'CIPO_NOT_SET' is not set"),
+        ("rollout: {vllm: {args: {a: !!timestamp 2026-01-01}}}", "rollout.vllm.args.a: a date is no setting"),
+        ('correction: {followup: "\\ud800"}', "half a surrogate pair"),
+        ('data: {train: "a\\0b"}', "data.train: expected a path"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_one_line_that_says_where(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config([str(tmp_path / "x.yaml")], [])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_anchors_and_merges_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("optim: &o {lr: 0.5}\nrollout: {vllm: {args: {<<: *o, a: 1}}}\n")
+    config = load_config([str(tmp_path / "x.yaml")], [])
+    assert config.rollout.vllm.args == {"lr": 0.5, "a": 1}
+
+
+def test_paths_have_home_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In files and on the command line, for every path; recorded so that any folder starts the same run."""
+    home = tmp_path / "home"
+    (home / "sub").mkdir(parents=True)
+    (tmp_path / "a$b").mkdir()
+    (home / "a.jsonl").write_text("")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("CIPO_HOME", "~/sub")
+    monkeypatch.chdir(tmp_path)
+    (home / "x.yaml").write_text("data: {train: ~/a.jsonl, eval: $HOME/a.jsonl}\nrun: {dir: '${CIPO_HOME}/r'}\n")
+    config = load_config(["~/x.yaml"], ["model.path=a$$b"])
+    assert (config.data.train, config.data.eval) == (home / "a.jsonl", home / "a.jsonl")
+    assert (config.run.dir, config.model.path) == (home / "sub" / "r", str(tmp_path / "a$b"))
+    again = parse_args(["data.train=home/a.jsonl", "model.path=~/sub", "run.dir=b$$c"])
+    assert (again.data.train, again.model.path) == (home / "a.jsonl", str(home / "sub"))
+    for name, c in (("1.yaml", config), ("2.yaml", again)):
+        (home / name).write_text(c.to_yaml(), encoding="utf-8")
+    monkeypatch.chdir(home)
+    assert load_config(["1.yaml"], []) == config
+    assert load_config(["2.yaml"], []) == again
+    assert load_config([], ["model.path=Qwen/Qwen3-4B"]).model.path == "Qwen/Qwen3-4B"
+
+
+def test_a_name_alone_is_a_recipe_and_a_path_is_that_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_args(["grpo.yaml"]).correction.lambda_corr == 0
+    for path in ("/wrong/dir/grpo.yaml", "./grpo.yaml", "configs/grpo.yaml", "~/grpo.yaml"):
+        with pytest.raises(UserError, match=r"not found; the recipe is grpo\.yaml"):
+            parse_args([path])
+    assert capsys.readouterr().err == ""
+    (tmp_path / "grpo.yaml").write_text("seed: 5")
+    assert parse_args(["grpo.yaml"]).seed == 5
+    assert "grpo.yaml: the file in this folder" in capsys.readouterr().err
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1" / "c.yaml").write_text("seed: 6")
+    assert parse_args(["./lr=1/c.yaml"]).seed == 6
+    assert parse_args(["seed=1", "seed=2"]).seed == 2  # the last one

@@ -30,6 +30,27 @@ def conversations(groups: list[Group], anchors: list[Anchor], config: Config) ->
     return teaching or everything[:1]  # a step of an optimiser with momentum is a step, even on gradient 0
 
 
+def left_out(groups: list[Group], anchors: list[Anchor], teaching: list[Conversation]) -> list[Conversation]:
+    """The sampled answers that `teaching` does not hold after what they were sampled from, without weights: they are
+    only measured. Cross-entropy alone leaves out most corrections, on the bare prompt all of them."""
+    taught = {id(c.sampler_logps) for c in teaching}  # an answer's log-probs are a list of its own
+    prompts = [Segment(group.prompt_ids) for group in groups]
+    attempts = [[Segment(rollout.token_ids) for rollout in group.rollouts] for group in groups]
+    answers: list[tuple[tuple[Segment, ...], Rollout, str]] = [
+        ((prompts[g], attempts[g][i]), rollout, "rollout")
+        for g, group in enumerate(groups)
+        for i, rollout in enumerate(group.rollouts)
+    ]
+    for anchor in anchors:
+        context = _context(anchor, prompts, attempts)
+        answers += [((*context, Segment(r.token_ids)), r, "correction") for r in anchor.corrections]
+    return [
+        Conversation(segments, rollout.sampler_logps, stream, 0.0, 0.0, 0.0)
+        for segments, rollout, stream in answers
+        if id(rollout.sampler_logps) not in taught
+    ]
+
+
 def _all_conversations(groups: list[Group], anchors: list[Anchor], config: Config) -> list[Conversation]:
     prompts = [Segment(group.prompt_ids) for group in groups]
     attempts = [[Segment(rollout.token_ids) for rollout in group.rollouts] for group in groups]
