@@ -45,7 +45,7 @@ def build_server_engine(
     address = told(process.address if process is not None else None)
     if address is None:
         assert settings.url is not None
-        name = told(served_name(folder, config) if is_main() else "")
+        name = told(on_main(lambda: served_name(folder, config))) or ""
         address = Address(settings.url.rstrip("/"), name, os.environ.get(KEY) or None, started=False)
     engine = VllmServerEngine(address, process, told(_claim()), config, shapes, eos_ids, device)
     try:
