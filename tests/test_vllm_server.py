@@ -264,7 +264,7 @@ def test_a_server_that_serves_a_living_run_is_refused(setup: Setup) -> None:
 
 def test_another_vllm_than_ours_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup.engine, "address", replace(setup.engine.address, name="policy-0"))
-    with pytest.raises(TrainingStopped, match="another server answers there, with the model 'policy-"):
+    with pytest.raises(TrainingStopped, match="another server answers there, its model is 'policy-qwen3-64-"):
         setup.engine._recognise()
     found = replace(setup.engine.address, name=setup.engine.http.get("v1/models")["data"][0]["id"], started=False)
     monkeypatch.setattr(setup.engine, "address", found)

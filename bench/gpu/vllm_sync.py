@@ -112,7 +112,7 @@ def run_case(case: str, emit: Emit) -> None:
             if case in ("colocated", "server"):
                 time_batch(engine, emit)
             if case == "colocated":
-                assert isinstance(engine, VllmEngine)
+                assert isinstance(engine.engine, VllmEngine)
                 compare_kv_cache(engine, config, emit)
                 sleep(engine, policy, emit)
         finally:

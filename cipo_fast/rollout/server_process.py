@@ -19,7 +19,6 @@ from cipo_fast.rollout.connection import Address, is_loopback
 from cipo_fast.rollout.vllm import engine_arguments, two_lines
 from cipo_fast.rollout.vllm_guard import KEY
 
-NAME = "policy"  # of the model that a server by cipo_fast.serve gives
 DEFAULT_PORT = 8100  # of cipo_fast.serve
 OUR_OPTIONS = ("host", "port", "served_model_name", "api_key", "middleware", "uds")
 ENVIRONMENT = {
@@ -42,10 +41,10 @@ class ServerProcess:
         self.host = "127.0.0.1" if _one_node() else _interface(os.environ["MASTER_ADDR"])
         self.port = settings.port or _free_port(self.host)
         url_host = f"[{self.host}]" if ":" in self.host else self.host
-        self.address = Address(
-            f"http://{url_host}:{self.port}", f"{NAME}-{secrets.token_hex(8)}", secrets.token_urlsafe(32), started=True
-        )
-        self.command = serve_command(folder, config, device, self.host, self.port, self.address.name)
+        name = f"{served_name(folder, config)}-{secrets.token_hex(8)}"
+        key = secrets.token_urlsafe(32)
+        self.address = Address(f"http://{url_host}:{self.port}", name, key, started=True)
+        self.command = serve_command(folder, config, device, self.host, self.port, name)
         self.devices = settings.devices
         self.log = folder / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -83,6 +82,16 @@ class ServerProcess:
         lines = [re.sub(r"^\(\w+ pid=\d+\) ", "", x) for x in self.log.read_text(errors="replace").splitlines()]
         errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
         return two_lines("\n".join(lines[errors[-1] :])) if errors else "its log names no error"
+
+
+def served_name(folder: Path, config: Config) -> str:
+    """Of a server with this model and these settings: what a trainer and the server that it finds must agree in."""
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = [shape.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")]
+    parts.append(config.model.dtype)
+    if config.model.dtype == "bfloat16" and config.rollout.vllm.fp32_head:
+        parts.append("fp32_head")
+    return "-".join(["policy", *map(str, parts)])
 
 
 def serve_command(folder: Path, config: Config, device: str, host: str, port: int, name: str) -> list[str]:

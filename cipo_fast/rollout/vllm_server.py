@@ -28,7 +28,7 @@ from cipo_fast.records import Completion
 from cipo_fast.rollout import EngineFailure, Sampling, SyncReport
 from cipo_fast.rollout.checksums import added
 from cipo_fast.rollout.connection import CONNECT_TIMEOUT_S, Address, Connection
-from cipo_fast.rollout.server_process import NAME, ServerProcess, transfer_kind
+from cipo_fast.rollout.server_process import ServerProcess, served_name, transfer_kind
 from cipo_fast.rollout.vllm import (
     VERSIONS,
     engine_arguments,
@@ -52,7 +52,8 @@ def build_server_engine(
     address = told(process.address if process is not None else None)
     if address is None:
         assert settings.url is not None
-        address = Address(settings.url.rstrip("/"), NAME, os.environ.get(KEY) or None, started=False)
+        name = told(on_main(lambda: served_name(folder, config))) or ""
+        address = Address(settings.url.rstrip("/"), name, os.environ.get(KEY) or None, started=False)
     engine = VllmServerEngine(address, process, told(_claim()), config, wanted, eos_ids, device)
     try:
         on_main(engine.meet)
@@ -271,8 +272,8 @@ class VllmServerEngine:
         self.http.check()  # the name is ours alone, but it can have ended since
         if name != self.address.name:
             raise TrainingStopped(
-                f"{self.http.url}: another server answers there, with the model {name!r}; "
-                + ("end it, or take another port" if self.address.started else "start one with cipo_fast.serve")
+                f"{self.http.url}: another server answers there, its model is {name!r} and not {self.address.name!r}; "
+                + ("end it, or take another port" if self.address.started else "start it with the run's own settings")
             )
         self.max_model_len = length
         if not self.address.started:
