@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,12 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)  # results do not depend on how many cores the machine has
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory that holds warm starts; runs on the same model link to them."""
+    return tmp_path_factory.mktemp("warm")
 
 
 @pytest.fixture(scope="module")

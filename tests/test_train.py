@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_on_ranks import generate_by_prompt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,12 +33,6 @@ SMALL = [
     "eval.samples=2", "run.tensorboard=false", "run.view=plain", "train.steps=2",
     "sync.probe_every=1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory that holds warm starts; runs on the same model copy them."""
-    return tmp_path_factory.mktemp("warm")
 
 
 def run_dir(tmp_path: Path, warm: Path, name: str = "run") -> Path:
@@ -551,20 +546,35 @@ def test_torchrun_two_ranks(tmp_path: Path, warm: Path) -> None:
     assert len((folder / "rollouts" / "step-00001.jsonl").read_text().splitlines()) == 32
 
 
-def test_two_ranks_update_like_one(tmp_path: Path) -> None:
-    """The same conversations, on one rank and on two: the same weights after two updates, up to rounding."""
-    script = Path(__file__).with_name("update_on_ranks.py")
-    torchrun = Path(sys.executable).with_name("torchrun")
-    for ranks in (1, 2):
-        done = subprocess.run(
-            [str(torchrun), f"--nproc-per-node={ranks}", str(script), str(tmp_path / f"{ranks}.safetensors")],
-            env=environment(), timeout=250, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
-    assert one.keys() == two.keys()
-    for name in one:
-        assert (one[name] - two[name]).abs().max() < 2e-6, name  # lr 1e-3: an update is a thousand times that
+def sampled_texts(folder: Path, step: int) -> list[tuple[str, list[str]]]:
+    """Every rollout of a step and its corrections, in order."""
+    lines = (folder / "rollouts" / f"step-{step:05d}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(row["text"], [c["text"] for c in row["corrections"] or []]) for row in map(json.loads, lines)]
+
+
+def test_two_ranks_are_one_run(tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With samples that depend on the prompt alone, two ranks do what one does: the same rollouts, anchors and
+    corrections in the same order, the same losses, gradient norms and statistics, the same weights."""
+    one, two = run_dir(tmp_path, warm, "one"), run_dir(tmp_path, warm, "two")
+    more = ["train.pack_tokens=256", "train.steps=3", "loss.entropy_coef=0.01"]
+    monkeypatch.setattr(LocalEngine, "generate", generate_by_prompt)
+    assert train(one, *more) == 0
+    script, torchrun = Path(__file__).with_name("run_on_ranks.py"), Path(sys.executable).with_name("torchrun")
+    done = subprocess.run(
+        [str(torchrun), "--nproc-per-node=2", str(script), *SMALL, f"run.dir={two}", *more],
+        env=environment(), timeout=250, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(timeless(metrics(one)), timeless(metrics(two)), strict=True):
+        assert {k for k in a if a[k] is None} == {k for k in b if b[k] is None}
+        assert {k: v or 0.0 for k, v in a.items()} == pytest.approx(
+            {k: v or 0.0 for k, v in b.items()}, rel=1e-3, abs=1e-5
+        )
+    for step in (1, 2, 3):
+        assert sampled_texts(one, step) == sampled_texts(two, step)
+    wa, wb = weights(one), weights(two)
+    for name in wa:
+        assert (wa[name] - wb[name]).abs().max() < 2e-6, name  # lr 2e-4: an update is a hundred times that
 
 
 def test_config_is_a_record_of_the_run(tmp_path: Path, warm: Path) -> None:
