@@ -1,4 +1,4 @@
-"""vLLM with a kind of model: which tensors differ after a sync, or why it is refused. `vllm_of_a_kind.py FOLDER KIND`."""
+"""vLLM with a kind of model: which tensors differ after a sync, or why it is refused. Arguments: FOLDER KIND."""
 
 import os
 import sys
