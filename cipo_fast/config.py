@@ -281,9 +281,11 @@ class CheckpointConfig(Section):
     """Save every so many steps, and at the end; 0 means at the end only."""
     keep: Positive = 2
     """Checkpoints kept, newest first."""
-    resume: bool = False
-    """Go on from the newest checkpoint of `run.dir`, bit for bit. Without it a run starts anew and sets an earlier
-    run's files aside under `previous/`."""
+    resume: Literal["auto"] | bool = "auto"
+    """`auto`: go on with an unfinished run of the same settings in `run.dir`; true: that or nothing; false: begin anew.
+    Whatever is not gone on with is set aside under `previous/` [verl]."""
+    allow_changes: bool = False
+    """Go on although settings, data or model that make the run what it is are not those it was started with [ours]."""
     export: bool = True
     """At the end write `model/`, which `AutoModelForCausalLM.from_pretrained` loads."""
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from cipo_fast.errors import TrainingStopped, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # a rank may wait this long for another one's longest rollout
@@ -72,3 +74,24 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
     for found in errors:
         if found is not None:
             raise found
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` returns, run by the first rank alone; an error of whatever kind is raised on every rank, so that
+    none waits for one that is gone. Result and error travel pickled."""
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if is_main():
+        try:
+            outcome = [(action(), None)]
+        except (UserError, TrainingStopped, OSError) as error:
+            outcome = [(None, error)]
+        except Exception as error:
+            if dist.get_world_size() == 1:
+                raise
+            outcome = [(None, RuntimeError(f"{type(error).__name__}: {error}"))]  # itself it may not pickle
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, 0)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return cast(T, result)

@@ -1,4 +1,6 @@
-"""Errors whose message is all a user needs."""
+"""Errors whose message is all a user needs, and the exit codes of the command."""
+
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h, "try again": a signal ended the run, its state is saved
 
 
 class UserError(Exception):
@@ -11,3 +13,7 @@ class TrainingStopped(Exception):
 
 class PolicyBroken(TrainingStopped):
     """The weights are not fit to be saved: the newest checkpoint is the state to go on from."""
+
+
+class Preempted(Exception):
+    """A signal asked for the run's end; the message is its name. State is saved; exits with code PREEMPTED."""
