@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
-from cipo_fast.config import Config, DataConfig
+from cipo_fast.config import Config, DataConfig, read_config
 from cipo_fast.errors import UserError
 from cipo_fast.records import Message
 
@@ -42,14 +40,8 @@ def pinned_date(config: Config, resuming: bool) -> Config:
     if config.data.date is not None:
         return config
     pinned = config.model_copy(deep=True)
-    pinned.data.date = datetime.date.today()
-    recorded = config.run_dir / "config.yaml"
-    if resuming and recorded.is_file():
-        try:
-            data = yaml.safe_load(recorded.read_text(encoding="utf-8"))["data"]
-            pinned.data.date = DataConfig.model_validate({"date": data.get("date")}).date or pinned.data.date
-        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{recorded}: cannot be read back: give data.date, the day that run started") from None
+    recorded = read_config(config.run_dir / "config.yaml").data.date if resuming else None
+    pinned.data.date = recorded or datetime.date.today()
     return pinned
 
 

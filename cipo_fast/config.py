@@ -305,9 +305,11 @@ class CheckpointConfig(Section):
     """Save every so many steps, and at the end; 0 means at the end only."""
     keep: Positive = 2
     """Checkpoints kept, newest first."""
-    resume: bool = False
-    """Go on from the newest checkpoint of `run.dir`, bit for bit. Without it a run starts anew and sets an earlier
-    run's files aside under `previous/`."""
+    resume: Literal["auto"] | bool = "auto"
+    """`auto`: go on with an unfinished run of the same settings in `run.dir`; true: that or nothing; false: begin anew.
+    Whatever is not gone on with is set aside under `previous/` [verl]."""
+    allow_changes: bool = False
+    """Go on although settings, data or model that make the run what it is are not those it was started with [ours]."""
     export: bool = True
     """At the end write `model/`, which `AutoModelForCausalLM.from_pretrained` loads."""
 
@@ -430,6 +432,15 @@ def load_config(files: list[str], overrides: list[str]) -> Config:
         raise UserError(_explain(error, places)) from None
     _check(config)
     return config
+
+
+def read_config(path: Path) -> Config:
+    """The Config that a run has recorded in `path`; raises UserError. What it names need not be there any more."""
+    values, places = from_file(path, Config)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, places)) from None
 
 
 def _check(config: Config) -> None:

@@ -58,6 +58,8 @@ def process_group(timeout_s: float = 1800.0) -> Iterator[DeviceMesh]:
         dist.barrier()  # no rank takes the group down while another still works (the first writes files last)
     except (Ending, KeyboardInterrupt) as error:
         error.told = not _first_to_tell(store, error)  # type: ignore[union-attr]
+        if isinstance(error, Preempted):
+            dist.barrier()  # all ranks have it: none leaves before another, which torchrun would take for a failure
         raise
     except RuntimeError as error:
         if not _from_a_collective(error):
@@ -208,6 +210,11 @@ def together(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
 def on_main(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
     """`act()` on the first rank, whose exception all raise; None on the others. Files, servers: what there is once."""
     return together(lambda: act() if is_main() else None, group)
+
+
+def from_main(act: Callable[[], T]) -> T:
+    """What `act()` returns on the first rank, on every rank; pickled on its way."""
+    return cast(T, told(on_main(act)))
 
 
 def told(value: T) -> T:

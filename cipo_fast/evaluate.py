@@ -6,7 +6,7 @@ On its own: `python -m cipo_fast.evaluate model.path=FOLDER [configs/x.yaml ...]
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -20,9 +20,9 @@ from cipo_fast.distributed import is_main, leave_after, prepared_group, starts_f
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
 from cipo_fast.errors import UserError, command, put
 from cipo_fast.model import cast_weights, load_model, load_shape, load_tokenizer
-from cipo_fast.recorder import check_writable
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import Sampling
+from cipo_fast.run_dir import check_writable
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, quiet
 from cipo_fast.tasks import Dataset, load_held_out
 from cipo_fast.view import Terminal, evaluation_table
@@ -30,13 +30,22 @@ from cipo_fast.view import Terminal, evaluation_table
 Evaluation = dict[str, float | None]
 
 
-def evaluate(sampler: Sampler, prompts: Sequence[Prompt], correct: CorrectionPrompts, config: Config) -> Evaluation:
+def evaluate(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    correct: CorrectionPrompts,
+    config: Config,
+    pause: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """greedy, t1 and pass_at_k accuracy; wrong_to_right and right_to_wrong rates of corrections of one T=1 attempt a
-    problem; correction_gap, the former minus the accuracy of fresh retries (the problem's other samples)."""
+    problem; correction_gap, the former minus the accuracy of fresh retries (the problem's other samples).
+    `pause` is called between the parts: it may raise to end the evaluation."""
     k = config.eval.samples
     greedy = sampler.groups(prompts, 1, Sampling(0.0, 1.0, config.eval.max_tokens), 0, "eval-greedy")
+    pause()
     sampling = Sampling(1.0, 1.0, config.eval.max_tokens)
     groups = sampler.groups(prompts, k, sampling, 0, "eval")
+    pause()
     anchors = first_attempts(groups, correct)
     sampler.correct(anchors, min(k, 4), sampling, 0, "eval-correct")
     sampler.take_times()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cipo_fast.config import OptimConfig
-from cipo_fast.packing import Pack
+from cipo_fast.packing import Pack, make_pack
 from cipo_fast.policy import Policy
 
 STREAMS = ("rollout", "correction")
@@ -111,16 +111,24 @@ class Learner:
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def _find_bad(self, packs: Sequence[Pack]) -> Pack | None:
-        """The first pack whose own gradients are not finite; every rank walks through all of its packs."""
-        found = None
+        """This rank's first pack whose own gradients are not finite. A gradient is the sum over ranks, so where it is
+        not finite each rank's pack is looked at alone, the others bringing one that weighs nothing."""
+        world, rank, found, nothing = dist.get_world_size(), dist.get_rank(), None, make_pack([])
         for pack in packs:
-            output = self.policy(pack.to(self.device))
-            output.loss.backward()
-            finite = output.loss.isfinite() & torch.tensor(math.isfinite(self._clip_gradients()), device=self.device)
-            self.optimizer.zero_grad()
-            if found is None and not finite:
+            if self._finite(pack):
+                continue
+            alone = [self._finite(pack if r == rank else nothing) for r in range(world)] if world > 1 else [False]
+            if found is None and not alone[rank]:
                 found = pack
         return found
+
+    def _finite(self, pack: Pack) -> bool:
+        """Of the summed loss and gradients of all ranks' packs, by one pass that changes nothing."""
+        output = self.policy(pack.to(self.device))
+        output.loss.backward()
+        norm = self._clip_gradients()
+        self.optimizer.zero_grad()
+        return math.isfinite(_reduce(output.loss.detach().clone(), dist.ReduceOp.SUM).item()) and math.isfinite(norm)
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

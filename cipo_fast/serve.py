@@ -19,9 +19,9 @@ from cipo_fast.config import parse_args
 from cipo_fast.engines import fit_to_model, write_shape
 from cipo_fast.errors import UserError, command, put
 from cipo_fast.model import load_shape, load_tokenizer
-from cipo_fast.recorder import check_writable
 from cipo_fast.rollout.connection import is_loopback
 from cipo_fast.rollout.vllm_guard import KEY
+from cipo_fast.run_dir import check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,35 +22,37 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from cipo_fast import checkpoint
 from cipo_fast.alarms import Alarms
 from cipo_fast.chat import Chat, pinned_date
-from cipo_fast.checkpoint import Progress
+from cipo_fast.checkpoint import CheckpointFailed, Checkpoints, Progress, export
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics
 from cipo_fast.cipo.objective import conversations, left_out
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first, together
+from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
-from cipo_fast.errors import PolicyBroken, TrainingStopped, UserError, command, put
+from cipo_fast.errors import PolicyBroken, Preempted, TrainingStopped, command, note, put
 from cipo_fast.evaluate import evaluate
 from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Learner, Sampled, Update
 from cipo_fast.model import load_model, load_shape, load_tokenizer
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
 from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
-from cipo_fast.recorder import Recorder, check_writable
+from cipo_fast.preemption import StopSignals
+from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Conversation, Group
 from cipo_fast.rollout import EngineFailure, Sampling
+from cipo_fast.run_dir import check_writable, opened
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, seed_for
 from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
@@ -58,6 +60,9 @@ from cipo_fast.tasks import check_data, load_dataset
 from cipo_fast.view import View, summary_table
 
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
+NO_SYNC: Metrics = dict.fromkeys(
+    ("sync/parity_max_abs", "sync/parity_mean_abs", "sync/gb", "time/sync_s", "time/probe_s")
+)
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Run:
     sampling: Sampling
     view: View
     alarms: Alarms
+    checkpoints: Checkpoints
+    signals: StopSignals = field(default_factory=StopSignals)
     ahead: Future["Batch"] | None = None  # the next step's batch, when rollout.overlap=1
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
@@ -91,7 +98,8 @@ class Batch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what), 130 interrupted."""
+    """The command. Exit codes: 0 done, 1 stopped (state saved), 2 bad input (one line says what), 75 ended by a signal
+    (state saved; the same command goes on), 130 a second Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
 
     def checked() -> Config:
@@ -107,57 +115,96 @@ def main(argv: Sequence[str] | None = None) -> int:
             if starts_first():
                 put(dry_run(args, embedded_config))
             return
-        with prepared_group(checked) as (mesh, config):
-            train(config, mesh)
+        with StopSignals() as signals, prepared_group(checked) as (mesh, config):
+            train(config, mesh, signals)
 
-    return command(body, "interrupted: checkpoint.resume=true goes on from the newest checkpoint")
+    return command(body, "interrupted: the same command goes on from the newest checkpoint")
 
 
-def train(config: Config, mesh: DeviceMesh) -> None:
-    """The whole job: build, warm up, evaluate, loop, evaluate, export."""
+def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
+    """The whole job: open the folder, build, warm up, evaluate, loop, evaluate, export."""
     check_data(config)
-    config = gather([pinned_date(config, config.checkpoint.resume)])[0]  # one day on all ranks, recorded with the run
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
-    if config.checkpoint.resume and not checkpoint.saved(config.run_dir / "checkpoints"):
-        raise UserError(f"checkpoint.resume=true: no checkpoint in {config.run_dir / 'checkpoints'}; start without it")
     with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
+        folder = open_files.enter_context(opened(config, mesh.size()))
+        for line in folder.lines:
+            view.say(line)
+        config = gather([pinned_date(config, folder.resume)])[0]  # one day on all ranks, recorded with the run
         given = config  # what is recorded; `embedded` is a folder from here on
         if config.model.path == "embedded":
             config = prepare(config, mesh, view.note)
-        run, progress = build(config, mesh, view, open_files)
-        checkpoints = config.run_dir / "checkpoints"
-        recorder = on_main(lambda: Recorder(given, progress.step if config.checkpoint.resume else None))
-        if recorder is not None:
-            open_files.callback(recorder.close)
+        signals.check()
+        run, progress = build(config, mesh, view, open_files, folder.resume)
+        run.signals = signals
+        signals.install()
+        recorder = Recorder(given)
+        open_files.callback(recorder.close)
+        written(config, lambda: recorder.open(folder, progress.step if folder.resume else None))
         if progress.before is None:
             progress = replace(progress, before=timed_evaluation(run, progress, "before training"))
-        while progress.step < config.train.steps:
-            metrics, batch, progress = cipo_step(run, progress)
-            view.step(metrics)
-            with saved_if_stopped(run, progress):
-                record(recorder, Recorder.step, metrics, batch.groups, batch.anchors)
-            if progress.skipped_in_a_row >= MAX_SKIPS:
-                where = checkpoint.save(checkpoints, run.learner, progress, config.checkpoint.keep)
-                raise TrainingStopped(
-                    f"{MAX_SKIPS} updates in a row were not finite; {where} holds the weights from before them, "
-                    f"{config.run_dir / 'failed'} the packs"
-                )
-            if due(progress.step, config.checkpoint.every) or progress.step == config.train.steps:
-                checkpoint.save(checkpoints, run.learner, progress, config.checkpoint.keep)
-            if due(progress.step, config.eval.every) and progress.step < config.train.steps:
-                result = timed_evaluation(run, progress, f"at step {progress.step}")
-                record(recorder, Recorder.evaluation, result, progress.step)
+        progress = loop(run, recorder, progress)
         after = timed_evaluation(run, progress, "after training")
         finish(run, recorder, view, progress, after)
+
+
+def loop(run: Run, recorder: Recorder, progress: Progress) -> Progress:
+    """Steps to the last one. What a checkpoint holds is recorded, so that a run that goes on has every row once."""
+    config, steps = run.config, run.config.train.steps
+    while True:
+        if due(progress.step, config.eval.every) and progress.evaluated < progress.step < steps:
+            result = timed_evaluation(run, progress, f"at step {progress.step}")
+            with saved_if_stopped(run, progress):
+                written(config, partial(recorder.evaluation, result, progress.step))
+            progress = replace(progress, evaluated=progress.step)
+        if progress.step >= steps:
+            return progress
+        metrics, batch, progress, stop = cipo_step(run, progress)
+        run.view.step(metrics)
+        with saved_if_stopped(run, progress):
+            written(config, partial(recorder.step, metrics, batch.groups, batch.anchors))
+            if stop is not None:
+                raise stop
+            if progress.most_in_a_row >= MAX_SKIPS:
+                raise TrainingStopped(
+                    f"{MAX_SKIPS} updates in a row were not finite; they are in no weight, {config.run_dir / 'failed'} "
+                    "holds their packs"
+                )
+        if due(progress.step, config.checkpoint.every) or progress.step == steps:
+            save(run, progress)
+        with saved_if_stopped(run, progress):
+            run.signals.check()
+
+
+def save(run: Run, progress: Progress) -> None:
+    """A checkpoint that cannot be written is missed at the end alone: till then the next one may do."""
+    try:
+        run.checkpoints.save(run.learner, progress)
+    except CheckpointFailed as failure:
+        if progress.step == run.config.train.steps:
+            raise
+        run.view.say(f"{failure}; the run goes on without it")
+
+
+def written(config: Config, write: Callable[[], None]) -> None:
+    """The first rank writes; if it cannot, all stop."""
+
+    def attempt() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise TrainingStopped(f"{config.run_dir} cannot be written ({error})") from None
+
+    on_main(attempt)
 
 
 # ------------------------------------------------------------------------------------------------------- one step
 
 
-def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
-    """One step of CIPO: sample, choose anchors, correct, learn, sync, adapt rho."""
+def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, TrainingStopped | None]:
+    """One step of CIPO: sample, choose anchors, correct, learn, sync, adapt rho. A sync that fails for good ends the
+    run, but the step is done: its row is to be written, and its state saved."""
     config, step, started = run.config, progress.step + 1, time.perf_counter()
     with saved_if_stopped(run, progress):
         batch = sampled_batch(run, step, progress)
@@ -171,8 +218,13 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
     waited = time.perf_counter()
     progress = progress.after_step(batch.replay, [update.applied for update in updates], waited - started)
     run.sync.watch(batch.groups)
-    with saved_if_stopped(run, progress):
+    sync, stop = NO_SYNC, None
+    try:
         sync = run.sync.publish(step)
+    except PolicyBroken:
+        raise
+    except TrainingStopped as error:
+        stop = error
     progress = replace(progress, seconds=progress.seconds + time.perf_counter() - waited)
 
     generate_s, verify_s = run.sampler.take_times()
@@ -184,7 +236,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
         "step": step,
         "seed": config.seed,
         **batch_metrics(batch.groups, batch.anchors, batch.counts),
-        "rollout/prefix_hit_rate": run.sampler.take_prefix_hit_rate(),
+        "rollout/prefix_hit_rate": run.sampler.take_prefix_hit_rate() if stop is None else None,
         "replay/rho": batch.rho,
         "replay/retention": batch.replay.retention,
         **update_metrics(updates),
@@ -201,7 +253,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress]:
     for line in lines:
         run.view.say(line)
     metrics |= alarms
-    return metrics, batch, progress
+    return metrics, batch, progress, stop
 
 
 @contextmanager
@@ -211,18 +263,14 @@ def saved_if_stopped(run: Run, progress: Progress) -> Iterator[None]:
         yield
     except PolicyBroken:
         raise
-    except TrainingStopped as stop:
-        folder = run.config.run_dir / "checkpoints"
+    except (TrainingStopped, Preempted) as stop:
+        if progress.step == 0 and progress.before is None:
+            raise  # nothing has been done
         try:
-            where = checkpoint.save(folder, run.learner, progress, run.config.checkpoint.keep)
-        except TrainingStopped as failure:
-            raise TrainingStopped(f"{stop}; and it could not be saved: {failure}") from stop.__cause__
-        raise TrainingStopped(f"{stop}; saved as {where}") from stop.__cause__
-
-
-def record(recorder: Recorder | None, write: Callable[..., None], *what: object) -> None:
-    """`write(recorder, *what)` on the first rank; where it fails all ranks stop."""
-    together(lambda: write(recorder, *what) if recorder is not None else None)
+            where = run.checkpoints.save(run.learner, progress)
+        except CheckpointFailed as failure:
+            raise TrainingStopped(f"{stop}; {failure}") from stop.__cause__
+        raise type(stop)(f"{stop}; saved as {where}") from stop.__cause__
 
 
 def sampled_batch(run: Run, step: int, progress: Progress) -> Batch:
@@ -339,7 +387,9 @@ def sampled_metrics(found: list[Sampled]) -> Metrics:
 # ----------------------------------------------------------------------------------------------- before and after
 
 
-def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) -> tuple[Run, Progress]:
+def build(
+    config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack, resume: bool = False
+) -> tuple[Run, Progress]:
     """Load, start the engine, shard, resume; everything that can be refused is refused here."""
     dataset = load_dataset(config, view.say)
     chat = Chat(load_tokenizer(config), config.data)
@@ -373,13 +423,16 @@ def build(config: Config, mesh: DeviceMesh, view: View, open_engine: ExitStack) 
     updates = config.train.steps * config.train.updates_per_step
     learner = Learner(policy, config.optim, updates, reference)
     progress = Progress(0, ReplayState(config.replay.rho0))
-    if config.checkpoint.resume:
-        progress = checkpoint.load_newest(config.run_dir / "checkpoints", learner)
+    checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep, view.say)
+    if resume:
+        progress = checkpoints.load_newest(learner)
         view.say(f"resumed after step {progress.step}")
     sync.publish(progress.step)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
     alarms = Alarms(config.run.alarm_after, config.sync.alarm_outside)
-    run = Run(config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view, alarms)
+    run = Run(
+        config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view, alarms, checkpoints
+    )
     return run, progress
 
 
@@ -387,49 +440,52 @@ def timed_evaluation(run: Run, progress: Progress, when: str) -> dict[str, float
     started = time.perf_counter()
     run.view.busy(f"evaluating {len(run.held_out)} held-out problems {when}")
     with saved_if_stopped(run, progress):
-        result = evaluate(run.sampler, run.held_out, run.correct, run.config)
+        result = evaluate(run.sampler, run.held_out, run.correct, run.config, run.signals.check)
     seconds = time.perf_counter() - started
     run.view.say(f"{when}: greedy {result['greedy']:.3f}, T=1 {result['t1']:.3f} ({seconds:.1f}s)")
     return result
 
 
-def finish(run: Run, recorder: Recorder | None, view: View, progress: Progress, after: dict[str, float | None]) -> None:
+def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: dict[str, float | None]) -> None:
     """Export, summary, table. Gathering the weights is a collective; the rest is the first rank's."""
-    config = run.config
+    config, before = run.config, progress.before
+    assert before is not None
+    weights = {}
     if config.checkpoint.export:
-        weights = {}
         for name, tensor in run.learner.policy.full_weights():  # a collective; only the first rank keeps what it gets
-            if recorder is not None:
+            if is_main():
                 weights[name] = tensor.cpu()
-        folder, model = config.run_dir / "model", run.learner.policy.model
-        on_main(lambda: checkpoint.export(folder, model, weights, run.sampler.chat.tokenizer))
-    record(recorder, summarise, progress, after)
-    if recorder is None:
-        return
-    assert progress.before is not None
-    view.say("")
-    view.console.print(summary_table(progress.before, after, recorder.tokens_saved()))
-    view.say(f"{progress.step} steps in {progress.seconds:.0f}s; everything is in {config.run_dir}/")
 
+    def write() -> None:
+        if config.checkpoint.export:
+            export(config.run_dir / "model", run.learner.policy.model, weights, run.sampler.chat.tokenizer)
+        saved = recorder.tokens_saved()
+        recorder.summary(
+            {
+                "before": before,
+                "after": after,
+                "tokens_saved": saved,
+                "steps": progress.step,
+                "skipped": progress.skipped,
+                "seconds": progress.seconds,
+                "config": recorder.config.model_dump(mode="json"),
+            }
+        )
+        view.say("")
+        view.console.print(summary_table(before, after, saved))
+        view.say(f"{progress.step} steps in {progress.seconds:.0f}s; everything is in {config.run_dir}/")
 
-def summarise(recorder: Recorder, progress: Progress, after: dict[str, float | None]) -> None:
-    recorder.summary(
-        {
-            "before": progress.before,
-            "after": after,
-            "tokens_saved": recorder.tokens_saved(),
-            "steps": progress.step,
-            "skipped": progress.skipped,
-            "seconds": progress.seconds,
-            "config": recorder.config.model_dump(mode="json"),
-        }
-    )
+    with saved_if_stopped(run, progress):
+        written(config, write)
 
 
 def keep_bad_pack(run: Run, pack: Pack, step: int) -> None:
-    folder = run.config.run_dir / "failed"
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(pack, folder / f"step-{step}-rank-{dist.get_rank()}.pt")
+    path = run.config.run_dir / "failed" / f"step-{step}-rank-{dist.get_rank()}.pt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(pack, path)
+    except (OSError, RuntimeError) as error:  # one rank's full disk must not part it from the others
+        note(f"{path} cannot be written: {error}")
 
 
 def due(step: int, every: int) -> bool:

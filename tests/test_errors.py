@@ -14,7 +14,7 @@ import pytest
 from cipo_fast import distributed
 from cipo_fast.errors import TrainingStopped, UserError, command, visible
 from cipo_fast.plan import main as plan_main
-from cipo_fast.recorder import check_writable
+from cipo_fast.run_dir import check_writable
 from cipo_fast.train import main
 
 ROOT = Path(__file__).parents[1]

@@ -357,6 +357,7 @@ def test_an_engine_that_cannot_be_had_back_stops_the_run_with_a_checkpoint(
     assert "stopped: the engine did not come back; saved as " in capsys.readouterr().err
     armed.clear()
     assert train(folder, "train.steps=4", "checkpoint.resume=true") == 0
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]  # also of the step whose sync failed
     assert_equal_weights(folder, clean)
 
 

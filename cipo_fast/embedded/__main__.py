@@ -8,7 +8,7 @@ from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave, prepared_group, starts_first
 from cipo_fast.embedded.prepare import prepare
 from cipo_fast.errors import UserError, command, note, put
-from cipo_fast.recorder import check_writable
+from cipo_fast.run_dir import check_writable
 
 
 def main() -> int:
