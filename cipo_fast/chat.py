@@ -40,8 +40,13 @@ def pinned_date(config: Config, resuming: bool) -> Config:
     if config.data.date is not None:
         return config
     pinned = config.model_copy(deep=True)
-    recorded = read_config(config.run_dir / "config.yaml").data.date if resuming else None
-    pinned.data.date = recorded or datetime.date.today()
+    pinned.data.date = datetime.date.today()
+    recorded = config.run_dir / "config.yaml"
+    if resuming and recorded.is_file():
+        try:
+            pinned.data.date = read_config(recorded).data.date or pinned.data.date
+        except UserError as error:
+            raise UserError(f"{error}; data.date says the day that run started") from None
     return pinned
 
 

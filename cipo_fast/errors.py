@@ -20,6 +20,10 @@ class Ending(Exception):
     word, exit_code = "stopped", 1
     told = False  # another rank prints it
 
+    @property
+    def line(self) -> str:
+        return f"{self.word}: {self}"
+
 
 class UserError(Ending):
     """Bad input: one line that says what, where and what to do. The command prints it and exits with code 2."""
@@ -44,6 +48,10 @@ class Preempted(Ending):
 
     exit_code = 75
 
+    @property
+    def line(self) -> str:
+        return f"stopped by {self}; the same command goes on"
+
 
 class EngineFailure(Exception):
     """The engine did not do what it was asked. A fresh one with the same weights can be asked again."""
@@ -62,7 +70,7 @@ def command(body: Callable[[], None], interrupted: str = "interrupted") -> int:
         if isinstance(error, TrainingStopped) and error.__cause__ is not None:  # what nobody foresaw
             traceback.print_exception(error.__cause__)
         if not error.told:
-            note(f"{error.word}: {error}")
+            note(error.line)
         return error.exit_code
     except KeyboardInterrupt as error:
         if not getattr(error, "told", False):

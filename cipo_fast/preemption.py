@@ -50,7 +50,7 @@ class StopSignals:
         if dist.get_world_size() > 1:
             dist.all_reduce(received, dist.ReduceOp.MAX)
         if received:
-            raise Preempted(f"{signal.Signals(int(received)).name}, the same command goes on")
+            raise Preempted(signal.Signals(int(received)).name)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

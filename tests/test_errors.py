@@ -232,6 +232,7 @@ def test_every_text_file_is_utf_8_whatever_the_locale() -> None:
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args[:2])
             said = any(keyword.arg == "encoding" for keyword in node.keywords)
-            if name in ("open", "read_text", "write_text") and not binary and not said:
+            other = getattr(getattr(node.func, "value", None), "id", "") in ("os", "recorder")  # their own `open`
+            if name in ("open", "read_text", "write_text") and not binary and not said and not other:
                 missing.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert missing == []
