@@ -491,6 +491,11 @@ def _check_engine(config: Config) -> None:
         raise UserError("rollout.overlap=1 needs rollout.engine=vllm_server: only a server samples while this trains")
     if r.overlap and config.loss.is_cap is None:
         raise UserError("rollout.overlap=1 needs loss.is_cap: its rollouts are one policy version old")
+    most = max(r.samples_per_prompt, config.samples_per_anchor, config.eval.samples)
+    if r.engine == "vllm_server" and most > r.vllm.max_sequences:  # vLLM's server refuses such a request
+        raise UserError(
+            f"rollout.vllm.max_sequences={r.vllm.max_sequences} is below the {most} answers that are asked of one prompt"
+        )
     if r.vllm.max_model_len is not None and r.vllm.max_model_len <= r.max_tokens:
         raise UserError(
             f"rollout.vllm.max_model_len={r.vllm.max_model_len} leaves no token for a prompt: rollout.max_tokens is "

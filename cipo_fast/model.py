@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import chain
@@ -130,6 +131,8 @@ def _load(config: Config, what: str, load: Callable[..., Any]) -> Any:
         hub = _hub_refusal(path)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # tables of what we refuse in one line
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # a line of its own above the one that says what is wrong
     try:
         return load(path, trust_remote_code=False, local_files_only=hub is not None)
     except Exception as error:

@@ -24,7 +24,7 @@ from cipo_fast.rollout.local import LocalEngine
 
 # phase -> where the failure is, on which rank, and after the first call of what in train.py
 PHASES = {
-    "build": (engines, "_local_engine", 1, "build"),
+    "build": (engines, "twin_of", 1, "build"),
     "evaluate": (LocalEngine, "generate", 1, "timed_evaluation"),
     "sample": (LocalEngine, "generate", 1, "cipo_step"),
     "verify": (sampling, "verify", 1, "cipo_step"),
@@ -32,11 +32,11 @@ PHASES = {
     "gather": (Policy, "full_weights", 1, "cipo_step"),
     "sync": (LocalEngine, "sync", 1, "cipo_step"),
     "probe": (LocalEngine, "score", 1, "cipo_step"),
-    "open": (Recorder, "__init__", 0, "train"),
+    "open": (Recorder, "open", 0, "train"),
     "record": (Recorder, "step", 0, "cipo_step"),
     "checkpoint": (FileSystemWriter, "write_data", 1, "cipo_step"),
     "state": (checkpoint.json, "dumps", 0, "cipo_step"),
-    "export": (checkpoint, "export", 0, "train"),
+    "export": (train, "export", 0, "train"),
 }
 EXCEPTIONS = {"OSError": OSError, "RuntimeError": RuntimeError}
 

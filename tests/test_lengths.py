@@ -117,7 +117,7 @@ def test_nothing_is_written_where_a_model_is_refused(
     command, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert command(arguments(folder, run, "rollout.max_tokens=32")) == 2
+    assert command(arguments(folder, run, "rollout.max_tokens=32", "eval.max_tokens=32")) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: the model has 32 positions")
     assert not run.exists()

@@ -66,4 +66,4 @@ def test_gradients_of_bfloat16_add_up_over_ranks(case: str, mesh, on_three_ranks
 
 
 def test_one_ranks_error_is_everybodys_and_the_first_one_counts(on_three_ranks: dict[str, Any]) -> None:
-    assert on_three_ranks["heard"] == [["ValueError('of rank 1')", "none", list(range(8))]] * 3
+    assert on_three_ranks["heard"] == [["RankFailure('rank 1: ValueError: of rank 1')", "none", list(range(8))]] * 3

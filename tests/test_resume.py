@@ -204,7 +204,10 @@ def test_a_checkpoint_that_cannot_be_written_stops_a_run_at_its_end_only(
     monkeypatch.setattr(Checkpoints, "_publish", full)
     args = ["train.steps=4", "checkpoint.every=1", "checkpoint.keep=9"]
     assert train(folder, *args) == 0
-    assert "step-2 cannot be saved (OSError: [Errno 28] No space left on device); the run goes on" in capsys.readouterr().out
+    assert (
+        "step-2 cannot be saved (OSError: [Errno 28] No space left on device); the run goes on"
+        in capsys.readouterr().out
+    )
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-1", "step-3", "step-4"]
     failing.add("step-4")
     assert train(folder, *args) == 1

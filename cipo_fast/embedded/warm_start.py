@@ -6,12 +6,12 @@ number and by accuracy, never by the clock: a seed is the same start on a busy m
 
 from __future__ import annotations
 
-import copy
 import string
 import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from cipo_fast.chat import Chat
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, OptimConfig
+from cipo_fast.engines import twin_of
 from cipo_fast.learner import Learner
 from cipo_fast.packing import build_trees, make_pack, pack_trees
 from cipo_fast.policy import build_policy, cost_model
@@ -44,8 +45,7 @@ def warm_start(
     """`model` brought to `warm_accuracy` greedy accuracy on training problems, or through `warm_steps` steps: its
     weights, on every rank. A collective."""
     shape, limit = config.model.embedded, config.rollout.max_tokens
-    twin = copy.deepcopy(model)
-    twin.set_attn_implementation("sdpa")
+    twin = twin_of(model, mesh.device_type, torch.float32)
     bare = LocalEngine(twin, chat.end_ids(None), chat.tokenizer.pad_token_id, config.rollout.batch_sequences)
     engine = SupervisedEngine(bare, 0, note)
     sampler = Sampler(engine, chat, config.seed)

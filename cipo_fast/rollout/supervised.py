@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -62,7 +62,7 @@ class SupervisedEngine:
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         """A failed one is followed by a `publish` to a fresh engine, whose report this is (`weights` are used up)."""
         self.version = version
-        walk = iter(weights)
+        walk = _gathered(weights)
 
         def act() -> SyncReport:
             try:
@@ -73,6 +73,8 @@ class SupervisedEngine:
 
         try:
             self.report = together(act)
+        except _GatheringFailed as failure:
+            raise failure.error from None
         except EngineFailure as failure:
             self._repair(failure)
         assert self.report is not None
@@ -120,6 +122,21 @@ class SupervisedEngine:
                 f"the engine failed {len(self.failures)} times within an hour or a step "
                 f"(rollout.server.max_restarts={self.max_restarts}), at last: {failure}"
             )
+
+
+class _GatheringFailed(BaseException):
+    """No Exception, so that no rank agrees on it: the others are in the gathering that this one has left."""
+
+    def __init__(self, error: Exception):
+        super().__init__(error)
+        self.error = error
+
+
+def _gathered(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        yield from weights
+    except Exception as error:
+        raise _GatheringFailed(error) from error
 
 
 def _no_publisher(version: int) -> None:
