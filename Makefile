@@ -8,8 +8,9 @@ ARGS ?=
 train: .venv/installed
 	$(BIN)/torchrun cipo_fast/train.py $(ARGS)
 
+# Most tests use one core: two run at a time, file by file.
 test: .venv/installed-dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

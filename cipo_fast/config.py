@@ -494,7 +494,7 @@ def _check_engine(config: Config) -> None:
     most = max(r.samples_per_prompt, config.samples_per_anchor, config.eval.samples)
     if r.engine == "vllm_server" and most > r.vllm.max_sequences:  # vLLM's server refuses such a request
         raise UserError(
-            f"rollout.vllm.max_sequences={r.vllm.max_sequences} is below the {most} answers that are asked of one prompt"
+            f"rollout.vllm.max_sequences={r.vllm.max_sequences} is below the {most} answers asked of one prompt"
         )
     if r.vllm.max_model_len is not None and r.vllm.max_model_len <= r.max_tokens:
         raise UserError(

@@ -130,7 +130,7 @@ def run(folder: Path, warm: Path, *args: str, ranks: int = 1) -> list[dict]:
     else:
         torchrun = str(Path(sys.executable).with_name("torchrun"))
         done = subprocess.run(
-            [torchrun, f"--nproc-per-node={ranks}", str(TRAIN_PY), *arguments],
+            [torchrun, "--standalone", f"--nproc-per-node={ranks}", str(TRAIN_PY), *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=250, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]

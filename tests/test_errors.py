@@ -187,7 +187,7 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
 def test_under_torchrun_an_error_is_printed_once(arguments: list[str], message: bytes, tmp_path: Path) -> None:
     torchrun = Path(sys.executable).with_name("torchrun")
     done = subprocess.run(
-        [str(torchrun), "--nproc-per-node=2", str(TRAIN_PY), *TINY, f"run.dir={tmp_path / 'r'}", *arguments],
+        [str(torchrun), "--standalone", "--nproc-per-node=2", str(TRAIN_PY), *TINY, f"run.dir={tmp_path / 'r'}", *arguments],
         env=environment(), timeout=200, capture_output=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode != 0
@@ -210,7 +210,10 @@ def test_an_error_of_one_rank_alone_is_printed(tmp_path: Path) -> None:
     )
     torchrun = Path(sys.executable).with_name("torchrun")
     done = subprocess.run(
-        [str(torchrun), "--nproc-per-node=2", str(script)], env=environment(), timeout=100, capture_output=True
+        [str(torchrun), "--standalone", "--nproc-per-node=2", str(script)],
+        env=environment(),
+        timeout=100,
+        capture_output=True,
     )
     assert done.stderr.count(b"error: only here") == 1, done.stderr[-3000:]
     assert b"never" not in done.stdout

@@ -108,7 +108,7 @@ def test_torchrun_restarts_a_killed_worker_from_the_newest_checkpoint(
     arguments = [*SMALL, f"run.dir={folder}", "train.pack_tokens=256", ENDLESS, "checkpoint.every=2"]
     log = (tmp_path / "log").open("w")
     with subprocess.Popen(
-        [TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", TRAIN_PY, *arguments],
+        [TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", TRAIN_PY, *arguments],
         env=environment(), stdout=log, stderr=log, cwd=tmp_path,
     ) as process:  # fmt: skip
         wait_for_lines(folder / "metrics.jsonl", 5, process)
@@ -139,7 +139,11 @@ def test_what_one_rank_finds_wrong(tmp_path: Path) -> None:
     """Only the rank whose pack is not finite keeps it; a first rank that fails at writing stops both."""
     script = Path(__file__).with_name("on_two_ranks.py")
     done = subprocess.run(
-        [TORCHRUN, "--nproc-per-node=2", script], env=environment(), timeout=250, capture_output=True, text=True
+        [TORCHRUN, "--standalone", "--nproc-per-node=2", script],
+        env=environment(),
+        timeout=250,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("agreed") == 2

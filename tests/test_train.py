@@ -537,7 +537,7 @@ def test_torchrun_two_ranks(tmp_path: Path, warm: Path) -> None:
     torchrun = Path(sys.executable).with_name("torchrun")
     arguments = [*SMALL, f"run.dir={folder}", "train.pack_tokens=256", "checkpoint.every=1"]
     done = subprocess.run(
-        [str(torchrun), "--nproc-per-node=2", str(TRAIN_PY), *arguments],
+        [str(torchrun), "--standalone", "--nproc-per-node=2", str(TRAIN_PY), *arguments],
         env=environment(), timeout=250, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -562,7 +562,7 @@ def test_two_ranks_are_one_run(tmp_path: Path, warm: Path, monkeypatch: pytest.M
     assert train(one, *more) == 0
     script, torchrun = Path(__file__).with_name("run_on_ranks.py"), Path(sys.executable).with_name("torchrun")
     done = subprocess.run(
-        [str(torchrun), "--nproc-per-node=2", str(script), *SMALL, f"run.dir={two}", *more],
+        [str(torchrun), "--standalone", "--nproc-per-node=2", str(script), *SMALL, f"run.dir={two}", *more],
         env=environment(), timeout=250, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
