@@ -187,7 +187,8 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
 def test_under_torchrun_an_error_is_printed_once(arguments: list[str], message: bytes, tmp_path: Path) -> None:
     torchrun = Path(sys.executable).with_name("torchrun")
     done = subprocess.run(
-        [str(torchrun), "--standalone", "--nproc-per-node=2", str(TRAIN_PY), *TINY, f"run.dir={tmp_path / 'r'}", *arguments],
+        [str(torchrun), "--standalone", "--nproc-per-node=2", str(TRAIN_PY), *TINY, f"run.dir={tmp_path / 'r'}",
+         *arguments],
         env=environment(), timeout=200, capture_output=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode != 0

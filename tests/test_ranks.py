@@ -24,7 +24,8 @@ def on_three_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("gradients_on_ranks.py")
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=3", str(script), str(folder)],
+        [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=3",
+         str(script), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=250, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
