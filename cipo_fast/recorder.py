@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
 from cipo_fast.config import Config
-from cipo_fast.records import Anchor, Group, Rollout
+from cipo_fast.records import Anchor, Group, Problem, Rollout
 from cipo_fast.run_dir import Opened, enter
 
 
@@ -21,10 +22,14 @@ class Recorder:
         self.metrics: TextIO | None = None
         self.tensorboard: Any = None
 
-    def open(self, opened: Opened, resume_step: int | None) -> None:
+    def open(self, opened: Opened, resume_step: int | None, held_out: Sequence[Problem]) -> None:
         """A new run moves an earlier one's files to `previous/`; a resumed one goes on in them, without what they hold
-        from after `resume_step`."""
+        from after `resume_step`. `held_out`, what its tables are of, is written as rows for `data.eval`."""
         enter(self.config, opened, resume_step)
+        if resume_step is None:
+            rows = ({"id": p.id, "messages": p.messages, "answer": p.answer} for p in held_out)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (self.dir / "held_out.jsonl").write_text(text, encoding="utf-8")
         self.metrics = (self.dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         if self.config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import

@@ -28,7 +28,8 @@ from cipo_fast.errors import UserError, note
 
 # What one run writes, and the next one sets aside; checkpoints first: without them nobody goes on with the rest.
 OUTPUTS = (
-    "checkpoints", "config.yaml", "config-from-step-*.yaml", "inputs.json", "inputs-from-step-*.json", "metrics.jsonl",
+    "checkpoints", "config.yaml", "config-from-step-*.yaml", "inputs.json", "inputs-from-step-*.json", "held_out.jsonl",
+    "metrics.jsonl",
     "rollouts", "tensorboard", "summary.json", "summary-until-step-*.json", "model", "model.part", "failed",
 )  # fmt: skip
 LOCK_WAIT_S = 5.0  # for a process of this run that torchrun has killed and restarted

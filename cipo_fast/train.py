@@ -15,7 +15,6 @@ if __package__ in (None, ""):
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,6 @@ from datetime import timedelta
 from functools import partial
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -34,7 +32,6 @@ from cipo_fast.chat import Chat, pinned_date
 from cipo_fast.checkpoint import CheckpointFailed, Checkpoints, Progress, export
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics
-from cipo_fast.cipo.objective import conversations, left_out
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
@@ -42,21 +39,22 @@ from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepare
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
-from cipo_fast.errors import PolicyBroken, Preempted, TrainingStopped, command, note, put
+from cipo_fast.errors import PolicyBroken, Preempted, TrainingStopped, command, put
 from cipo_fast.evaluate import evaluate
-from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Learner, Sampled, Update
+from cipo_fast.learner import Learner
 from cipo_fast.model import load_model, load_shape, load_tokenizer
-from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
+from cipo_fast.packing import CostModel
 from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
 from cipo_fast.preemption import StopSignals
 from cipo_fast.recorder import Recorder
-from cipo_fast.records import Anchor, Conversation, Group
+from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.run_dir import check_writable, opened
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, seed_for
 from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import check_data, load_dataset
+from cipo_fast.updates import learn, update_metrics
 from cipo_fast.view import View, summary_table
 
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
@@ -141,7 +139,8 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
         signals.install()
         recorder = Recorder(given)
         open_files.callback(recorder.close)
-        written(config, lambda: recorder.open(folder, progress.step if folder.resume else None))
+        held_out = [prompt.problem for prompt in run.held_out]
+        written(config, lambda: recorder.open(folder, progress.step if folder.resume else None, held_out))
         if progress.before is None:
             progress = replace(progress, before=timed_evaluation(run, progress, "before training"))
         progress = loop(run, recorder, progress)
@@ -314,76 +313,6 @@ def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Pr
     return found
 
 
-def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tuple[list[Update], Metrics, float]:
-    """The step's optimiser updates: (updates, metrics of the tokens, seconds for old and reference log-probs)."""
-    n = run.config.train.updates_per_step
-    measured = due(step, run.config.train.measure_every)
-    batches: list[list[Pack]] = []
-    rests: list[list[Pack]] = []
-    forwarded = rows = 0
-    for part in range(n):
-        members = [replace(a, group=a.group // n) for a in anchors if a.group % n == part]
-        batch = conversations(groups[part::n], members, run.config)
-        rest = left_out(groups[part::n], members, batch) if measured else []
-        packs, tokens = make_packs(batch, run)
-        batches.append(packs)
-        rests.append(make_packs(rest, run)[0] if rest else [])
-        forwarded += tokens
-        rows += row_tokens(batch)
-    old_logp_s = 0.0
-    need_old = n > 1 or (run.config.loss.is_cap is not None and run.config.loss.is_level == "sequence")
-    if need_old or run.learner.reference is not None:
-        started = time.perf_counter()
-        batches = [run.learner.with_log_probs(packs, need_old) for packs in batches]
-        rests = [run.learner.with_log_probs(packs, need_old, need_ref=False) for packs in rests]
-        old_logp_s = time.perf_counter() - started
-    updates, sampled = [], []
-    for part, packs in enumerate(batches):
-        if measured:
-            sampled.append(run.learner.measure(rests[part]))  # by the weights that this update starts from
-        updates.append(run.learner.update(packs, (step - 1) * n + part))
-        if updates[-1].bad_pack is not None:
-            keep_bad_pack(run, updates[-1].bad_pack, step)
-    saved = 1 - forwarded / rows if rows else None
-    seen: Metrics = {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}
-    seen |= sampled_metrics([*sampled, *(u.sampled for u in updates)] if measured else [])
-    return updates, seen, old_logp_s
-
-
-def make_packs(batch: list[Conversation], run: Run) -> tuple[list[Pack], int]:
-    """This rank's packs of a batch, and the tokens of all ranks' packs."""
-    trees = build_trees(batch, run.config.train.packing)
-    ranks = pack_trees(trees, run.config.train.pack_tokens, run.cost, dist.get_world_size())
-    tokens = sum(tree.num_tokens for packs in ranks for members in packs for tree in members)
-    return [make_pack(members) for members in ranks[dist.get_rank()]], tokens
-
-
-def update_metrics(updates: list[Update]) -> Metrics:
-    """The step's updates as metrics; a value that is not finite becomes None."""
-    metrics: Metrics = {
-        "loss/total": sum(u.loss for u in updates) / len(updates),
-        "grad/norm": max(u.grad_norm for u in updates),
-        "optim/lr": updates[-1].lr,
-        "train/skipped": sum(not u.applied for u in updates),
-    }
-    for stream in STREAMS:
-        found = [u.streams[stream] for u in updates if stream in u.streams]
-        for key in STATS:
-            values = [f[key] for f in found] or [math.nan]  # nothing in the stream to learn from
-            metrics[f"{stream}/{key}"] = max(values) if key.endswith("max") else sum(values) / len(values)
-    return {k: v if v is None or math.isfinite(v) else None for k, v in metrics.items()}
-
-
-def sampled_metrics(found: list[Sampled]) -> Metrics:
-    """Means over every token that was sampled, learned from or not; None where none was measured or is finite."""
-    metrics: Metrics = {}
-    for stream in STREAMS:
-        tokens, *sums = (sum(column) for column in zip(*(f[stream] for f in found), strict=True)) if found else [0.0]
-        for key, total in zip(ALL_STATS, sums or [0.0] * len(ALL_STATS), strict=True):
-            metrics[f"{stream}/{key}"] = total / tokens if tokens and math.isfinite(total) else None
-    return metrics
-
-
 # ----------------------------------------------------------------------------------------------- before and after
 
 
@@ -477,15 +406,6 @@ def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: 
 
     with saved_if_stopped(run, progress):
         written(config, write)
-
-
-def keep_bad_pack(run: Run, pack: Pack, step: int) -> None:
-    path = run.config.run_dir / "failed" / f"step-{step}-rank-{dist.get_rank()}.pt"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(pack, path)
-    except (OSError, RuntimeError) as error:  # one rank's full disk must not part it from the others
-        note(f"{path} cannot be written: {error}")
 
 
 def due(step: int, every: int) -> bool:

@@ -1,0 +1,101 @@
+"""A batch becomes optimiser updates: what is learned from it is packed, and what it tells is measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from cipo_fast.cipo.metrics import Metrics
+from cipo_fast.cipo.objective import conversations, left_out
+from cipo_fast.errors import note
+from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Sampled, Update
+from cipo_fast.packing import Pack, build_trees, make_pack, pack_trees, row_tokens
+from cipo_fast.records import Anchor, Conversation, Group
+
+if TYPE_CHECKING:
+    from cipo_fast.train import Run
+
+
+def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tuple[list[Update], Metrics, float]:
+    """The step's optimiser updates: (updates, metrics of the tokens, seconds for old and reference log-probs)."""
+    n = run.config.train.updates_per_step
+    every = run.config.train.measure_every
+    measured = every > 0 and step % every == 0
+    batches: list[list[Pack]] = []
+    rests: list[list[Pack]] = []
+    forwarded = rows = 0
+    for part in range(n):
+        members = [replace(a, group=a.group // n) for a in anchors if a.group % n == part]
+        batch = conversations(groups[part::n], members, run.config)
+        rest = left_out(groups[part::n], members, batch) if measured else []
+        packs, tokens = make_packs(batch, run)
+        batches.append(packs)
+        rests.append(make_packs(rest, run)[0] if rest else [])
+        forwarded += tokens
+        rows += row_tokens(batch)
+    old_logp_s = 0.0
+    need_old = n > 1 or (run.config.loss.is_cap is not None and run.config.loss.is_level == "sequence")
+    if need_old or run.learner.reference is not None:
+        started = time.perf_counter()
+        batches = [run.learner.with_log_probs(packs, need_old) for packs in batches]
+        rests = [run.learner.with_log_probs(packs, need_old, need_ref=False) for packs in rests]
+        old_logp_s = time.perf_counter() - started
+    updates, sampled = [], []
+    for part, packs in enumerate(batches):
+        if measured:
+            sampled.append(run.learner.measure(rests[part]))  # by the weights that this update starts from
+        updates.append(run.learner.update(packs, (step - 1) * n + part))
+        if updates[-1].bad_pack is not None:
+            keep_bad_pack(run, updates[-1].bad_pack, step)
+    saved = 1 - forwarded / rows if rows else None
+    seen: Metrics = {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}
+    seen |= sampled_metrics([*sampled, *(u.sampled for u in updates)] if measured else [])
+    return updates, seen, old_logp_s
+
+
+def make_packs(batch: list[Conversation], run: Run) -> tuple[list[Pack], int]:
+    """This rank's packs of a batch, and the tokens of all ranks' packs."""
+    trees = build_trees(batch, run.config.train.packing)
+    ranks = pack_trees(trees, run.config.train.pack_tokens, run.cost, dist.get_world_size())
+    tokens = sum(tree.num_tokens for packs in ranks for members in packs for tree in members)
+    return [make_pack(members) for members in ranks[dist.get_rank()]], tokens
+
+
+def update_metrics(updates: list[Update]) -> Metrics:
+    """The step's updates as metrics; a value that is not finite becomes None."""
+    metrics: Metrics = {
+        "loss/total": sum(u.loss for u in updates) / len(updates),
+        "grad/norm": max(u.grad_norm for u in updates),
+        "optim/lr": updates[-1].lr,
+        "train/skipped": sum(not u.applied for u in updates),
+    }
+    for stream in STREAMS:
+        found = [u.streams[stream] for u in updates if stream in u.streams]
+        for key in STATS:
+            values = [f[key] for f in found] or [math.nan]  # nothing in the stream to learn from
+            metrics[f"{stream}/{key}"] = max(values) if key.endswith("max") else sum(values) / len(values)
+    return {k: v if v is None or math.isfinite(v) else None for k, v in metrics.items()}
+
+
+def sampled_metrics(found: list[Sampled]) -> Metrics:
+    """Means over every token that was sampled, learned from or not; None where none was measured or is finite."""
+    metrics: Metrics = {}
+    for stream in STREAMS:
+        tokens, *sums = (sum(column) for column in zip(*(f[stream] for f in found), strict=True)) if found else [0.0]
+        for key, total in zip(ALL_STATS, sums or [0.0] * len(ALL_STATS), strict=True):
+            metrics[f"{stream}/{key}"] = total / tokens if tokens and math.isfinite(total) else None
+    return metrics
+
+
+def keep_bad_pack(run: Run, pack: Pack, step: int) -> None:
+    path = run.config.run_dir / "failed" / f"step-{step}-rank-{dist.get_rank()}.pt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(pack, path)
+    except (OSError, RuntimeError) as error:  # one rank's full disk must not part it from the others
+        note(f"{path} cannot be written: {error}")
