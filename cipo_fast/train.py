@@ -59,7 +59,7 @@ from cipo_fast.view import View, summary_table
 
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
 NO_SYNC: Metrics = dict.fromkeys(
-    ("sync/parity_max_abs", "sync/parity_mean_abs", "sync/gb", "time/sync_s", "time/probe_s")
+    ("sync/parity_max_abs", "sync/parity_mean_abs", "sync/changed", "sync/gb", "time/sync_s", "time/probe_s")
 )
 
 
