@@ -6,3 +6,7 @@ prepare.py  the model folder, cached       warm_start.py   the supervised first 
 `prepare` makes a model folder with problems beside it; from there on `embedded` is a `model.path` like any other.
 `python -m cipo_fast.embedded [settings]` makes the folder alone, and prints its name.
 """
+
+from cipo_fast.embedded.model import embedded_config, embedded_tokenizer, new_model
+
+__all__ = ["embedded_config", "embedded_tokenizer", "new_model"]
