@@ -14,7 +14,6 @@ from cipo_fast.errors import TrainingStopped
 
 def main(folder: Path, fp32_head: str) -> None:
     torch.set_num_threads(1)
-    torch.cpu._is_amx_tile_supported = lambda: False  # some virtual machines announce it, and stop at its instructions
     with process_group() as mesh:
         more = ["rollout.engine=vllm", "model.dtype=bfloat16", f"rollout.vllm.fp32_head={fp32_head}"]
         setup = Setup(folder, mesh, *more)

@@ -181,8 +181,10 @@ def test_low_precision_stays_near_fp64(dtype):
     for attention in (tree_attention_reference, tree_attention_torch):
         actual = with_gradients(attention, *inputs, tree)
         assert all(x.dtype == dtype for x in actual)
-        # probabilities, outputs and the sum over query heads are each rounded
-        assert_same([x.double() for x in actual], exact, rtol=4 * torch.finfo(dtype).eps)
+        # Probabilities, outputs and the sum over query heads are each rounded; sums over the stream grow by one fp32
+        # rounding a summand, in an order that is the machine's, and those add up as a random walk does.
+        rounding = 4 * torch.finfo(dtype).eps + tree.num_tokens**0.5 * torch.finfo(torch.float32).eps
+        assert_same([x.double() for x in actual], exact, rtol=rounding)
 
 
 @pytest.mark.parametrize("attention", [tree_attention_reference, tree_attention_torch])

@@ -191,7 +191,7 @@ def test_a_model_that_vllm_cannot_run(tmp_path: Path, warm: Path) -> None:
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, warm: Path) -> None:
-    done = run(tmp_path / "run", *served("rollout.vllm.args={quantization: no_such_thing}"))
+    done = run(tmp_path / "run", *served("rollout.vllm.args={kv_cache_dtype: no_such_thing}"))
     line = refused(done)
     assert "no_such_thing" in line
     assert "server.log" in line

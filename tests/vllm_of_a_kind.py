@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Phi3Config, Qwen2Config, Qwen3MoeConfig
 from vllm_setup import LIMITS, TOKENIZER
 
+from cipo_fast.chat import Chat
 from cipo_fast.config import load_config
 from cipo_fast.distributed import process_group
 from cipo_fast.engines import build_engine
@@ -40,7 +41,7 @@ def main(folder: Path, kind: str) -> None:
         config = load_config([], [*LIMITS, *paths, "correction.max_prompt_tokens=64", "rollout.engine=vllm"])
         loaded = load_model(config, "sdpa")
         try:
-            engine = build_engine(config, loaded, TOKENIZER, "cpu")
+            engine = build_engine(config, loaded, Chat(TOKENIZER, config.data), "cpu")
         except UserError as error:
             print("refused:", error)
             return
