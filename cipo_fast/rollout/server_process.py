@@ -81,7 +81,7 @@ class ServerProcess:
         """Of its log, without the process names that vLLM writes in front of each line."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [re.sub(r"^\(\w+ pid=\d+\) ", "", line) for line in text.splitlines()]
-        errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
+        errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): |\S+: error: ", line)]
         return two_lines("\n".join(lines[errors[-1] :])) if errors else "its log names no error"
 
 

@@ -24,7 +24,8 @@ from cipo_fast.rollout.vllm import FILES
 UNIT_VECTORS = 1024  # columns of a packed weight read back at once
 
 if torch.cpu._is_amx_tile_supported():
-    torch.cpu._init_amx()  # Linux lends AMX's tiles on request; vLLM's bfloat16 kernels use them without, and die (SIGILL)
+    # Linux lends AMX's tiles to who asks for them; vLLM's bfloat16 kernels use them without, and die (SIGILL).
+    torch.cpu._init_amx()
 
 
 class WorkerExtension:
