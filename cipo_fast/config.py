@@ -155,7 +155,7 @@ class RolloutConfig(Section):
     """B [ThinkTwice]. With G it rules the batch; all else is derived."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
     """G [f2f]. Also Gc, the corrections an anchor, unless `correction.samples_per_anchor` is given."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-3)] = 1.0
     """[f2f]. Log-probs and ratios are taken at this temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """[f2f]. Below 1 the sampled distribution is not the one the ratio assumes (biased)."""
@@ -551,14 +551,27 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
 def _explain(error: ValidationError, places: Place) -> str:
     """The first problem, in one line."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = _field_of(first["loc"])
     known = next((k for k in (key, key.rpartition(".")[0]) if k in places), None)
     where = f"{places[known]}: " if known else ""
     if first["type"] == "extra_forbidden":
         near = _nearest(key)
         return f"{where}unknown key {key!r}" + (f": did you mean {near!r}?" if near else "")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}{key}={_typed(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+    same = [e for e in error.errors() if _field_of(e["loc"]) == key]  # one for each type that the field may have
+    said = " or ".join(f"{e['msg'][0].lower()}{e['msg'][1:]}".removeprefix("input should be ") for e in same)
+    said = f"input should be {said}" if len(same) > 1 else f"{first['msg'][0].lower()}{first['msg'][1:]}"
+    more = f" (and {error.error_count() - len(same)} more)" if error.error_count() > len(same) else ""
+    return f"{where}{key}={_typed(first['input'])}: {said}{more}"
+
+
+def _field_of(location: tuple[int | str, ...]) -> str:
+    """The dotted key of an error's location, which goes on with the types that a field may have."""
+    keys, parts = known_keys(), [str(part) for part in location]
+    for n in range(1, len(parts)):
+        key = ".".join(parts[:n])
+        if key in keys and not any(other.startswith(f"{key}.") for other in keys):
+            return key
+    return ".".join(parts)
 
 
 def _typed(value: Any) -> str:

@@ -86,11 +86,13 @@ def note(text: str) -> None:
 
 
 def put(text: str) -> None:
-    """Text on standard output; a reader that went away (`| head`) is no error."""
+    """Text on standard output; a reader that went away (`| head`) is no error, a full disk ends in a note."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         stop_printing()
+        if not isinstance(error, BrokenPipeError):
+            note(f"standard output cannot be written ({error.strerror})")
 
 
 def stop_printing() -> None:

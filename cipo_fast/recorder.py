@@ -49,6 +49,9 @@ class Recorder:
             self._rollouts(step, groups, anchors)
 
     def evaluation(self, result: dict[str, float | None], step: int) -> None:
+        """A row of eval.jsonl."""
+        with (self.dir / "eval.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{f"eval/{key}": value for key, value in result.items()}}) + "\n")
         if self.tensorboard is not None:
             for key, value in result.items():
                 if value is not None:

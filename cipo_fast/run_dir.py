@@ -29,7 +29,7 @@ from cipo_fast.errors import UserError, note
 # What one run writes, and the next one sets aside; checkpoints first: without them nobody goes on with the rest.
 OUTPUTS = (
     "checkpoints", "config.yaml", "config-from-step-*.yaml", "inputs.json", "inputs-from-step-*.json", "held_out.jsonl",
-    "metrics.jsonl",
+    "eval.jsonl",    "metrics.jsonl",
     "rollouts", "tensorboard", "summary.json", "summary-until-step-*.json", "model", "model.part", "failed",
 )  # fmt: skip
 LOCK_WAIT_S = 5.0  # for a process of this run that torchrun has killed and restarted
@@ -156,7 +156,9 @@ def decide(config: Config, inputs: dict[str, Any]) -> Opened:
             f"the run in {folder} is at step {newest}, beyond train.steps={config.train.steps}: raise train.steps, or "
             "checkpoint.resume=false begins anew and sets it aside"
         )
-    return Opened(True, inputs, bool(different), tuple(f"changed: {line}" for line in different.values()))
+    return Opened(
+        True, inputs, bool(different) or not recorded, tuple(f"changed: {line}" for line in different.values())
+    )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
@@ -276,11 +278,11 @@ def set_aside(run_dir: Path) -> None:
 
 def forget_after(run_dir: Path, step: int) -> None:
     """Drop what was recorded after `step`, and a line that the end of the process cut short."""
-    metrics = run_dir / "metrics.jsonl"
-    if metrics.exists():
-        part = metrics.with_suffix(".part")
-        part.write_bytes(b"".join(_rows_until(metrics.read_bytes(), step)))
-        part.rename(metrics)
+    for rows in (run_dir / "metrics.jsonl", run_dir / "eval.jsonl"):
+        if rows.exists():
+            part = rows.with_suffix(".part")
+            part.write_bytes(b"".join(_rows_until(rows.read_bytes(), step)))
+            part.rename(rows)
     for pattern in ("rollouts/step-*.jsonl", "config-from-step-*.yaml", "inputs-from-step-*.json"):
         for path in run_dir.glob(pattern):
             if _step(path) > step:

@@ -142,7 +142,9 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
         held_out = [prompt.problem for prompt in run.held_out]
         written(config, lambda: recorder.open(folder, progress.step if folder.resume else None, held_out))
         if progress.before is None:
-            progress = replace(progress, before=timed_evaluation(run, progress, "before training"))
+            before = timed_evaluation(run, progress, "before training")
+            written(config, partial(recorder.evaluation, before, 0))
+            progress = replace(progress, before=before)
         progress = loop(run, recorder, progress)
         after = timed_evaluation(run, progress, "after training")
         finish(run, recorder, view, progress, after)
@@ -386,6 +388,7 @@ def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: 
                 weights[name] = tensor.cpu()
 
     def write() -> None:
+        recorder.evaluation(after, progress.step)
         if config.checkpoint.export:
             export(config.run_dir / "model", run.learner.policy.model, weights, run.sampler.chat.tokenizer)
         saved = recorder.tokens_saved()

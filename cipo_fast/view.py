@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cipo_fast.cipo.metrics import Metrics
-from cipo_fast.errors import stop_printing, visible
+from cipo_fast.errors import note, stop_printing, visible
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PHASES = ("generate", "verify", "old_logp", "train", "sync", "probe", "idle")
@@ -40,6 +40,14 @@ class Terminal(Console):
 
     def __init__(self, quiet: bool = False):
         super().__init__(quiet=quiet, highlight=False, markup=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Nobody reads on, or the disk under standard output is full: the run goes on without a word there."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            self.on_broken_pipe()
+            note(f"standard output cannot be written any more ({error.strerror}); the run goes on")
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -127,6 +135,8 @@ def step_line(m: Metrics, total: int) -> str:
             f"gap {_share(m['correction/gap'], sign=True)}",
             f"rho {_share(m['replay/rho'])}",
         ]
+    if m.get("train/skipped"):
+        parts.append(f"skipped {m['train/skipped']}")
     parts += [
         f"loss {_number(m['loss/total'], '+.4f')}",
         f"{m['time/step_s']:.2f}s (generate {m['time/generate_s']:.2f} train {m['time/train_s']:.2f})",

@@ -56,6 +56,8 @@ from cipo_fast.errors import UserError
         ("grpo", "the recipe is grpo.yaml"),
         ("correction.followup=\udc80", "half a surrogate pair"),
         ("seed=-1", "seed=-1"),
+        ("checkpoint.resume=never", "checkpoint.resume='never': input should be 'auto' or a valid boolean"),
+        ("rollout.temperature=1e-40", "rollout.temperature=1e-40: input should be greater than or equal to 0.001"),
     ],
 )
 def test_bad_overrides_are_one_line(override: str, message: str) -> None:

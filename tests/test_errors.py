@@ -240,3 +240,14 @@ def test_every_text_file_is_utf_8_whatever_the_locale() -> None:
             if name in ("open", "read_text", "write_text") and not binary and not said and not other:
                 missing.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert missing == []
+
+
+def test_a_full_disk_under_standard_output_ends_nothing(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(TRAIN_PY), *TINY, f"run.dir={tmp_path / 'r'}", "train.steps=1"],
+            env=environment(), timeout=200, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("standard output cannot be written any more (No space left on device)") == 1
+    assert (tmp_path / "r" / "summary.json").exists()

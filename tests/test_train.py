@@ -136,6 +136,9 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, warm: Path, capsys: pytes
         "right_to_wrong",
         "correction_gap",
     }
+    evaluations = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in evaluations] == [0, 2, 3]
+    assert evaluations[-1] == {"step": 3, **{f"eval/{key}": value for key, value in summary["after"].items()}}
     assert summary["steps"] == 3
     assert 0 < summary["tokens_saved"] < 1
     assert summary["config"]["train"]["steps"] == 3
