@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Stands for a message's text where the template's own part is wanted.
-_PLACE = "PLACE-7f3a9c-{}."
+# Neither letters nor blanks, which a template may change.
+_PLACE = "7039.2816.{}."
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Chat:
     def answer(self, text: str) -> list[int]:
         """An answer as the policy would sample it: its tokens, none of them a special one, and the end of turn."""
         end = self.tokenizer.eos_token_id if self.end_of_turn is None else self.end_of_turn
-        return [*self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]
+        return [*self._ids(text, split_special_tokens=True), end]
 
     def text(self, token_ids: Sequence[int]) -> str:
         """An answer for the verifier: without special tokens, and with the spaces that it has. Added tokens that are
@@ -151,9 +152,13 @@ class Chat:
 
     def _encode(self, text: str, where: str) -> list[int]:
         try:
-            return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self._ids(text)
         except (TypeError, UnicodeEncodeError):
             raise UserError(f"{where}: not text that can be encoded (half a character, a lone surrogate?)") from None
+
+    def _ids(self, text: str, **how: bool) -> list[int]:
+        """Tokens of `text`. A tokenizer's own limit is no news: this run's limits are settings."""
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False, **how)["input_ids"])
 
     def _template_alone(self, roles: tuple[str, ...], where: str) -> Counter[int]:
         """The control tokens of a conversation whose texts have none; raises UserError where a text is left out."""
