@@ -188,8 +188,11 @@ def dict_of(section: Any) -> dict[str, Any]:
 
 
 def _is_pointer(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(24) == b"version https://git-lfs."
+    try:
+        with file.open("rb") as opened:
+            return opened.read(24) == b"version https://git-lfs."
+    except OSError:  # what reads it says why
+        return False
 
 
 def _refuse_pointers(folder: Path) -> None:
