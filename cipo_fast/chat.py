@@ -10,21 +10,37 @@ from __future__ import annotations
 import datetime
 import difflib
 import inspect
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from cipo_fast.config import Config, DataConfig, read_config
 from cipo_fast.errors import UserError
-from cipo_fast.records import Message
+from cipo_fast.records import Message, blank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Stands for a message's text where the template's own part is wanted.
-_PLACE = "PLACE-7f3a9c-{}."
+# Neither letters nor blanks, which a template may change.
+_PLACE = "7039.2816.{}."
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, transformers' mark around answers: what is inside."""
+
+    tags: set[str] = {"generation"}  # noqa: RUF012  as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,8 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
         self.tokenizer = tokenizer
         self.system_prompt = config.system_prompt
+        if self.system_prompt is not None and blank(self.system_prompt):
+            raise UserError("data.system_prompt is blank: leave it out, or null for none")
         day = config.date or datetime.date.today()
         self.arguments = dict(config.chat_template_kwargs)
         self._check_arguments()
@@ -106,7 +124,7 @@ class Chat:
     def answer(self, text: str) -> list[int]:
         """An answer as the policy would sample it: its tokens, none of them a special one, and the end of turn."""
         end = self.tokenizer.eos_token_id if self.end_of_turn is None else self.end_of_turn
-        return [*self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]
+        return [*self._ids(text, split_special_tokens=True), end]
 
     def text(self, token_ids: Sequence[int]) -> str:
         """An answer for the verifier: without special tokens, and with the spaces that it has. Added tokens that are
@@ -144,16 +162,19 @@ class Chat:
             text = self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages], add_generation_prompt=answer_next, tokenize=False, **self.arguments
             )
-        except Exception as error:  # whatever foreign code raises
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{where}: the chat template says: {reason}") from None
+        except Exception as error:
+            raise _says(where, error) from None
         return cast(str, text)
 
     def _encode(self, text: str, where: str) -> list[int]:
         try:
-            return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self._ids(text)
         except (TypeError, UnicodeEncodeError):
             raise UserError(f"{where}: not text that can be encoded (half a character, a lone surrogate?)") from None
+
+    def _ids(self, text: str, **how: bool) -> list[int]:
+        """Tokens of `text`. A tokenizer's own limit is no news: this run's limits are settings."""
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False, **how)["input_ids"])
 
     def _template_alone(self, roles: tuple[str, ...], where: str) -> Counter[int]:
         """The control tokens of a conversation whose texts have none; raises UserError where a text is left out."""
@@ -197,18 +218,36 @@ class Chat:
         return None
 
     def _check_arguments(self) -> None:
-        """Arguments are the template's, and it reads them: a misspelled one would do nothing."""
+        """Arguments are the template's, and it reads them: a misspelled one would do nothing. A word of its text, a
+        loop's variable and what it sets itself are not read."""
+        if not self.arguments:
+            return
         taken = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
         taken |= {"messages", "strftime_now"}
-        read = set(re.findall(r"\w+", str(self.tokenizer.chat_template)))
+        read = self._variables() - taken
         for name in self.arguments:
             if name in taken:
                 raise UserError(
                     f"data.chat_template_kwargs.{name}: not an argument of the template, this program's own"
                 )
             if name not in read:
-                near = difflib.get_close_matches(name, read, n=1)
+                near = difflib.get_close_matches(name, sorted(read), n=1)
                 raise UserError(
                     f"data.chat_template_kwargs.{name}: the chat template does not read it"
                     + (f"; did you mean {near[0]!r}?" if near else "")
                 )
+
+    def _variables(self) -> set[str]:
+        """What the template that is rendered reads and does not set."""
+        # As transformers' own environment parses it.
+        environment = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
+        environment.globals |= {"raise_exception": None, "strftime_now": None}
+        try:
+            return find_undeclared_variables(environment.parse(self.tokenizer.get_chat_template()))
+        except Exception as error:
+            raise _says("model.path", error) from None
+
+
+def _says(where: str, error: Exception) -> UserError:
+    """Whatever foreign code raises, in one line."""
+    return UserError(f"{where}: the chat template says: {' '.join(str(error).split()) or type(error).__name__}")

@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cipo_fast.errors import UserError, note
 from cipo_fast.settings import (
     FilePath,
     NameOrPath,
     Place,
+    cut,
     expand,
     for_system,
     from_argument,
@@ -80,6 +82,18 @@ class ModelConfig(Section):
     """Shape and warm start of the embedded model."""
 
 
+def _day(value: Any) -> Any:
+    """A text as the day that it is, YYYY-MM-DD alone: pydantic takes seconds since 1970 and more."""
+    if value is None or type(value) is datetime.date:
+        return value
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", str(value)):
+        raise PydanticCustomError("day", "expected a day as YYYY-MM-DD")
+    try:
+        return datetime.date.fromisoformat(str(value))
+    except ValueError:
+        raise PydanticCustomError("day", "there is no such day") from None
+
+
 class DataConfig(Section):
     task: Literal["sort", "add"] = "sort"
     """Embedded task, used when `data.train` is not given."""
@@ -93,7 +107,7 @@ class DataConfig(Section):
     """System turn before every problem that has none of its own, in training and evaluation [ours]."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments of the chat template, such as {enable_thinking: false}, in every prompt [transformers, vLLM]."""
-    date: datetime.date | None = None
+    date: Annotated[datetime.date | None, BeforeValidator(_day)] = None
     """Today to a chat template that prints it, YYYY-MM-DD; None: the day the run starts, kept on resuming [ours]."""
 
 
@@ -575,8 +589,10 @@ def _field_of(location: tuple[int | str, ...]) -> str:
 
 
 def _typed(value: Any) -> str:
-    """A number as it was typed, anything else quoted."""
-    return value if isinstance(value, str) and re.fullmatch(r"[-+.\w]*\d[-+.\w]*", value) else repr(value)
+    """A number as it was typed, anything else quoted; the beginning of what is long."""
+    if isinstance(value, str) and re.fullmatch(r"[-+.\w]*\d[-+.\w]*", value):
+        return cut(value)
+    return cut(repr(value))
 
 
 def _nearest(key: str) -> str | None:

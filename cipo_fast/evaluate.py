@@ -23,8 +23,8 @@ from cipo_fast.model import cast_weights, load_model, load_shape, load_tokenizer
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import Sampling
 from cipo_fast.run_dir import check_writable
-from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, quiet
-from cipo_fast.tasks import Dataset, load_held_out
+from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting
+from cipo_fast.tasks import Dataset, load_held_out, quiet
 from cipo_fast.view import Terminal, evaluation_table
 
 Evaluation = dict[str, float | None]

@@ -29,9 +29,15 @@ from transformers.utils import cached_file
 from cipo_fast.config import Config
 from cipo_fast.errors import UserError
 
+INTEGERS = ("I64", "I32", "BOOL")
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+KINDS |= {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """Raises UserError where there is none, or none with a chat template."""
+    """Raises UserError where there is none, or none with a chat template; and what `load_shape` raises: transformers
+    reads config.json for a tokenizer too, and would blame the tokenizer for it."""
+    load_shape(config)
     tokenizer = _load(config, "tokenizer", AutoTokenizer.from_pretrained)
     if len(tokenizer) < 2:  # what transformers makes of a folder without a tokenizer's files
         raise UserError(f"model.path={config.model.path}: cannot load its tokenizer: its files are missing")
@@ -60,14 +66,20 @@ def load_model(config: Config, attention: str) -> PreTrainedModel:
         if attention in str(error):
             raise UserError(f"model.path={config.model.path}: its attention cannot be replaced by trees'") from None
         raise
-    _refuse_files(config)
+    integers = _refuse_files(config)
     _refuse_weights(config, model, found)
+    for name, tensor in named_tensors(model):  # transformers makes floats of integers
+        kind = integers.get(name) or integers.get(name.removeprefix(f"{model.base_model_prefix}."))
+        if kind and tensor.is_floating_point():
+            raise UserError(
+                f"model.path={config.model.path}: {name} is of integers ({kind}); use the unquantised model"
+            )
     return model
 
 
 def load_shape(config: Config) -> PretrainedConfig:
     """The config of the model in `model.path`, without its weights; raises UserError for one that no trainer of weights
-    can load: an adapter, a quantised model, an encoder-decoder."""
+    can load: an adapter, a quantised model, an encoder-decoder; and for a generation_config.json of no use."""
     path = config.model.path
     folder = Path(path)
     if folder.is_dir():
@@ -76,6 +88,7 @@ def load_shape(config: Config) -> PretrainedConfig:
         if not (folder / "config.json").is_file():
             more = "; GGUF files are quantised: use the model they were made from" if any(folder.glob("*.gguf")) else ""
             raise UserError(f"model.path={path}: the folder holds no config.json{more}")
+        _refuse_pointers(folder)
     shape = _load(config, "config", AutoConfig.from_pretrained)
     for part in (shape, shape.get_text_config()):
         for key in ("quantization_config", "compression_config"):
@@ -87,6 +100,7 @@ def load_shape(config: Config) -> PretrainedConfig:
                 )
     if shape.is_encoder_decoder:
         raise UserError(f"model.path={path}: {shape.model_type} is an encoder-decoder; use a decoder-only model")
+    _refuse_ends(path, shape)
     return shape
 
 
@@ -161,37 +175,98 @@ def _hub_refusal(name: str) -> str | None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip()[:300] if lines else type(error).__name__
+    """The first line of what an error says, with the next where it announces one; its kind where that says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return (f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text)[:300]
 
 
 def dict_of(section: Any) -> dict[str, Any]:
     return section if isinstance(section, dict) else section.to_dict()
 
 
-def _refuse_files(config: Config) -> None:
-    """UserError for a weight file that cannot be read, or whose numbers mean nothing without scales of their own."""
+def _is_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(24) == b"version https://git-lfs."
+    except OSError:  # what reads it says why
+        return False
+
+
+def _refuse_pointers(folder: Path) -> None:
+    """UserError for a file of config or tokenizer that git-lfs has left as a pointer: loaders call it broken, or go
+    without it. Weights are looked at when they are loaded."""
+    kinds = {".json", ".jinja", ".txt"} | (set() if (folder / "tokenizer.json").is_file() else {".model"})
+    for file in sorted(folder.iterdir()):
+        if file.suffix in kinds and file.is_file() and _is_pointer(file):
+            raise UserError(f"model.path={folder}: {file.name} is a git-lfs pointer; run `git lfs pull`")
+
+
+def _refuse_ends(path: str, shape: PretrainedConfig) -> None:
+    """UserError where generation_config.json, or config.json without it, names ends of an answer that are no ids of the
+    model. transformers goes without a file that it cannot read, and so without its ends."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            file = cached_file(path, name, local_files_only=True)
+        except OSError:
+            file = None
+        if file is None:
+            continue
+        where = f"model.path={path}: {name}"
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            given = content.get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{where} cannot be read ({one_line(error)})") from None
+        for end in given if isinstance(given, list) else [] if given is None else [given]:
+            if type(end) is not int:  # True is an int to Python
+                raise UserError(
+                    f"{where}: eos_token_id={json.dumps(given)[:100]}: expected a token id or a list of them"
+                )
+            embeddings = shape.get_text_config().vocab_size
+            if not 0 <= end < embeddings:
+                raise UserError(
+                    f"{where}: eos_token_id={json.dumps(given)[:100]}: the model has ids 0 to {embeddings - 1}"
+                )
+        return
+
+
+def _refuse_files(config: Config) -> dict[str, str]:
+    """UserError for a weight file that cannot be read, or whose numbers mean nothing without scales of their own.
+    Returns name -> type of tensors of integers, which a buffer may be."""
     path = config.model.path
-    names: set[str] = set()
+    found: dict[str, str] = {}
     for file in _weight_files(path):
         where = f"model.path={path}: {file.name}"
-        with file.open("rb") as opened:
-            if opened.read(24) == b"version https://git-lfs.":
-                raise UserError(f"{where} is a git-lfs pointer, not the weights; run `git lfs pull`")
-        if file.suffix != ".safetensors":
-            continue
+        if _is_pointer(file):
+            raise UserError(f"{where} is a git-lfs pointer, not the weights; run `git lfs pull`")
         try:
-            with safe_open(file, framework="pt") as tensors:
-                types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+            types = _types(file)
         except Exception as error:
             raise UserError(f"{where} cannot be read ({one_line(error)}): is it whole?") from None
         for name, kind in types.items():
-            if kind not in ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"):
+            if kind not in KINDS.values():
                 raise UserError(f"{where}: {name} is quantised ({kind}); use the unquantised model")
-        names |= types.keys()
-    if missing := _missing_experts(names):
+            if kind in INTEGERS and re.search(r"\.experts\.\d+\.", name):  # the model has them under another name
+                raise UserError(f"{where}: {name} is of integers ({kind}); use the unquantised model")
+        found |= types
+    if missing := _missing_experts(set(found)):
         raise UserError(f"model.path={path}: its weights lack {', '.join(missing[:3])}")
+    return {name: kind for name, kind in found.items() if kind in INTEGERS}
+
+
+def _types(file: Path) -> dict[str, str]:
+    """Name -> type of a weight file's tensors, as safetensors calls it. Reads no numbers."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    try:
+        pickled = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except Exception:  # transformers says what is wrong with it; an old format has no map
+        return {}
+    return {name: KINDS.get(x.dtype, str(x.dtype)) for name, x in pickled.items() if isinstance(x, Tensor)}
 
 
 def _missing_experts(names: set[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
@@ -104,3 +105,8 @@ class Conversation:
     advantage: float
     rl_weight: float
     ce_weight: float
+
+
+def blank(text: str) -> bool:
+    """Nothing to see: whitespace, control and zero-width characters."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)

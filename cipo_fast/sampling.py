@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +16,7 @@ from cipo_fast.distributed import gather, share, together
 from cipo_fast.errors import UserError
 from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
 from cipo_fast.rollout import Engine, Sampling
-from cipo_fast.tasks import Dataset, verify
-
-Say = Callable[[str], None]
+from cipo_fast.tasks import Dataset, Say, quiet, verify
 
 
 def seed_for(seed: int, step: int, purpose: str, rank: int = 0) -> int:
@@ -95,10 +93,6 @@ def encode_dataset(dataset: Dataset, chat: Chat, config: Config, say: Say) -> tu
         count_unreachable(kept, chat, what, limit, say)
     CorrectionPrompts(chat, config.correction)
     return found[0], found[1]
-
-
-def quiet(line: str) -> None:
-    """Says nothing."""
 
 
 @dataclass

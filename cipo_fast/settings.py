@@ -3,11 +3,13 @@
 What a text means is decided by the field it is for, never by YAML's guess: a text setting is the text typed (`007`,
 `yes`, `1e3`, `2026-01-01`, on a command line `#` and quotes too), a number is read by pydantic from its text, `null` is
 None where the field may be None, and a path has its `~` and environment variables replaced and is absolute. Only
-values without a type of their own (inside a dict setting) are YAML 1.2's guess: null, true, false, numbers, text.
+values without a type of their own (inside a dict setting) are YAML 1.2's guess: null, true, false, numbers, text. On a
+command line they are YAML where they begin with { [ " or '.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import types
@@ -22,10 +24,12 @@ from cipo_fast.errors import UserError
 
 MAX_VALUES = 10_000  # in one file: more come from aliases of aliases
 MAX_DEPTH = 50
-NULL = "tag:yaml.org,2002:null"
+MAX_SHOWN = 200  # characters of a value in an error
+NULL, TEXT, MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "merge"))
 VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^}]*)\})", re.ASCII)
 
 Place = dict[str, str]  # dotted key -> where it was given
+Members = dict[Any, tuple[Any, ...]]  # type -> its metadata, of a union or of one type
 
 
 def as_setting(path: Path | str) -> str:
@@ -53,7 +57,12 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
-    ("float", r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
     ("merge", r"<<", ["<"]),
 ):
     for _class in (_Loader, _Dumper):
@@ -102,11 +111,16 @@ def from_argument(argument: str, schema: type[BaseModel]) -> dict[str, Any]:
     if not text:
         raise UserError(f"argument {argument!r}: no value after the =")
     annotation, parts = _field_at(key, schema)
-    reader = _Reader(f"argument {argument!r}", in_file=False)
+    reader = _Reader(f"argument {cut(repr(argument))}", in_file=False)
     value: Any = text if annotation is None else reader.from_text(text, annotation, key)
     for part in reversed(parts):
         value = {part: value}
     return value
+
+
+def cut(text: str) -> str:
+    """What an error shows of a value: the beginning of a long one."""
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}... ({len(text):,} characters)"
 
 
 def expand(text: str, where: str) -> str:
@@ -159,7 +173,7 @@ class _Reader:
 
     def section(self, node: yaml.MappingNode, schema: type[BaseModel], prefix: str, depth: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for name, child in self._items(node, prefix):
+        for name, child in self._items(node, prefix.rstrip(".")):
             key = prefix + name
             self.places[key] = self._at(child)
             if "." in name:
@@ -172,29 +186,39 @@ class _Reader:
     def value(self, node: yaml.Node, annotation: Any, key: str, depth: int) -> Any:
         self._bound(node, depth)
         members = dict(_members(annotation))
-        container = next((t for t in members if _is_container(t)), None)
         if isinstance(node, yaml.ScalarNode):
-            if _is_null(node) and (type(None) in members or container is not None):
-                return (
-                    None if type(None) in members or Any in members else {}
-                )  # a section of which every line is a comment
-            if Any in members or (container is not None and len(members) == 1):
-                return self._guess(node, key, depth)
-            return self._scalar(node.value, members, key, self._at(node))
+            return self._one(node, members, key, depth)
         if Any in members:
             return self._guess(node, key, depth)
         if isinstance(node, yaml.MappingNode):
-            for t in members:
-                if isinstance(t, type) and issubclass(t, BaseModel):
-                    return self.section(node, t, f"{key}.", depth)
-                if _origin(t) is dict:
-                    of = (get_args(t) or (Any, Any))[1]
-                    return {k: self.value(v, of, f"{key}.{k}", depth + 1) for k, v in self._items(node, key)}
-        elif isinstance(node, yaml.SequenceNode):
-            for t in members:
-                if _origin(t) in (list, tuple):
-                    of = (get_args(t) or (Any,))[0]
-                    return [self.value(v, of, key, depth + 1) for v in node.value]
+            return self._mapping(node, members, key, depth)
+        return self._sequence(node, members, key, depth)
+
+    def _one(self, node: yaml.ScalarNode, members: Members, key: str, depth: int) -> Any:
+        containers = [t for t in members if _is_container(t)]
+        if _is_null(node) and (type(None) in members or containers):
+            # Null where null may be; else a section of which every line is a comment.
+            return None if type(None) in members or Any in members else {}
+        if containers and len(containers) == len(members):
+            if _is_section(containers[0]):
+                raise UserError(f"{self._at(node)}: {key}={cut(node.value)}: expected a section, not a value")
+            return self._guess(node, key, depth)
+        return self._scalar(node.value, members, key, self._at(node))
+
+    def _mapping(self, node: yaml.MappingNode, members: Members, key: str, depth: int) -> dict[str, Any]:
+        for t in members:
+            if _is_section(t):
+                return self.section(node, t, f"{key}.", depth)
+            if _origin(t) is dict:
+                of = (get_args(t) or (Any, Any))[1]
+                return {k: self.value(v, of, f"{key}.{k}", depth + 1) for k, v in self._items(node, key)}
+        raise UserError(f"{self._at(node)}: {key}: expected one value, got {_kind(node)}")
+
+    def _sequence(self, node: yaml.Node, members: Members, key: str, depth: int) -> list[Any]:
+        for t in members:
+            if _origin(t) in (list, tuple):
+                of = (get_args(t) or (Any,))[0]
+                return [self.value(v, of, key, depth + 1) for v in node.value]
         raise UserError(f"{self._at(node)}: {key}: expected one value, got {_kind(node)}")
 
     def from_text(self, text: str, annotation: Any, key: str) -> Any:
@@ -203,20 +227,23 @@ class _Reader:
         if text == "null" and type(None) in members:
             return None
         containers = [t for t in members if _is_container(t)]
-        if containers and (
-            len(containers) == len(members) - (type(None) in members) or text.lstrip()[:1] in ("[", "{")
-        ):
-            try:
-                node = yaml.compose(text, _Loader)
-            except (yaml.YAMLError, RecursionError):
-                raise UserError(f"{self.source}: the value is not valid YAML; quote it") from None
-            if node is not None:
-                return self.value(node, annotation, key, 0)
-        return self._scalar(text, members, key, self.source)
+        # A text that is one value or several, such as `a` and `[a, b]`, is YAML by its bracket alone.
+        typed = len(containers) < len(members) - (type(None) in members)
+        if not containers or (typed and text.lstrip()[:1] not in ("[", "{")):
+            return self._scalar(text, members, key, self.source)
+        if text.lstrip()[:1] not in ("[", "{", '"', "'"):
+            tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
+            return self.value(yaml.ScalarNode(TEXT if tag == MERGE else tag, text), annotation, key, 0)
+        try:
+            node = yaml.compose(text, _Loader)
+        except (yaml.YAMLError, RecursionError):
+            raise UserError(f"{self.source}: the value is not valid YAML; quote it") from None
+        assert node is not None  # there is more than a comment
+        return self.value(node, annotation, key, 0)
 
-    def _scalar(self, text: str, members: dict[Any, tuple[Any, ...]], key: str, where: str) -> Any:
+    def _scalar(self, text: str, members: Members, key: str, where: str) -> Any:
         """The text itself, or what a Literal or a path makes of it; numbers and truth values are pydantic's to read."""
-        _check_text(text, key, where)
+        text = _whole(text, key, where)
         for t in members:
             if get_origin(t) is Literal:
                 for value in get_args(t):
@@ -226,6 +253,8 @@ class _Reader:
             return Path(self._absolute(text, key, where))
         if any(extra is _HUB for extra in members.get(str, ())):
             return self._name_or_path(text, key, where)
+        if type(None) in members and str not in members and text.lower() in ("none", "null", "~"):
+            raise UserError(f"{where}: {key}={text}: write null for none")
         return text
 
     def _absolute(self, text: str, key: str, where: str) -> str:
@@ -254,9 +283,9 @@ class _Reader:
             raise UserError(f"{self._at(node)}: {key}: {' '.join(str(error).split())}") from None
         if not isinstance(value, str | int | float | None):
             raise UserError(f"{self._at(node)}: {key}: a {type(value).__name__} is no setting; quote it")
-        if isinstance(value, str):
-            _check_text(value, key, self._at(node))
-        return value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{self._at(node)}: {key}={cut(node.value)}: not a finite number")
+        return _whole(value, key, self._at(node)) if isinstance(value, str) else value
 
     def _items(self, node: yaml.MappingNode, key: str) -> Iterator[tuple[str, yaml.Node]]:
         """(key, value) of a mapping, its `<<` merged; a key given twice is refused."""
@@ -271,9 +300,13 @@ class _Reader:
             first[name.value] = name.start_mark.line + 1
         try:
             _Loader("").flatten_mapping(node)
-        except (yaml.YAMLError, RecursionError) as error:
-            raise UserError(f"{self._at(node)}: {key or '<<'}: {' '.join(str(error).split())}") from None
-        merged: dict[str, yaml.Node] = {name.value: child for name, child in node.value}  # its own come last and win
+        except (yaml.YAMLError, RecursionError):
+            raise UserError(
+                f"{self._at(node)}: {f'{key}.<<' if key else '<<'}: expected keys and values to merge"
+            ) from None
+        merged: dict[str, yaml.Node] = {}  # its own come last and win
+        for name, child in node.value:
+            merged[_whole(name.value, key, self._at(name))] = child
         yield from merged.items()
 
     def _bound(self, node: yaml.Node, depth: int) -> None:
@@ -294,7 +327,7 @@ def _field_at(key: str, schema: type[BaseModel]) -> tuple[Any, list[str]]:
         if not containers:
             raise UserError(f"unknown key {key!r}: {'.'.join(parts[:i])} is one value, it has no parts")
         inside = containers[0]
-        if isinstance(inside, type) and issubclass(inside, BaseModel):
+        if _is_section(inside):
             field = inside.model_fields.get(part)
             if field is None:
                 return None, parts
@@ -322,7 +355,11 @@ def _members(annotation: Any, extras: tuple[Any, ...] = ()) -> Iterator[tuple[An
 
 
 def _is_container(t: Any) -> bool:
-    return t is Any or _origin(t) in (dict, list, tuple) or (isinstance(t, type) and issubclass(t, BaseModel))
+    return t is Any or _origin(t) in (dict, list, tuple) or _is_section(t)
+
+
+def _is_section(t: Any) -> bool:
+    return isinstance(t, type) and issubclass(t, BaseModel)
 
 
 def _origin(t: Any) -> Any:
@@ -333,9 +370,10 @@ def _is_null(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.tag == NULL
 
 
-def _check_text(text: str, key: str, where: str) -> None:
+def _whole(text: str, key: str, where: str) -> str:
+    """`text` with the two halves of a character, which JSON escapes one by one, as that character."""
     try:
-        text.encode("utf-8")
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeError:
         raise UserError(f"{where}: {key}: half a surrogate pair is no text") from None
 

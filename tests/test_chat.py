@@ -1,6 +1,7 @@
 """The tokenizer and its template as a run uses them, on templates that do what those of public models do."""
 
 import datetime
+import logging
 from pathlib import Path
 
 import pytest
@@ -119,11 +120,55 @@ def test_system_prompt_and_arguments_are_in_prompts_and_glue() -> None:
         ({"enable_thinkin": False}, "does not read it; did you mean 'enable_thinking'?"),
         ({"tokenize": True}, "chat_template_kwargs.tokenize: not an argument of the template"),
         ({"strftime_now": 1}, "chat_template_kwargs.strftime_now: not an argument of the template"),
+        ({"think": False}, "does not read it"),  # it writes <think>
+        ({"m": 1}, "does not read it"),  # a loop's variable
+        ({"role": 1}, "does not read it"),  # an attribute
+        ({"shout": 1}, "does not read it"),  # in a comment
+        ({"date": 1}, "does not read it"),  # set by the template itself
+        ({"raise_exception": 1}, "does not read it"),
     ],
 )
 def test_arguments_that_would_do_nothing_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
-        chat(qwen(), chat_template_kwargs=arguments)
+        chat(qwen("{# shout if told #}{% set date = 1 %}" + CHATML), chat_template_kwargs=arguments)
+
+
+def test_arguments_are_those_of_the_template_that_is_rendered() -> None:
+    marked = CHATML.replace("m.content + ", "'' }}{% generation %}{{ m.content }}{% endgeneration %}{{ ")
+    loops = "{% for i in [1] %}{% if x is defined %}{{ 'X' }}{% endif %}{% break %}{% endfor %}"
+    named = {"default": loops + marked, "tool_use": CHATML + "{{ tool_style }}"}
+    c = chat(qwen(named), chat_template_kwargs={"x": 1, "enable_thinking": False})
+    assert c.tokenizer.decode(c.prompt(user("hi"), "row")).startswith("X<|im_start|>user\nhi<|im_end|>")
+    with pytest.raises(UserError, match="tool_style: the chat template does not read it"):
+        chat(qwen(named), chat_template_kwargs={"tool_style": 1})
+    with pytest.raises(UserError, match="multiple chat templates with no default"):
+        chat(qwen({"a": CHATML, "b": CHATML}), chat_template_kwargs={"x": 1})
+    day = chat(qwen(DATED), chat_template_kwargs={"date_string": "May Day"}).prompt(user("hi"), "row")
+    assert c.tokenizer.decode(day).startswith("Today Date: May Day\n")
+
+
+def test_a_template_may_change_letters_and_blanks_of_a_text() -> None:
+    for change in ("lower", "upper", "trim | title"):
+        c = chat(qwen(CHATML.replace("m.content", f"(m.content | {change})")))
+        assert c.end_of_turn is not None
+        assert "hi" in c.tokenizer.decode(c.prompt(user(" hi "), "row")).lower()
+        assert "check" in c.tokenizer.decode(c.glue("check", "x").token_ids).lower()
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b"])
+def test_a_blank_system_prompt_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"data\.system_prompt is blank"):
+        chat(qwen(), system_prompt=text)
+
+
+def test_a_tokenizers_own_limit_is_not_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    t = qwen()
+    t.model_max_length = 4
+    c = chat(t)
+    c.answer("a long one"), c.prompt(user("a long one"), "row"), c.glue("a long one", "x")
+    assert caplog.text == ""
+    assert t.model_max_length == 4  # and the export has it
 
 
 @pytest.mark.parametrize(
@@ -203,8 +248,13 @@ def test_a_date_is_kept_on_resuming_and_by_the_recorded_config(tmp_path: Path) -
     again = load_config([str(tmp_path / "config.yaml")], [])
     assert pinned_date(again, resuming=False).data.date == datetime.date(2024, 2, 29)
     assert load_config([], ["data.date=2024-02-29"]).data.date == datetime.date(2024, 2, 29)
-    with pytest.raises(UserError, match=r"data\.date"):
-        load_config([], ["data.date=tomorrow"])
+    for day, says in [
+        ("tomorrow", "expected a day as YYYY-MM-DD"), ("0", "expected"), ("1767225600", "expected"),
+        ("20260101", "expected"), ("2026-1-1", "expected"), ("2026-01-01T00:00", "expected"),
+        ("2024-02-30", "there is no such day"), ("0000-01-01", "there is no such day"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=f"data\\.date=.?{day}.?: {says}"):
+            load_config([], [f"data.date={day}"])
 
 
 # ---------------------------------------------------------------------------------------------------------- endings

@@ -44,7 +44,17 @@ from cipo_fast.errors import UserError
         ("rollout.vllm.args={a: [", "not valid YAML"),
         ("rollout.vllm.args={a: 1, a: 2}", "key 'a' is given twice"),
         ("rollout.vllm.args=3", "should be a valid dictionary"),
-        ("rollout=vllm", "rollout='vllm': input should be a valid dictionary"),
+        ("rollout=vllm", "rollout=vllm: expected a section, not a value"),
+        ("run='x'", "run=x: expected a section, not a value"),
+        ("loss.is_cap=none", "loss.is_cap=none: write null for none"),
+        ("rollout.vllm.max_model_len=None", "rollout.vllm.max_model_len=None: write null for none"),
+        ("data.date=~", "data.date=~: write null for none"),
+        ("rollout.vllm.args.a=1e999", "rollout.vllm.args.a=1e999: not a finite number"),
+        ("rollout.vllm.args={a: [-.inf]}", "rollout.vllm.args.a=-.inf: not a finite number"),
+        ("data.chat_template_kwargs.a=.nan", "data.chat_template_kwargs.a=.nan: not a finite number"),
+        ("seed=" + "1" * 5000, "1... (5,000 characters): "),
+        ("train.steps=" + "x" * 5000, "x... (5,002 characters): "),
+        ("rollout.vllm.args.a=" + "9" * 5000, "9... (5,022 characters): rollout.vllm.args.a: Exceeds the limit"),
         ("rollout.engine.x=3", "rollout.engine is one value"),
         ("rollout..engine=vllm", "expected key.path=value"),
         ("run.name=", "argument 'run.name=': no value after the ="),
@@ -65,6 +75,25 @@ def test_bad_overrides_are_one_line(override: str, message: str) -> None:
         load_config([], [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a # b", "a # b"), ("Answer: yes", "Answer: yes"), ("@x", "@x"), ("%x", "%x"), ("*x", "*x"), ("&x y", "&x y"),
+        ("!x", "!x"), ("- x", "- x"), ("# x", "# x"), ("<<", "<<"), ("a, b", "a, b"), ("? x", "? x"), (" 3", " 3"),
+        ("null", None), ("~", None), ("true", True), ("yes", "yes"), ("-7", -7), ("007", "007"), ("1.5", 1.5),
+        ("1e3", 1000.0), ("2026-01-01", "2026-01-01"), ("'7'", "7"), ('"a\\tb"', "a\tb"), ("[1, x]", [1, "x"]),
+        ("{b: {c: 2}}", {"b": {"c": 2}}), ('"\\ud83d\\ude00"', "\U0001f600"),
+    ],
+)  # fmt: skip
+def test_a_value_inside_a_dict_setting_is_the_text_typed_or_what_it_plainly_is(text: str, value: object) -> None:
+    for key in ("data.chat_template_kwargs.a", "rollout.vllm.args.a"):
+        config = load_config([], [f"{key}={text}"])
+        found = config.data.chat_template_kwargs or config.rollout.vllm.args
+        assert found == {"a": value}
+        assert type(found["a"]) is type(value)
 
 
 def test_unknown_key_in_a_file_and_bad_files(tmp_path: Path) -> None:
@@ -245,6 +274,13 @@ def test_the_record_of_a_config_is_that_config(tmp_path, followup, args, folder,
         ("rollout: {vllm: {args: {a: !!timestamp 2026-01-01}}}", "rollout.vllm.args.a: a date is no setting"),
         ('correction: {followup: "\\ud800"}', "half a surrogate pair"),
         ('data: {train: "a\\0b"}', "data.train: expected a path"),
+        ("train: {<<: 3}", "x.yaml:1: train.<<: expected keys and values to merge"),
+        ("<<: [1]", "x.yaml:1: <<: expected keys and values to merge"),
+        ("run:\n  3", "x.yaml:2: run=3: expected a section, not a value"),
+        ("loss: {is_cap: none}", "x.yaml:1: loss.is_cap=none: write null for none"),
+        ("rollout: {vllm: {args: {a: .inf}}}", "x.yaml:1: rollout.vllm.args.a=.inf: not a finite number"),
+        ("data: {date: 0}", "x.yaml:1: data.date=0: expected a day as YYYY-MM-DD"),
+        ('rollout: {vllm: {args: {"\\ude00": 1}}}', "half a surrogate pair"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_one_line_that_says_where(text: str, message: str, tmp_path: Path) -> None:
@@ -259,6 +295,16 @@ def test_anchors_and_merges_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("optim: &o {lr: 0.5}\nrollout: {vllm: {args: {<<: *o, a: 1}}}\n")
     config = load_config([str(tmp_path / "x.yaml")], [])
     assert config.rollout.vllm.args == {"lr": 0.5, "a": 1}
+
+
+def test_a_character_escaped_in_two_halves_is_that_character(tmp_path: Path) -> None:
+    pair = r"\ud83d\ude00"
+    (tmp_path / "x.yaml").write_text(
+        f'correction: {{followup: "{pair}!"}}\nrollout: {{vllm: {{args: {{"{pair}": "{pair}"}}}}}}'
+    )
+    config = load_config([str(tmp_path / "x.yaml")], [])
+    assert config.correction.followup == "\U0001f600!"
+    assert config.rollout.vllm.args == {"\U0001f600": "\U0001f600"}
 
 
 def test_paths_have_home_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

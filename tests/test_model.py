@@ -108,6 +108,14 @@ def replaced(name: str, text: str) -> Fault:
     return lambda folder: (folder / name).write_text(text)
 
 
+def generation(text: str) -> Fault:
+    return replaced("generation_config.json", text)
+
+
+def no_generation(fault: Fault) -> Fault:
+    return lambda folder: ((folder / "generation_config.json").unlink(), fault(folder))
+
+
 def emptied(folder: Path, *, keep: tuple[str, ...] = ()) -> None:
     for file in folder.iterdir():
         if file.name not in keep:
@@ -126,6 +134,7 @@ def other_model(shape: PretrainedConfig) -> Fault:
     return lambda folder: shape.save_pretrained(folder)
 
 
+EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
 NAN = float("nan")
 FAULTS: dict[str, tuple[str, Fault, str]] = {
@@ -155,6 +164,19 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
         rf"model\.safetensors: {QUERY} is quantised \(F8_E4M3\)",
     ),
     "int8": ("own", tensors(lambda t: t.update({QUERY: t[QUERY].to(torch.int8)})), rf"{QUERY} is quantised \(I8\)"),
+    "int64": ("own", tensors(lambda t: t.update({QUERY: t[QUERY].long()})), rf"{QUERY} is of integers \(I64\)"),
+    "bool, tied": ("tied", tensors(lambda t: t.update({EMBEDDING: t[EMBEDDING] > 0})), rf"{EMBEDDING} is .*\(BOOL\)"),
+    "int32 head": ("own", tensors(lambda t: t.update({HEAD: t[HEAD].int()})), rf"{HEAD} is of integers \(I32\)"),
+    "int64, pickled": (
+        "own",
+        lambda f: (tensors(lambda t: t.update({QUERY: t[QUERY].long()}))(f), as_pickle(None)(f)),
+        rf"{QUERY} is of integers \(I64\)",
+    ),
+    "int64 expert": (
+        "experts",
+        tensors(lambda t: t.update({EXPERT: t[EXPERT].long()})),
+        rf"{EXPERT} is of integers \(I64\)",
+    ),
     "fp8, in config.json": ("own", settings(quantization_config={"quant_method": "fp8"}), r"quantised \(fp8"),
     "bits, in config.json": ("own", settings(quantization_config={"load_in_4bit": True}), "quantised"),
     "lfs": ("own", replaced("model.safetensors", LFS), r"model\.safetensors is a git-lfs pointer.*git lfs pull"),
@@ -177,7 +199,7 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
     "index is no index": ("shards", replaced("model.safetensors.index.json", "[]"), "index"),
     "expert missing": (
         "experts",
-        tensors(lambda t: t.pop("model.layers.0.mlp.experts.1.up_proj.weight")),
+        tensors(lambda t: t.pop(EXPERT)),
         r"weights lack model\.layers\.0\.mlp\.experts\.1\.up_proj\.weight",
     ),
     "expert missing whole": (
@@ -190,6 +212,41 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
         tensors(lambda t: t.pop("model.layers.0.mlp.gate.e_score_correction_bias")),
         r"missing .*model\.layers\.0\.mlp\.gate\.e_score_correction_bias",
     ),
+    "lfs config.json": (
+        "own",
+        replaced("config.json", LFS),
+        r": config\.json is a git-lfs pointer; run `git lfs pull`",
+    ),
+    "lfs tokenizer": ("own", replaced("tokenizer.json", LFS), r": tokenizer\.json is a git-lfs pointer"),
+    "lfs settings": ("own", replaced("tokenizer_config.json", LFS), r": tokenizer_config\.json is a git-lfs pointer"),
+    "lfs index": ("shards", replaced("model.safetensors.index.json", LFS), r"index\.json is a git-lfs pointer"),
+    "lfs template": ("own", replaced("chat_template.jinja", LFS), r": chat_template\.jinja is a git-lfs pointer"),
+    "lfs generation": (
+        "own",
+        replaced("generation_config.json", LFS),
+        r": generation_config\.json is a git-lfs pointer",
+    ),
+    "generation cut short": ("own", generation('{"eos_token_id": [1, 2'), r": generation_config\.json cannot be read"),
+    "generation is a list": ("own", generation("[1]"), r": generation_config\.json cannot be read"),
+    **{
+        f"end {value}": (
+            "own",
+            generation(f'{{"eos_token_id": {value}}}'),
+            rf"generation_config\.json: eos_token_id={says}",
+        )
+        for value, says in [
+            ('"1"', '"1": expected a token id'),
+            ("[[1]]", r"\[\[1\]\]: expected"),
+            ('{"a": 1}', '{"a": 1}: expected'),
+            ("true", "true: expected"),
+            ("1.0", "1.0: expected"),
+            ("[3, false]", r"\[3, false\]: expected"),
+            ("-1", "-1: the model has ids 0 to 39"),
+            ("[1, 40]", r"\[1, 40\]: the model has ids 0 to 39"),
+        ]
+    },
+    "end, in config.json": ("own", no_generation(settings(eos_token_id=-2)), r": config\.json: eos_token_id=-2"),
+    "a number as text": ("own", settings(num_hidden_layers="two"), "config: .*'num_hidden_layers': .*expected int"),
     "empty folder": ("own", emptied, "holds no config.json"),
     "gguf": ("own", only("model-Q4.gguf"), "GGUF"),
     "adapter": ("own", only("adapter_config.json", "{}"), "adapter .*merge"),
@@ -242,6 +299,7 @@ def test_what_is_right_passes(folders: dict[str, Path], tmp_path: Path) -> None:
     as_pickle(None)(pickled)
     both = Path(shutil.copytree(folders["own"], tmp_path / "both"))
     (both / "pytorch_model.bin").write_bytes(b"never read")
+    (both / "generation_config.json").write_text('{"eos_token_id": [0, 39]}')
     for folder in (same, old, pickled, both):
         assert load(folder).num_parameters() > 0
 
@@ -269,9 +327,18 @@ def test_a_folder_without_a_tokenizer(folders: dict[str, Path]) -> None:
         load_tokenizer(load_config([], [f"model.path={folders['own']}"]))
 
 
+def test_a_fault_of_config_json_is_not_the_tokenizers(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["own"], tmp_path / "model"))
+    (folder / "config.json").write_text('{"model_type": "qwen3", "hidden_size": "wide"}')
+    with pytest.raises(UserError, match=r"cannot load its config: .*hidden_size.*expected int"):
+        load_tokenizer(load_config([], [f"model.path={folder}"]))
+
+
 def test_an_error_that_says_nothing_is_named_by_its_kind() -> None:
     assert one_line(EOFError()) == "EOFError"
     assert one_line(OSError("\n first \n second")) == "first"
+    assert one_line(ValueError("wrong:\n\n  because\nmore")) == "wrong: because"
+    assert one_line(KeyError("rope_theta")) == "KeyError: 'rope_theta'"
 
 
 def test_the_good_folders_have_their_shape(folders: dict[str, Path]) -> None:

@@ -96,6 +96,13 @@ ROW = '{"prompt": "q", "answer": %s}'
         ('{"prompt": "q", "reward_model": {"style": "model", "ground_truth": "2"}}', "field 'reward_model.style'"),
         ('{"prompt": "q", "reward_model": {"style": "rule", "ground_truth": {"a": 1}}}', "'reward_model.ground_truth'"),
         ('{"prompt": "q", "answer": 1, "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"messages": [{"role": "system", "content": " "}, {"role": "user", "content": "q"}], "answer": 1}',
+         "field 'messages[0].content' is blank"),
+        ('{"prompt": "q", "system": "be brief", "answer": 1}', "field 'system' is beside 'prompt': it would not be"),
+        ('{"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}], "answer": 1}', "field 'tools' is"),
+        ('{"prompt": "q", "images": ["a.png"], "answer": 1}', "field 'images' is beside 'prompt'"),
+        ('{"prompt": "q", "videos": ["a.mp4"], "answer": 1}', "field 'videos' is beside 'prompt'"),
+        ('{"prompt": "q", "chat_template_kwargs": {"x": 1}, "answer": 1}', "field 'chat_template_kwargs' is beside"),
         ("prompt,answer", "not JSON"),
         ('{"prompt": "q", "answer": 1} {"prompt": "q", "answer": 1}', "not JSON: Extra data at column 30"),
         ("3", "expected an object, got number"),
@@ -229,6 +236,7 @@ def test_jsonl_both_forms_and_the_split(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     rows = [{"prompt": f"q{i}", "answer": i} for i in range(30)] + [{"prompt": "q0", "answer": 0}]
     rows.append({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": " a "})
+    rows[0] |= {"images": [], "system": "", "tools": None, "chat_template_kwargs": {}}
     path.write_text("\n".join(json.dumps(r) for r in rows))
     assert read_problems(path)[-1].content == (("system", "s"), ("user", "u"))
     data = load_dataset(load_config([], [f"data.train={path}"]))

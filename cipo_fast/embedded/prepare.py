@@ -18,8 +18,8 @@ from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.embedded.warm_start import warm_start
 from cipo_fast.records import Problem
-from cipo_fast.sampling import encode_dataset, fitting, quiet
-from cipo_fast.tasks import Dataset, load_dataset
+from cipo_fast.sampling import encode_dataset, fitting
+from cipo_fast.tasks import Dataset, load_dataset, quiet
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 Say = Callable[[str], None]

@@ -10,7 +10,7 @@ import numpy as np
 from cipo_fast.config import Config
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem
-from cipo_fast.tasks.jsonl import read_problems
+from cipo_fast.tasks.jsonl import quiet, read_problems
 
 Say = Callable[[str], None]
 
@@ -31,7 +31,7 @@ def check_data(config: Config) -> None:
         raise UserError(f"data.train is not given: name a JSON Lines file to train model.path={config.model.path} on")
 
 
-def load_dataset(config: Config, say: Say = lambda line: None) -> Dataset:
+def load_dataset(config: Config, say: Say = quiet) -> Dataset:
     """The problems of `data.train` and `data.eval`; `say` hears what is cut or dropped. Raises UserError."""
     n = config.eval.problems
     if config.data.train is None:
@@ -53,7 +53,7 @@ def load_dataset(config: Config, say: Say = lambda line: None) -> Dataset:
     return Dataset(kept, held_out)
 
 
-def load_held_out(config: Config, say: Say = lambda line: None) -> list[Problem]:
+def load_held_out(config: Config, say: Say = quiet) -> list[Problem]:
     """The problems that a policy is evaluated on; data.eval is enough. Raises UserError."""
     if config.data.eval is None and config.data.train is None:
         raise UserError("data.eval is not given: name a JSON Lines file of held-out problems")

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cipo_fast.errors import UserError
-from cipo_fast.records import Message, Problem
+from cipo_fast.records import Message, Problem, blank
 
 MAX_DIGITS = 4300  # what Python itself converts; a longer number was hardly meant as one
 ROLES = ("system", "user", "assistant")
+# What other programs' rows have beside prompt or messages, to be shown to the model with it.
+SHOWN = (
+    *("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+)
 _BOM = b"\xef\xbb\xbf"
 _NOT_JSON_LINES = {
     b"\x1f\x8b": "is gzip: unpack it",
@@ -44,7 +48,11 @@ class _Repeated(Exception):
     """An object has a key twice."""
 
 
-def read_problems(path: Path, say: Callable[[str], None] = lambda line: None) -> list[Problem]:
+def quiet(line: str) -> None:
+    """Says nothing."""
+
+
+def read_problems(path: Path, say: Callable[[str], None] = quiet) -> list[Problem]:
     """All problems of `path`; a bad line is a UserError naming file, line and field.
 
     Ids are unique: a missing one comes from the line number, a repeated one gets it added. `say` hears, with counts,
@@ -153,7 +161,7 @@ def _answer_text(value: Any, where: str, field: str) -> str:
         return value
     if not isinstance(value, str):
         raise UserError(f"{where}: field {field!r} is neither text nor a number")
-    if _blank(_text(value, where, field)):
+    if blank(_text(value, where, field)):
         raise UserError(f"{where}: field {field!r} is blank: an empty completion would be right")
     return value
 
@@ -168,6 +176,9 @@ def _messages(record: dict[str, Any], where: str) -> tuple[Message, ...]:
     if len(given) > 1:
         raise UserError(f"{where}: both 'prompt' and 'messages' are given: keep one of them")
     (field,) = given
+    for more in SHOWN:
+        if record.get(more):
+            raise UserError(f"{where}: field {more!r} is beside {field!r}: it would not be shown")
     asked = record[field]
     if field == "prompt" and isinstance(asked, str) and not isinstance(asked, Number):
         asked = [{"role": "user", "content": asked}]
@@ -197,7 +208,7 @@ def _message(message: dict[str, Any], where: str, field: str, as_text: bool) -> 
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str) or isinstance(content, Number):
         raise UserError(f"{where}: field {at!r} is not text")
-    if message["role"] != "system" and _blank(_text(content, where, at)):
+    if blank(_text(content, where, at)):
         raise UserError(f"{where}: field {at!r} is blank")
     return Message(role=message["role"], content=_text(content, where, at))
 
@@ -228,8 +239,3 @@ def _text(value: str, where: str, field: str) -> str:
             f"{where}: field {field!r} holds a lone surrogate ({lone}), which is half a character"
         ) from None
     return value
-
-
-def _blank(text: str) -> bool:
-    """Nothing to see: whitespace, control and zero-width characters."""
-    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
