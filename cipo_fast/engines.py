@@ -35,9 +35,12 @@ def _bare_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
         return together(
             lambda: LocalEngine(twin_of(model, device, dtype), ends, pad, batch, max_model_len=config.max_model_len)
         )
-    from cipo_fast.rollout.vllm import VllmEngine, check_version
+    from cipo_fast.rollout.server_process import check_port
+    from cipo_fast.rollout.vllm import VllmEngine, check_version, engine_arguments
 
     check_version()
+    engine_arguments(config, device)  # what is refused is refused before anything is written
+    on_main(lambda: check_port(config))
     folder = config.run_dir / "engine"
     shape = copy.deepcopy(model.config)
     shape.architectures = [type(model).__name__]  # not every config that a model is built from says so
@@ -51,6 +54,14 @@ def _bare_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
     from cipo_fast.rollout.vllm_server import build_server_engine
 
     return build_server_engine(folder, config, wanted, ends, device)
+
+
+def starting(config: Config) -> str:
+    """What is waited for while `build_engine` works."""
+    server = config.rollout.server
+    if config.rollout.engine == "vllm_server" and not server.start:
+        return f"waiting for {server.url} (up to {server.start_timeout_s:g} s)"
+    return f"starting {config.rollout.engine}"
 
 
 def twin_of(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -270,6 +270,7 @@ def test_on_a_cpu_the_engine_stays_while_it_trains() -> None:
     [
         (["--world"], "--world: expected a number"),
         (["--world", "many"], "--world: expected a number"),
+        (["--world", "1.5"], "--world 1.5: expected a whole number"),
         (["--device-memory", "0"], "--device-memory: expected a number of at least 1"),
         (["--wrld", "8"], "unknown option --wrld"),
         (["model.path=/no/such"], "model.path=/no/such: cannot load its config"),
