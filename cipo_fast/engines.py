@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cipo_fast.chat import Chat
 from cipo_fast.config import Config
-from cipo_fast.distributed import on_main, together
+from cipo_fast.distributed import is_main, on_main, together
 from cipo_fast.errors import UserError
 from cipo_fast.model import named_tensors
 from cipo_fast.rollout import Engine
@@ -50,7 +51,12 @@ def _bare_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
         for name, tensor in named_tensors(model)
     }
     if config.rollout.engine == "vllm":  # builds process groups: a rank that fails in between leaves the others there
-        return VllmEngine(folder, config, list(wanted), ends, device)
+        try:
+            return VllmEngine(folder, config, list(wanted), ends, device)
+        except UserError:
+            if is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     from cipo_fast.rollout.vllm_server import build_server_engine
 
     return build_server_engine(folder, config, wanted, ends, device)

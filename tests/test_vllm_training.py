@@ -188,6 +188,7 @@ def test_a_model_that_vllm_cannot_run(tmp_path: Path, warm: Path) -> None:
     line = refused(done)
     assert "vLLM cannot run it" in line
     assert "head_dim=8" in line
+    assert not (tmp_path / "run" / "engine").exists()
 
 
 def test_bad_arguments_write_nothing_and_start_nothing(tmp_path: Path) -> None:
