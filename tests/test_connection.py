@@ -266,6 +266,8 @@ def test_other_arguments_reach_vllm_beside_ours(tmp_path: Path) -> None:
     options = " ".join(serve_command(tmp_path, config, "cuda", "127.0.0.1", 1, "name"))
     assert "--no-enforce-eager --" in options
     assert "--cudagraph-capture-sizes 1 2" in options
+    found = ["rollout.engine=vllm_server", "rollout.server.url=http://h:1", "rollout.vllm.args={host: 0.0.0.0}"]
+    assert "host" not in engine_arguments(load_config([], found), "cpu")  # the server's, of the same settings
 
 
 @pytest.mark.parametrize("args", ["{foo: 1}", "{host: 3}", "{host: a..b}", "{model: x}", "{port: 1}"])

@@ -52,7 +52,9 @@ DECIDED = {
 def user_arguments(config: Config) -> dict[str, Any]:
     """`rollout.vllm.args` as vLLM takes them. Raises UserError for what the trainer alone decides, for a name that vLLM
     does not have, and for a value that is not of its type."""
-    args = config.rollout.vllm.args
+    args = dict(config.rollout.vllm.args)
+    if config.rollout.engine == "vllm_server" and not config.rollout.server.start:
+        args.pop("host", None)  # of cipo_fast.serve, which is given the same settings
     names = {name.replace("-", "_") for name in args}
     if taken := sorted(OURS & names):
         raise UserError(
