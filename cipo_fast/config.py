@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -496,7 +497,7 @@ def _check_engine(config: Config) -> None:
     r = config.rollout
     if r.engine == "vllm_server" and r.server.start == (r.server.url is not None):
         raise UserError("rollout.engine=vllm_server: give rollout.server.start=true or rollout.server.url, one of them")
-    if r.server.url is not None and not r.server.url.startswith(("http://", "https://")):
+    if r.server.url is not None and not _is_address(r.server.url):
         raise UserError(f"rollout.server.url={r.server.url}: expected http://host:port")
     parallel = [k for k in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size") if k in r.vllm.args]
     if r.engine == "vllm" and parallel:
@@ -515,6 +516,16 @@ def _check_engine(config: Config) -> None:
             f"rollout.vllm.max_model_len={r.vllm.max_model_len} leaves no token for a prompt: rollout.max_tokens is "
             f"{r.max_tokens}"
         )
+
+
+def _is_address(url: str) -> bool:
+    """Whether a server can be there at all: a host, and a port that is one."""
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", url)
+        return named and parts.scheme in ("http", "https")
+    except ValueError:
+        return False
 
 
 def _find_file(name: str) -> Path:

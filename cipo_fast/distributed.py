@@ -92,12 +92,12 @@ def prepared_group(prepare: Callable[[], Config]) -> Iterator[tuple[DeviceMesh, 
 
 def starts_first() -> bool:
     """Whether this process is the first rank, or alone; to be asked before there is a group."""
-    return os.environ.get("RANK", "0") == "0"
+    return (os.environ.get("RANK") or "0") == "0"
 
 
 def _environment() -> tuple[int, int] | None:
     """(rank, world size) as torchrun says them, None for a process alone; raises UserError."""
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):  # an empty one is none, as the other names are not set when empty
         return None
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     hint = "start with torchrun, or unset RANK for a single process"
@@ -105,7 +105,7 @@ def _environment() -> tuple[int, int] | None:
     if missing:
         raise UserError(f"RANK={os.environ['RANK']} is set in the environment, {missing[0]} is not: {hint}")
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"):
-        if not re.fullmatch(r"[0-9]{1,9}", os.environ.get(name, "0")):
+        if not re.fullmatch(r"[0-9]{1,9}", os.environ.get(name) or "0"):
             raise UserError(f"{name}={os.environ[name]} in the environment is no whole number: {hint}")
     rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if rank >= world:
@@ -116,7 +116,7 @@ def _environment() -> tuple[int, int] | None:
 
 
 def _device_of_rank() -> int:
-    local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local, devices = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
     if local >= devices:
         error = UserError(f"LOCAL_RANK={local}, but this node has {devices} GPUs: torchrun --nproc-per-node={devices}")
         error.told = local > devices  # by the first rank without one

@@ -45,7 +45,7 @@ class Devices:
 
     @staticmethod
     def of_this_machine(ranks: int | None) -> Devices:
-        ranks = ranks or (int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1)
+        ranks = ranks or (int(os.environ.get("WORLD_SIZE", 1)) if os.environ.get("RANK") else 1)
         if torch.cuda.is_available():
             return Devices("cuda", ranks, float(torch.cuda.get_device_properties(0).total_memory), True)
         return Devices("cpu", ranks, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / ranks, True)
@@ -76,6 +76,8 @@ def dry_run(args: Sequence[str], embedded_shape: EmbeddedShape) -> str:
     """What `--dry-run` prints for a command line; raises UserError. `embedded_shape` knows the embedded model's."""
     rest = [arg for arg in args if arg != "--dry-run"]
     world, memory = (_take_number(rest, option) for option in ("--world", "--device-memory"))
+    if world and world != int(world):
+        raise UserError(f"--world {world:g}: expected a whole number of ranks")
     config = parse_args(rest)
     devices = Devices.of_this_machine(int(world) if world else None)
     if memory:
@@ -146,6 +148,8 @@ def _sizes(config: Config) -> list[str]:
         f"{config.train.steps} steps, {config.train.steps * config.train.updates_per_step} updates",
         f"at most {tree:,} tokens forwarded a step ({rows:,} as one row a conversation)",
     ]
+    if config.model.path != "embedded":
+        lines.append("only the model's config is read here: whether its weights are all there, a run says")
     try:
         check_data(config)
     except UserError as error:

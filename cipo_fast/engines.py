@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cipo_fast.chat import Chat
 from cipo_fast.config import Config
-from cipo_fast.distributed import on_main, together
+from cipo_fast.distributed import is_main, on_main, together
 from cipo_fast.errors import UserError
 from cipo_fast.model import named_tensors
 from cipo_fast.rollout import Engine
@@ -35,9 +36,12 @@ def _bare_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
         return together(
             lambda: LocalEngine(twin_of(model, device, dtype), ends, pad, batch, max_model_len=config.max_model_len)
         )
-    from cipo_fast.rollout.vllm import VllmEngine, check_version
+    from cipo_fast.rollout.server_process import check_port
+    from cipo_fast.rollout.vllm import VllmEngine, check_version, engine_arguments
 
     check_version()
+    engine_arguments(config, device)  # what is refused is refused before anything is written
+    on_main(lambda: check_port(config))
     folder = config.run_dir / "engine"
     shape = copy.deepcopy(model.config)
     shape.architectures = [type(model).__name__]  # not every config that a model is built from says so
@@ -47,10 +51,23 @@ def _bare_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
         for name, tensor in named_tensors(model)
     }
     if config.rollout.engine == "vllm":  # builds process groups: a rank that fails in between leaves the others there
-        return VllmEngine(folder, config, list(wanted), ends, device)
+        try:
+            return VllmEngine(folder, config, list(wanted), ends, device)
+        except UserError:
+            if is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     from cipo_fast.rollout.vllm_server import build_server_engine
 
     return build_server_engine(folder, config, wanted, ends, device)
+
+
+def starting(config: Config) -> str:
+    """What is waited for while `build_engine` works."""
+    server = config.rollout.server
+    if config.rollout.engine == "vllm_server" and not server.start:
+        return f"waiting for {server.url} (up to {server.start_timeout_s:g} s)"
+    return f"starting {config.rollout.engine}"
 
 
 def twin_of(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -14,16 +14,17 @@ pack, then its next.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 from cipo_kernels import device_rates
+from pydantic import BaseModel, Field, ValidationError
 from rich.table import Table
 
-from cipo_fast.errors import UserError, command
+from cipo_fast.errors import UserError, command, put
 from cipo_fast.packing import CostModel, Node, build_trees, pack_trees
 from cipo_fast.records import Conversation, Segment
 from cipo_fast.settings import expand
@@ -51,12 +52,21 @@ class Options:
     attention: float = field(default_factory=lambda: device_rates().attention_rate)  # ... of the attention
 
 
+# Of a step: half a minute and a gigabyte to lay out.
+MOST_CONVERSATIONS = 16_000
+MOST_TOKENS = 100_000_000  # as rows
+MOST_RANKS = 16_384
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 2 for bad input, with one line."""
     return command(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 def run(args: Sequence[str]) -> None:
+    if {"-h", "--help"} & set(args):
+        put((__doc__ or "").strip())
+        return
     options = parse(args)
     batch = recorded(Path(expand(options.run, "run"))) if options.run else synthetic(options)
     Terminal().print(report(batch, options))
@@ -75,12 +85,25 @@ def parse(args: Sequence[str]) -> Options:
             values[key] = type(default)(text)
         except ValueError:
             raise UserError(f"argument {arg!r}: expected a number") from None
-        if key != "run" and not float(values[key]) > 0:
-            raise UserError(f"argument {arg!r}: expected a number above 0")
+        if key != "run" and not 0 < values[key] <= 1e18:  # type: ignore[operator]
+            raise UserError(f"argument {arg!r}: expected a number above 0, at most 1e18")
     options = Options(**values)  # type: ignore[arg-type]
     if options.F > options.G:
         raise UserError(f"F={options.F} anchors of G={options.G} rollouts: every anchor is a rollout")
+    _refuse_too_large(options)
     return options
+
+
+def _refuse_too_large(o: Options) -> None:
+    rows = o.B * (o.G * (o.P + o.R) + o.F * o.K * (o.P + o.R + o.I + o.C))
+    conversations = o.B * (o.G + o.F * o.K)
+    if rows > MOST_TOKENS or conversations > MOST_CONVERSATIONS:
+        raise UserError(
+            f"{conversations:,} conversations, {rows:,} tokens as rows: planned for at most {MOST_CONVERSATIONS:,} and "
+            f"{MOST_TOKENS:,}; a smaller B says as much"
+        )
+    if o.ranks > MOST_RANKS:
+        raise UserError(f"ranks={o.ranks}: planned for at most {MOST_RANKS:,}")
 
 
 def synthetic(o: Options) -> list[Conversation]:
@@ -93,29 +116,62 @@ def synthetic(o: Options) -> list[Conversation]:
 
 
 def recorded(run_dir: Path) -> list[Conversation]:
-    """The conversations of a run's last recorded step."""
-    files = sorted((run_dir / "rollouts").glob("step-*.jsonl"))
+    """The conversations of a run's last recorded step. Raises UserError where that is not what a run writes."""
+    try:
+        files = sorted((run_dir / "rollouts").glob("step-*.jsonl"))
+        content = files[-1].read_bytes() if files else b""
+    except OSError as error:
+        raise UserError(f"run={run_dir}: cannot be read: {error.strerror}") from None
     if not files:
         raise UserError(f"run={run_dir}: no rollouts in it (run.save_rollouts_every=0?)")
-    groups: dict[str, list[dict]] = {}
-    for line in files[-1].read_text(encoding="utf-8").split("\n"):  # a text may hold what else ends a line
-        if not line:
-            continue
-        record = json.loads(line)
-        groups.setdefault(record["problem"], []).append(record)
+    groups: dict[str, list[Row]] = {}
+    for row in _rows(files[-1], content):
+        groups.setdefault(row.problem, []).append(row)
     found: list[Conversation] = []
-    for records in groups.values():
+    for rows in groups.values():
         anchors = []
-        for i, record in enumerate(records):
-            corrections = record["corrections"] or []
-            if corrections:
-                glue = corrections[0]["prompt_tokens"] - record["prompt_tokens"] - record["tokens"]
+        for i, row in enumerate(rows):
+            if row.corrections:
+                glue = row.corrections[0].prompt_tokens - row.prompt_tokens - row.tokens
                 if glue < 1:
                     raise UserError(f"run={run_dir}: its corrections quote the attempt (correction.layout=quoted)")
-                anchors.append((i, _segment(glue), [c["tokens"] for c in corrections]))
-        attempts = [_segment(record["tokens"]) for record in records]
-        found += _conversations(_segment(records[0]["prompt_tokens"]), attempts, anchors)
+                anchors.append((i, _segment(glue), [c.tokens for c in row.corrections]))
+        attempts = [_segment(row.tokens) for row in rows]
+        found += _conversations(_segment(rows[0].prompt_tokens), attempts, anchors)
     return found
+
+
+class Lengths(BaseModel):
+    """Of an answer, in tokens."""
+
+    prompt_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+    tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+
+
+class Row(Lengths):
+    """What is read of a rollout's line."""
+
+    problem: str
+    corrections: list[Lengths] | None
+
+
+def _rows(file: Path, content: bytes) -> list[Row]:
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line:
+            continue
+        try:
+            rows.append(Row.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = "".join(f"{part}: " for part in first["loc"])
+            raise UserError(
+                f"{file}:{number}: not a rollout as a run writes it ({key}{first['msg']}); was the run killed there? "
+                "Remove the file: the step before it is taken then"
+            ) from None
+    if not rows:
+        raise UserError(f"{file}: empty; remove it: the step before it is taken then")
+    return rows
 
 
 def report(batch: list[Conversation], o: Options) -> Table:

@@ -31,14 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: Sequence[str]) -> None:
     config = parse_args(args)
-    from cipo_fast.rollout.vllm import check_version
+    from cipo_fast.rollout.vllm import check_version, engine_arguments
 
     check_version()
     if config.model.path == "embedded":
         raise UserError("model.path=embedded: name a folder; `python -m cipo_fast.embedded` makes one and prints it")
     from cipo_fast.rollout.server_process import DEFAULT_PORT, ENVIRONMENT, refuse_taken, serve_command, served_name
 
-    host = config.rollout.vllm.args.get("host", "127.0.0.1")
+    host = config.rollout.vllm.args.pop("host", "127.0.0.1")
+    if not isinstance(host, str) or not host:
+        raise UserError(f"rollout.vllm.args.host={host!r}: expected an address of this machine, such as 0.0.0.0")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine_arguments(config, device)  # what is refused is refused before anything is written
     if not is_loopback(host) and not os.environ.get(KEY):
         raise UserError(
             f"rollout.vllm.args.host={host}: others reach it there; set a key, {KEY}, here and for the trainer"
@@ -51,7 +55,6 @@ def run(args: Sequence[str]) -> None:
     folder = config.run_dir / "engine"
     write_shape(folder, shape, load_tokenizer(config))
     os.environ.update(ENVIRONMENT)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     sys.argv = [sys.argv[0], *serve_command(folder, config, device, host, port, served_name(folder, config))]
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 

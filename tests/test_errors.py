@@ -83,6 +83,13 @@ def test_a_run_dir_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["kept"]
 
 
+def test_an_empty_environment_is_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert distributed._environment() is None
+    assert distributed.starts_first()
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [

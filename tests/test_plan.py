@@ -35,9 +35,19 @@ def test_the_table_and_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None
         ("R=x", "expected a number"),
         ("R=0", "above 0"),
         ("F=9", "9 anchors"),
+        ("R=99999999", "tokens as rows"),
+        ("B=100000", "2,400,000 conversations"),
+        ("ranks=100000000", "at most 16,384"),
+        ("B=1" + 400 * "0", "at most 1e18"),
+        ("params=inf", "at most 1e18"),
     ]:
         assert main([bad]) == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    for help_ in ("-h", "--help"):
+        assert main([help_]) == 0
+        assert "python -m cipo_fast.plan [B=1]" in capsys.readouterr().out
     assert main(["run=/no/such/run"]) == 2
     assert main(["pack_tokens=1000"]) == 2
     assert "cannot hold one conversation of 2560 tokens" in capsys.readouterr().err
@@ -96,3 +106,33 @@ def test_lengths_of_a_run(tmp_path: Path) -> None:
     batch = recorded(tmp_path)
     assert [tree.num_tokens for tree in build_trees(batch)] == [20 + 30 + 40 + 9 + 11 + 12, 5 + 6]
     assert row_tokens(batch) == 50 + 60 + (69 + 11) + (69 + 12) + 11
+
+
+ROW = b'{"problem": "a", "prompt_tokens": 20, "tokens": 30, "corrections": null}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (ROW + ROW[:-20], "step-00002.jsonl:2: not a rollout"),  # killed while it wrote
+        (ROW + b"\xff\xfe\n", "step-00002.jsonl:2: not a rollout"),
+        (b"[]\n", "step-00002.jsonl:1: not a rollout"),
+        (b'{"problem": "a"}\n', "prompt_tokens: Field required"),
+        (ROW.replace(b"30", b'"x"'), "tokens: Input should be a valid integer"),
+        (ROW.replace(b"30", b"0"), "tokens: Input should be greater"),
+        (ROW.replace(b"null", b'[{"tokens": 3}]'), "corrections: 0: prompt_tokens: Field required"),
+        (b"", "step-00002.jsonl: empty"),
+        (b"\n\n", "step-00002.jsonl: empty"),
+    ],
+)
+def test_a_record_that_is_not_one_is_one_line(content: bytes, message: str, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "rollouts"
+    folder.mkdir()
+    (folder / "step-00001.jsonl").write_bytes(ROW)
+    (folder / "step-00002.jsonl").write_bytes(content)
+    assert main([f"run={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    (folder / "step-00002.jsonl").unlink()  # as it says
+    assert main([f"run={tmp_path}"]) == 0

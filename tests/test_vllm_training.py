@@ -188,12 +188,22 @@ def test_a_model_that_vllm_cannot_run(tmp_path: Path, warm: Path) -> None:
     line = refused(done)
     assert "vLLM cannot run it" in line
     assert "head_dim=8" in line
+    assert not (tmp_path / "run" / "engine").exists()
+
+
+def test_bad_arguments_write_nothing_and_start_nothing(tmp_path: Path) -> None:
+    """In this process and served; no line of vLLM's own stands before the error."""
+    for engine in (["rollout.engine=vllm"], served()):
+        done = run(tmp_path / "run", *engine, "rollout.vllm.args={foo: 1}")
+        assert "vLLM has no engine argument 'foo'" in refused(done)
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "run" / "engine").exists()
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, warm: Path) -> None:
-    done = run(tmp_path / "run", *served("rollout.vllm.args={kv_cache_dtype: no_such_thing}"))
+    done = run(tmp_path / "run", *served("rollout.vllm.args={attention_backend: no_such_thing}"))
     line = refused(done)
-    assert "no_such_thing" in line
+    assert "NO_SUCH_THING" in line
     assert "server.log" in line
 
 

@@ -20,7 +20,6 @@ from cipo_fast.rollout.vllm import engine_arguments, two_lines
 from cipo_fast.rollout.vllm_guard import KEY
 
 DEFAULT_PORT = 8100  # of cipo_fast.serve
-OUR_OPTIONS = ("host", "port", "served_model_name", "api_key", "middleware", "uds")
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # weight updates, pause, cache reset
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # without a GPU the cores are the trainer's too
@@ -36,9 +35,7 @@ class ServerProcess:
 
     def __init__(self, folder: Path, config: Config, device: str):
         settings = config.rollout.server
-        if ours := [name for name in OUR_OPTIONS if name in config.rollout.vllm.args]:
-            raise UserError(f"rollout.vllm.args.{ours[0]}: of a server that the trainer starts, the trainer decides")
-        self.host = "127.0.0.1" if _one_node() else _interface(os.environ["MASTER_ADDR"])
+        self.host = _host()
         self.port = settings.port or _free_port(self.host)
         url_host = f"[{self.host}]" if ":" in self.host else self.host
         name = f"{served_name(folder, config)}-{secrets.token_hex(8)}"
@@ -114,9 +111,17 @@ def serve_command(folder: Path, config: Config, device: str, host: str, port: in
         option = name.replace("_", "-")
         if isinstance(value, bool):
             options.append(f"--{option}" if value else f"--no-{option}")
-        else:
+        elif isinstance(value, list):
+            options += [f"--{option}", *map(str, value)]
+        elif value is not None:
             options += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return options
+
+
+def check_port(config: Config) -> None:
+    """UserError where the trainer is to start a server on a port that is taken."""
+    if config.rollout.server.start and config.rollout.server.port:
+        refuse_taken(_host(), config.rollout.server.port)
 
 
 def transfer_kind(config: Config, device: str) -> str:
@@ -130,9 +135,10 @@ def refuse_taken(host: str, port: int) -> None:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose connections are but fading is free
         try:
             s.bind((host, port))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no name of a host
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"rollout.server.port={port}: {host}:{port} cannot be had ({error.strerror}), another run's "
+                f"rollout.server.port={port}: {host}:{port} cannot be had ({reason}), another run's "
                 "perhaps; without this setting a free one is taken"
             ) from None
 
@@ -141,6 +147,10 @@ def _free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
         s.bind((host, 0))
         return s.getsockname()[1]
+
+
+def _host() -> str:
+    return "127.0.0.1" if _one_node() else _interface(os.environ["MASTER_ADDR"])
 
 
 def _one_node() -> bool:

@@ -6,6 +6,7 @@ no sleep, it just waits. Weights go in one tensor at a time: the model is never 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from cipo_fast.errors import UserError
 from cipo_fast.records import Completion
 from cipo_fast.rollout import Sampling, SyncReport
 from cipo_fast.rollout.checksums import added
+from cipo_fast.rollout.vllm_arguments import user_arguments
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -36,18 +38,6 @@ NEUTRAL: dict[str, Any] = {
 }
 VERSIONS = ("0.32.",)  # what is tested; torch 2.13 leaves no other choice
 FILES = "cipo_files"  # our weight transfer, by the name that trainer and server register their ends under
-# What a request says is all that shapes sampling, and the weights are the trainer's, bit for bit.
-OURS = {
-    "generation_config",
-    "load_format",
-    "logits_processors",
-    "logprobs_mode",
-    "override_generation_config",
-    "quantization",
-    "quantization_config",
-    "watermark_config",
-    "worker_extension_cls",
-}
 SEED_STRIDE = 1_000_003  # vLLM gives sample i of a request the seed + i
 
 
@@ -61,7 +51,7 @@ class VllmEngine:
         from vllm import LLM, SamplingParams
 
         arguments = engine_arguments(config, device)
-        if "RANK" in os.environ:
+        if os.environ.get("RANK"):
             arguments["distributed_executor_backend"] = "external_launcher"
         set_threads = torch.set_num_threads  # vLLM's CPU worker disables it
         try:
@@ -179,7 +169,9 @@ class _Count:
 
 
 def check_version() -> None:
-    """UserError unless vLLM is installed, in a version this is tested with."""
+    """UserError unless vLLM is installed, in a version this is tested with. To be called before anything else imports
+    it: what its import has to say of the machine (no Triton on a CPU) would stand before an error's one line."""
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM configures it, when an engine starts
     try:
         import vllm
     except ImportError:
@@ -203,12 +195,8 @@ def refuse_unknown(names: Iterable[str], engine: Mapping[str, int], config: Conf
 
 
 def engine_arguments(config: Config, device: str) -> dict[str, Any]:
-    """Of `vllm.LLM` and, as options, of `vllm serve`. Raises UserError for what the trainer alone decides."""
-    v = config.rollout.vllm
-    if taken := sorted(OURS & {name.replace("-", "_") for name in v.args}):
-        raise UserError(
-            f"rollout.vllm.args: {', '.join(taken)} would change what is sampled or what is compared with it; leave it"
-        )
+    """Of `vllm.LLM` and, as options, of `vllm serve`. Raises UserError as `user_arguments` does."""
+    v, given = config.rollout.vllm, user_arguments(config)
     arguments: dict[str, Any] = {
         "load_format": "dummy",  # every weight comes from the trainer: one that did not come cannot go unnoticed
         "dtype": config.model.dtype,
@@ -221,7 +209,7 @@ def engine_arguments(config: Config, device: str) -> dict[str, Any]:
         "worker_extension_cls": "cipo_fast.rollout.vllm_worker.WorkerExtension",
     }
     if config.model.dtype == "bfloat16" and v.fp32_head:
-        arguments["hf_overrides"] = {"head_dtype": "float32"}
+        arguments["hf_overrides"] = {"head_dtype": "float32"} | (given.pop("hf_overrides", None) or {})
     if device == "cuda":
         arguments["gpu_memory_utilization"] = v.gpu_memory
     else:
@@ -234,7 +222,7 @@ def engine_arguments(config: Config, device: str) -> dict[str, Any]:
             "max_num_batched_tokens": max(config.max_model_len, 8192),
             "distributed_executor_backend": "uni",  # a worker process of its own gains nothing here
         }
-    return arguments | v.args
+    return arguments | given
 
 
 def sampling_arguments(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cipo_fast.config import Config
 from cipo_fast.distributed import is_main, on_main, together, told
-from cipo_fast.errors import TrainingStopped, UserError
+from cipo_fast.errors import TrainingStopped, UserError, note
 from cipo_fast.records import Completion
 from cipo_fast.rollout import EngineFailure, Sampling, SyncReport
 from cipo_fast.rollout.checksums import added
@@ -39,6 +39,7 @@ from cipo_fast.rollout.vllm import (
 from cipo_fast.rollout.vllm_guard import KEY
 
 Wanted = dict[str, tuple[tuple[int, ...], torch.dtype]]
+SAY_EVERY_S = 30.0  # that a server is still waited for
 FREE = "free"  # label of weights that no trainer gives any more
 
 
@@ -249,14 +250,19 @@ class VllmServerEngine:
             raise RuntimeError(f"sync: no parameter {name} of shape {tuple(tensor.shape)} and type {tensor.dtype}")
 
     def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + self.config.start_timeout_s
+        started = said = time.monotonic()
+        deadline = started + self.config.start_timeout_s
         while True:
             try:
                 self.http.request("GET", "health", None, CONNECT_TIMEOUT_S, ())
                 return
-            except EngineFailure:
+            except EngineFailure as failure:
                 self.http.check()  # one that has ended says why
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now - said > SAY_EVERY_S:
+                    note(f"still waiting after {now - started:.0f} s: {failure}")
+                    said = now
+                if now > deadline:
                     raise EngineFailure(
                         f"{self.http.url} did not answer for {self.config.start_timeout_s:g} s{self._log_hint()}"
                     ) from None
