@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cipo_fast.distributed import starts_first
 from cipo_fast.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -58,5 +59,5 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self.since = number, now
-            if os.environ.get("RANK", "0") == "0":  # no print: it may be what the signal came into
+            if starts_first():  # no print: it may be what the signal came into
                 os.write(2, b"asked to stop: the step ends, then all is saved (Ctrl-C again ends at once)\n")
