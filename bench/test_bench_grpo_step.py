@@ -39,7 +39,7 @@ def trl_trainer(tmp_path: Path):
     from trl import GRPOConfig, GRPOTrainer
 
     config = load_config(["grpo.yaml"], [])
-    problems, _ = embedded_problems(config.data.task, config.seed, config.eval.problems)
+    problems, _ = embedded_problems(config.data.task, config.seed, config.held_out)
     data = Dataset.from_list([{"prompt": list(p.messages), "answer": p.answer} for p in problems])
 
     def reward(completions, answer, **_):
@@ -80,7 +80,7 @@ def test_grpo_step_against_trl(benchmark, tmp_path: Path, capsys: pytest.Capture
         progress = Progress(0, ReplayState(0.3))
         for block in range(BLOCKS + 1):
             for _ in range(STEPS):
-                metrics, batch, progress = cipo_step(run, progress)
+                metrics, batch, progress, _ = cipo_step(run, progress)
                 assert sum(len(group.rollouts) for group in batch.groups) == 256
                 assert metrics["train/skipped"] == 0
                 ours.append(metrics["time/step_s"])

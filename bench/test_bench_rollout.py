@@ -145,7 +145,7 @@ def test_sync_and_probe(benchmark, runs: dict[str, Run], capsys: pytest.CaptureF
     progress = {name: Progress(0, ReplayState(0.3)) for name in runs}
     for _ in range(ROUNDS + 1):
         for name, run in runs.items():
-            metrics, _, progress[name] = cipo_step(run, progress[name])
+            metrics, _, progress[name], _ = cipo_step(run, progress[name])
             assert metrics["train/skipped"] == 0
             assert (metrics["sync/parity_mean_abs"] or 0.0) <= 1e-5  # None where no probe was due
             steps[name].append(metrics)
