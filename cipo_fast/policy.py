@@ -104,10 +104,10 @@ class Policy(nn.Module):
         inputs = (hidden, head.weight, pack.pred_index, pack.target_id)
         if what != "loss":
             temperature = self.temperature if temperature is None else temperature
-            logp, entropy = fused_linear_logprob(
-                *inputs, bias=bias, softcap=self.softcap, temperature=temperature, return_entropy=True
+            entropy = what == "measure"
+            return fused_linear_logprob(
+                *inputs, bias=bias, softcap=self.softcap, temperature=temperature, return_entropy=entropy
             )
-            return logp if what == "logp" else (logp, entropy)
         return fused_linear_cipo_loss(
             *inputs,
             old_logp=pack.old_logp,
