@@ -184,6 +184,43 @@ class RolloutConfig(Section):
     """Where the server is, or how it is started [ours]."""
 
 
+class VerifyConfig(Section):
+    """How answers are judged: in worker processes that can be killed, beside generation."""
+
+    workers: Positive | None = None
+    """Answers judged at once on this node; None: as many as it has cores. More start while some are slow [ours]."""
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Longest time for one answer from when a worker gets it, in seconds; code has the sandbox's own limits [ours]."""
+    memory_mib: Annotated[int, Field(ge=256)] = 4096
+    """Address space of a worker [ours]."""
+    max_failed: Share = 0.01
+    """Largest share of a step's answers that nobody could judge (a worker lost, a verifier's own error); they are left
+    out. Above it the run stops, its state saved [ours]."""
+
+
+class SandboxConfig(Section):
+    """Where programs of the policy run. Limits are for one execution (one input, one call or one suite)."""
+
+    tier: Literal["auto", "bubblewrap", "sandlock"] = "auto"
+    """Who isolates: bubblewrap (namespaces), else sandlock (Landlock and seccomp); auto: the first that works [ours]."""
+    unsafe_local: bool = False
+    """Run programs as plain processes where neither works: they can read and write all that you can [ours]."""
+    cpu_s: Annotated[float, Field(gt=0)] = 5.0
+    """CPU time of one execution, in seconds [ours]."""
+    wall_s: Annotated[float, Field(gt=0)] | None = None
+    """Its time by the clock; None: three times cpu_s [ours]."""
+    answer_s: Annotated[float, Field(gt=0)] = 60.0
+    """Time by the clock for all executions of one answer together [ours]."""
+    memory_mib: Annotated[int, Field(ge=64)] = 1024
+    """Memory of an execution [ours]."""
+    processes: Positive = 8
+    """Processes and threads of an execution [ours]."""
+    file_mib: Positive = 8
+    """Largest file, and all files together, in MiB [ours]."""
+    output_kib: Positive = 64
+    """Longest output of an execution, in KiB [ours]."""
+
+
 class CorrectionConfig(Section):
     lambda_corr: Weight = 1.0
     """Weight of the correction stream [f2f]. 0 is GRPO: no correction is sampled."""
@@ -354,6 +391,8 @@ class Config(Section):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
+    verify: VerifyConfig = VerifyConfig()
+    sandbox: SandboxConfig = SandboxConfig()
     correction: CorrectionConfig = CorrectionConfig()
     replay: ReplayConfig = ReplayConfig()
     loss: LossConfig = LossConfig()

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question and what its verifier needs. `answer` is the exact text a right answer has, once stripped.
-    `where` is what an error calls it: file and line."""
+    """One question and what its verifier needs.
+
+    `verifier` is `exact`, `math`, `code` or `path/to/file.py:function`; `answer` the text that exact and math compare
+    with ("" where there is none); `fields` all else that the verifier reads, plain JSON: tests, policies, a row as it
+    stood in its file. `where` is what an error calls it: file and line."""
 
     id: str
     messages: tuple[Message, ...]
     answer: str
     source: str
     where: str = field(default="", compare=False)
+    verifier: str = "exact"
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What verify/ judges an answer by: the same object as a line of the judge's input, less its response."""
+        return {**self.fields, "verifier": self.verifier, "answer": self.answer}
 
     @property
     def content(self) -> tuple[tuple[str, str], ...]:
@@ -51,6 +63,8 @@ class Rollout:
     reward: float
     truncated: bool
     policy_version: int
+    verdict: str = ""  # right, wrong, unparsable or timeout
+    why: str = ""
 
 
 @dataclass
