@@ -69,15 +69,12 @@ class Rollout:
 
 @dataclass
 class Group:
-    """G rollouts of one problem."""
+    """G rollouts of one problem; fewer, where some could not be judged: `failures` has a line for each of those."""
 
     problem: Problem
     prompt_ids: list[int]
     rollouts: list[Rollout]
-
-    @property
-    def pass_rate(self) -> float:
-        return sum(r.reward for r in self.rollouts) / len(self.rollouts)
+    failures: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -91,6 +88,7 @@ class Anchor:
     prompt_ids: list[int]
     glue_ids: list[int] | None
     corrections: list[Rollout] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # of corrections that could not be judged
 
     @property
     def right(self) -> bool:

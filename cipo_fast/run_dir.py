@@ -38,7 +38,7 @@ LOCK_WAIT_S = 5.0  # for a process of this run that torchrun has killed and rest
 FREE = (
     "checkpoint.", "eval.every", "model.activation_checkpointing", "ranks", "rollout.batch_sequences",
     "rollout.server.", "rollout.vllm.cpu_kv_gib", "rollout.vllm.gpu_memory", "rollout.vllm.max_sequences", "run.",
-    "sync.", "train.pack_tokens",
+    "sandbox.tier", "sync.", "train.pack_tokens", "verify.max_failed", "verify.workers",
 )  # fmt: skip
 NOT_COMPARED = ("checkpoint.resume", "checkpoint.allow_changes")  # they are about going on, not about the run
 WHOLE = 2**25  # bytes of a model's file up to which all of it is hashed, otherwise both ends
