@@ -10,8 +10,8 @@ data.verifier, the verifier of lines that name none; a run is judged with the se
 
 Out: the same lines in the same order, with `verdict` (right, wrong, unparsable, timeout), `why` and `seconds` added, in
 FILE.judged.jsonl beside FILE unless --out names another. An earlier `verdict` is kept as `verdict_before`; where a line
-has one, or a reward, it is compared with the new one. Blank lines are left out. Bytes that are not UTF-8 are judged, and
-written, as U+FFFD.
+has one, or a reward, it is compared with the new one. Blank lines are left out. Bytes that are not UTF-8 are judged,
+and written, as U+FFFD.
 
 A line that cannot be judged (no JSON, no response, no tests...) is written with verdict null, `error` "bad line" and
 `why`, and named on standard error; the others are judged. So is an answer that the machinery failed (a worker or the

@@ -1,9 +1,9 @@
 """Inputs that are like a test's inputs and are not those: renamed, and fresh.
 
 A renaming is a bijection on object constants (letters, labels): the idea of isomorphic perturbation testing, arXiv
-2604.15149. Fresh inputs keep what a task may rely on, as far as values show it: types, lengths, signs, order where there
-is one, distinctness, and whole numbers that may be a length or an index. Whether an input is one that the task allows,
-only its reference solution can say: gaming.py drops what that refuses.
+2604.15149. Fresh inputs keep what a task may rely on, as far as values show it: types, lengths, signs, order where
+there is one, distinctness, and whole numbers that may be a length or an index. Whether an input is one that the task
+allows, only its reference solution can say: gaming.py drops what that refuses.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Args = list[Any]  # positional arguments of one call
+LONE_NUMBER = re.compile(r"(?<![\w.])-?\d{1,4000}(?![\w.])")
 MAX_SUITE = 200_000  # characters of an assert suite that is read
 
 
@@ -74,9 +75,7 @@ def fresh_stdin(inputs: list[str], rng: random.Random) -> Iterator[str]:
     while True:
         lines = rng.choice(inputs).split("\n")
         if sum(bool(line.strip()) for line in lines) == 1:
-            yield "\n".join(
-                re.sub(r"(?<![\w.])-?\d+(?![\w.])", lambda m: str(_number(int(m[0]), rng)), x) for x in lines
-            )
+            yield "\n".join(LONE_NUMBER.sub(lambda match: str(_number(int(match[0]), rng)), line) for line in lines)
         else:
             yield "\n".join([lines[0], *(_shuffled_line(line, rng) for line in lines[1:])])
 

@@ -29,8 +29,8 @@ def answers_of(path: Path, verifier: str | None = None) -> list[Submitted]:
 
 
 def steps_of(path: Path) -> Iterator[tuple[list[Group], list[Anchor]]]:
-    """The steps of a run: its groups, and those of its rollouts that were anchors. Token ids are not recorded: a rollout
-    has as many zeros. Raises UserError."""
+    """The steps of a run: its groups, and those of its rollouts that were anchors. Token ids are not recorded: a
+    rollout has as many zeros. Raises UserError."""
     files, of_a_run = files_of(path)
     if not of_a_run:
         raise UserError(f"{path}: a run's folder, or its rollouts/, is expected: corrections are in them alone")
