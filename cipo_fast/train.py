@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.alarms import Alarms
+from cipo_fast.audit.own import own_metrics
 from cipo_fast.chat import Chat, pinned_date
 from cipo_fast.checkpoint import CheckpointFailed, Checkpoints, Progress, export
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
@@ -55,6 +56,7 @@ from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, seed_fo
 from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import check_data, load_dataset
+from cipo_fast.try_out import try_out
 from cipo_fast.updates import learn, update_metrics
 from cipo_fast.view import View, summary_table
 
@@ -242,6 +244,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, T
         "seed": config.seed,
         **batch_metrics(batch.groups, batch.anchors, batch.counts),
         **verdict_metrics(batch.groups, batch.anchors, len(batch.failures), run.sources),
+        **own_metrics(batch.groups, batch.anchors),
         "rollout/prefix_hit_rate": run.sampler.take_prefix_hit_rate() if stop is None else None,
         "replay/rho": batch.rho,
         "replay/retention": batch.replay.retention,
@@ -340,6 +343,8 @@ def build(
 ) -> tuple[Run, Progress]:
     """Load, start the engine, shard, resume; everything that can be refused is refused here."""
     dataset = load_dataset(config, view.say)
+    judges = open_engine.enter_context(build_judges(config, view.say))
+    try_out(judges, [*dataset.train, *dataset.held_out], view.say)
     chat = Chat(load_tokenizer(config), config.data)
     train_prompts, held_out = encode_dataset(dataset, chat, config, view.say)
     chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
@@ -366,7 +371,6 @@ def build(
     engine.publish = sync.republish
     if config.rollout.overlap:
         engine.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.run.rank_timeout_s))
-    judges = open_engine.enter_context(build_judges(config, view.say))
     sampler = Sampler(engine, chat, config.seed, judges, engine.group)
     reference = build_policy(reference_model, config, mesh) if reference_model is not None else None
     updates = config.train.steps * config.train.updates_per_step
