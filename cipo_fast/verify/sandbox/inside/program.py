@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
-import importlib
 import io
 import json
 import linecache
@@ -271,8 +270,3 @@ def _tests(request: dict[str, Any]) -> int:
 
 _MODES = {"run": _run, "call": _call, "serve": _serve, "tests": _tests}
 
-
-def preload() -> None:
-    """What programs import most, before the zygote forks."""
-    for name in usual.MODULES:
-        importlib.import_module(name)

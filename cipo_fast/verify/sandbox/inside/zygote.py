@@ -18,7 +18,7 @@ import socket
 import sys
 from typing import Any
 
-from . import lockdown, program, supervisor
+from . import lockdown, supervisor, usual
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ def main(settings: dict[str, Any]) -> None:
         lockdown.dumpable(True)  # the new uid must write its children's uid maps
     for path in settings["site"]:
         sys.path.append(path)
-    program.preload()
+    usual.load()
     Zygote(settings).serve()
 
 
