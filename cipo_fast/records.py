@@ -16,7 +16,7 @@ class Problem:
 
     `verifier` is `exact`, `math`, `code` or `path/to/file.py:function`; `answer` the text that exact and math compare
     with ("" where there is none); `fields` all else that the verifier reads, plain JSON: tests, policies, a row as it
-    stood in its file. `where` is what an error calls it: file and line."""
+    stood in its file. `where` is what an error calls it: file and line. `weight`: how often an epoch has it."""
 
     id: str
     messages: tuple[Message, ...]
@@ -25,11 +25,12 @@ class Problem:
     where: str = field(default="", compare=False)
     verifier: str = "exact"
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    weight: float = field(default=1.0, compare=False)
 
     @property
     def row(self) -> dict[str, Any]:
         """What verify/ judges an answer by: the same object as a line of the judge's input, less its response."""
-        return {**self.fields, "verifier": self.verifier, "answer": self.answer}
+        return {"answer": self.answer, **self.fields, "verifier": self.verifier}
 
     @property
     def content(self) -> tuple[tuple[str, str], ...]:

@@ -43,14 +43,14 @@ def prepare(config: Config, mesh: DeviceMesh, note: Say) -> Config:
 
 def digest(config: Config) -> str:
     """Of all that the folder depends on."""
-    file = config.data.train.stat() if config.data.train else None
+    files = [path.stat() for path in config.data.sources("train") if isinstance(path, Path)]
     key = [
         config.seed,
         config.model.dtype,
         config.model.embedded,
         config.data.model_dump(exclude={"date"}),  # its template prints none
         config.eval.problems,
-        file and (file.st_size, file.st_mtime_ns),
+        [(file.st_size, file.st_mtime_ns) for file in files],
         config.rollout.max_tokens,
         config.correction.model_dump(include={"layout", "followup", "verdict", "max_prompt_tokens"}),
     ]
