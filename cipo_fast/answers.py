@@ -86,7 +86,9 @@ def read_line(line: bytes, where: str, of_a_run: bool = False, verifier: str | N
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Line(where, text, {"line": text}, error=f"not JSON ({str(error)[:_SHOWN]})", size=len(line))
+        return Line(
+            where, text, {"line": text}, error=f"cannot be read as JSON ({str(error)[:_SHOWN]})", size=len(line)
+        )
     if not isinstance(record, dict):
         return Line(where, text, {"line": text}, error="not a JSON object", size=len(line))
     rollout = "text" in record and "response" not in record and (of_a_run or "policy_version" in record)
@@ -133,7 +135,10 @@ def _checked(row: dict[str, Any], text: str, verifier: str | None) -> dict[str, 
         raise UserError("field 'verifier' is not text")
     if type(row.get("answer")) in (int, float):
         row = {**row, "answer": _as_typed(text)}
-    wrong = check_row(row)
+    try:
+        wrong = check_row(row)
+    except Exception as error:  # a row that nobody foresaw must not cost the others
+        wrong = f"the row cannot be read ({type(error).__name__}: {str(error)[:_SHOWN]})"
     if wrong:
         raise UserError(wrong)
     return row

@@ -127,8 +127,8 @@ def settings_of(path: Path, given: Sequence[str]) -> Config:
         if path.is_dir() and file.is_file():
             config = read_config(file)
             for section in ("verify", "sandbox"):
-                values = getattr(config, section).model_dump(mode="json", exclude_unset=True)
-                recorded += [f"{section}.{key}={json.dumps(value)}" for key, value in values.items()]
+                values = getattr(config, section).model_dump(mode="json", exclude_none=True)
+                recorded += [f"{section}.{key}={value}" for key, value in values.items()]
             break
     return parse_args([*recorded, *given])
 
