@@ -72,10 +72,10 @@ def _proportional(pid: int) -> int:
 
 def kill_all(namespaces: bool) -> None:
     """SIGKILL to everybody; in a pid namespace at once, elsewhere stopped first so that none forks away."""
-    with contextlib.suppress(ProcessLookupError):
-        if namespaces:
+    if namespaces:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
-            return
+        return
     for _ in range(3):
         for pid in ours(False):
             with contextlib.suppress(ProcessLookupError, PermissionError):

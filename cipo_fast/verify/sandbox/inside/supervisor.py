@@ -10,8 +10,10 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
+import tempfile
 import time
 from typing import Any
 
@@ -27,7 +29,7 @@ class Cancelled(Exception):
     """Our side is no longer interested."""
 
 
-def supervise(channel: socket.socket, isolation: str, uid: int) -> None:
+def supervise(channel: socket.socket, isolation: str, uid: int, scratch: str) -> None:
     """Read one request from `channel`, run it, write messages and the last report. Never raises Cancelled."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     namespaces = isolation == "namespaces"
@@ -37,10 +39,16 @@ def supervise(channel: socket.socket, isolation: str, uid: int) -> None:
         request = json.loads(waiting[0])
         if namespaces:
             lockdown.furnish(uid, uid, request["limits"]["file_mib"] << 20)
+            request["folder"] = "/tmp"
         else:
             lockdown.reap_descendants()
+            request["folder"] = tempfile.mkdtemp(dir=scratch)
         lockdown.dumpable(False)
-        Execution(channel, frames, request, isolation).run(waiting[1:])
+        try:
+            Execution(channel, frames, request, isolation).run(waiting[1:])
+        finally:
+            if not namespaces:
+                shutil.rmtree(request["folder"], ignore_errors=True)
 
 
 def _first(channel: socket.socket, frames: Frames) -> list[bytes]:
