@@ -26,10 +26,10 @@ def same(response, row):
 def raises(response, row):
     raise KeyError("colour")
 """
-TINY = [
-    "model.embedded.hidden=32", "model.embedded.mlp=48", "model.embedded.layers=1", "model.embedded.warm_steps=0",
-    "data.task=add", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=2", "rollout.max_tokens=4",
-    "eval.problems=4", "eval.samples=2", "run.tensorboard=false", "train.steps=2", "checkpoint.export=false",
+TINY = [  # warm enough that some answers come to an end
+    "model.embedded.hidden=64", "model.embedded.mlp=96", "model.embedded.warm_accuracy=0.05", "data.task=add",
+    "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "rollout.max_tokens=6", "eval.problems=4",
+    "eval.samples=2", "run.tensorboard=false", "run.view=plain", "train.steps=2", "checkpoint.export=false",
 ]  # fmt: skip
 
 
@@ -249,11 +249,14 @@ def test_a_slow_answer_does_not_fill_the_memory(user: str) -> None:
 
 def test_a_second_opinion_on_a_run(tmp_path: Path, warm: Path, capsys) -> None:
     run = tmp_path / "run"
+    run.mkdir()
+    (warm / "warm_start").mkdir(exist_ok=True)
+    (run / "warm_start").symlink_to(warm / "warm_start")
     assert train([*TINY, f"run.dir={run}"]) == 0
     assert main([str(run)]) == 0
     answers = [r for f in sorted((run / "rollouts").glob("*.jsonl")) for r in read(f)]
     corrections = [c for r in answers for c in r["corrections"] or ()]
-    assert len(answers) == 16
+    assert len(answers) == 64
     assert len(corrections) > 0
     total = len(answers) + len(corrections)
     assert f"second opinion: {total} of {total} verdicts are as they were" in capsys.readouterr().out
