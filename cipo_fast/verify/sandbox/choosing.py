@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from cipo_fast.config import SandboxConfig
 from cipo_fast.errors import UserError
-from cipo_fast.verify.sandbox.client import Result, Sandbox
 from cipo_fast.verify.sandbox.tiers import Tier, find_bubblewrap
-from cipo_fast.verify.verdict import VerifierFailure
 
 
 def choose(config: SandboxConfig) -> Tier:
