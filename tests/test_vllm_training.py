@@ -155,7 +155,7 @@ def test_overlap_leaves_out_what_nobody_could_judge(tmp_path: Path, warm: Path) 
     done = run(folder, *data, *served("train.steps=8", "rollout.overlap=1", "verify.max_failed=0"))
     assert done.returncode == 1
     assert "could not be judged (verify.max_failed=0)" in done.stderr
-    assert re.search(r"saved as \S*step-0000[1-7]", done.stderr)
+    assert re.search(r"saved as \S*step-[1-7]", done.stderr)
 
 
 def test_overlap_on_two_ranks_outlives_its_server(tmp_path: Path, warm: Path) -> None:
