@@ -3,7 +3,6 @@ take its own gold?"""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from cipo_fast.config import Config
 from cipo_fast.distributed import from_main, on_main, together
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.golds import without_bad_golds
+from cipo_fast.marking import workers_of_node
 from cipo_fast.records import Problem
 from cipo_fast.tasks import Say, load_dataset
 from cipo_fast.verify.pool import Judges
