@@ -26,10 +26,8 @@ def planned(config: Config) -> list[str]:
     named = ", ".join(verifiers) or "what the rows name or their form implies (data.verifier names one for all)"
     lines = [f"answers are judged by {named}"]
     if set(verifiers) != {"exact"}:
-        workers = v.workers or os.cpu_count() or 1
-        lines.append(
-            f"{workers} at once on a node, {v.timeout_s:g} s and {v.memory_mib} MiB each; code has its sandbox's"
-        )
+        limits = f"{v.timeout_s:g} s and {v.memory_mib} MiB each"
+        lines.append(f"{workers_of_node(config)} at once on a node, {limits}; programs have their sandbox's")
     if verifiers and not any(name.startswith("code") for name in verifiers):
         return lines
     try:
