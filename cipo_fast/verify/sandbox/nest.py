@@ -5,12 +5,14 @@ from __future__ import annotations
 import array
 import contextlib
 import json
+import os
 import select
+import shutil
 import socket
 import subprocess
 import tempfile
 
-from cipo_fast.verify.sandbox.tiers import Tier
+from cipo_fast.verify.sandbox.tiers import NOBODY, Tier
 
 START_S = 30.0
 
@@ -25,7 +27,8 @@ class Nest:
     def __init__(self, tier: Tier) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
-        command, environment = tier.command(theirs.fileno())
+        self._scratch = "" if tier.kind == "bubblewrap" else _scratch(tier)
+        command, environment = tier.command(theirs.fileno(), self._scratch)
         try:
             self._process = subprocess.Popen(
                 command,
@@ -73,16 +76,26 @@ class Nest:
         return self._process.poll() is None
 
     def close(self) -> str:
-        """End it and all its executions; what it said on standard error, in one line."""
+        """End it and all its executions; the last line of what it said on standard error."""
         self.control.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         said = ""
         if not self._errors.closed:
             self._errors.seek(0)
-            said = " ".join(self._errors.read()[-2000:].decode("utf-8", "replace").split("\n")).strip()
+            said = self._errors.read()[-2000:].decode("utf-8", "replace").strip().rpartition("\n")[2]
             self._errors.close()
         return said or f"exit code {self._process.returncode}"
+
+
+def _scratch(tier: Tier) -> str:
+    """A folder for the files of programs that have no /tmp of their own."""
+    folder = tempfile.mkdtemp(prefix="cipo-sandbox-")
+    if os.geteuid() == 0 and tier.kind != "none":
+        os.chown(folder, NOBODY, NOBODY)
+    return folder

@@ -10,16 +10,17 @@ import sys
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["bubblewrap", "sandlock", "none"]
 NOBODY = 65534
 _HERE = Path(__file__).parent
 _ISOLATION = {"bubblewrap": "namespaces", "sandlock": "landlock", "none": "none"}
 _INSIDE = "/sandbox"
+_DEVICES = ("null", "zero", "full", "random", "urandom")
 # OpenBLAS starts a thread a core otherwise, and each of them counts as a process.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONUTF8": "1"}
-_ENVIRONMENT |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_ENVIRONMENT |= {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,40 @@ class Tier:
         line = f"sandbox: {self.kind} ({', '.join(self.layers)})"
         return f"{line}; not held: {', '.join(self.gaps)}" if self.gaps else line
 
-    def command(self, control: int) -> tuple[list[str], dict[str, str]]:
-        """Command and environment of a zygote that answers on descriptor `control`."""
-        root = os.geteuid() == 0
+    def command(self, control: int, scratch: str) -> tuple[list[str], dict[str, str]]:
+        """Command and environment of a zygote that answers on descriptor `control`; `scratch`: a folder of its own,
+        used where there is no mount namespace with a /tmp of its own."""
+        root, nested = os.geteuid() == 0, self.kind == "bubblewrap"
         settings = {
             "control": control,
             "isolation": _ISOLATION[self.kind],
             "become": NOBODY if root and self.kind != "none" else 0,
-            "mount_proc": root and self.kind == "bubblewrap",
-            "site": [f"{_INSIDE}/site"] if self.kind == "bubblewrap" else [str(path.parent) for path in numpy_folders()],
+            "mount_proc": root and nested,
+            "site": [f"{_INSIDE}/site"] if nested else [str(path.parent) for path in numpy_folders()[:1]],
+            "scratch": scratch,
+            "readable": _readable() if self.kind == "sandlock" else [],
+            "sandlock": _sandlock_folder() if self.kind == "sandlock" else "",
         }
-        home = _INSIDE if self.kind == "bubblewrap" else str(_HERE)
+        home = _INSIDE if nested else str(_HERE)
         code = f"import sys, json; sys.path.insert(0, {home!r}); from inside.zygote import main; "
         code += f"main(json.loads({json.dumps(settings)!r}))"
         python = [base_python(), "-I", "-c", code]
-        if self.kind == "bubblewrap":
+        if nested:
             assert self.bwrap
             return [self.bwrap, *_bubblewrap(root), *python], _ENVIRONMENT
         return python, _ENVIRONMENT
+
+
+def _sandlock_folder() -> str:
+    spec = importlib.util.find_spec("sandlock")
+    return str(Path(spec.origin).parents[1]) if spec and spec.origin else ""
+
+
+def _readable() -> list[str]:
+    """What a program may read where there are no mounts of its own."""
+    binds, links = _system()
+    devices = [f"/dev/{name}" for name in _DEVICES]
+    return [*binds, *(path for path in links), *_python(), *map(str, numpy_folders()), *devices]
 
 
 def base_python() -> str:
@@ -104,7 +121,7 @@ def _bubblewrap(root: bool) -> list[str]:
         arguments += ["--symlink", link, target]
     for hidden in _packages():
         arguments += ["--perms", "0755", "--tmpfs", hidden, "--remount-ro", hidden]
-    for name in ("null", "zero", "full", "random", "urandom"):
+    for name in _DEVICES:
         arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     for place, name in enumerate(("stdin", "stdout", "stderr")):
         arguments += ["--symlink", f"/proc/self/fd/{place}", f"/dev/{name}"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
-import importlib
 import io
 import json
 import linecache
@@ -26,7 +25,6 @@ from . import lockdown, usual
 from .values import NotPlain, decode, encode
 from .wire import Frames, frame
 
-FILE = "/tmp/program.py"
 _TELL, _ASK = 3, 4
 
 
@@ -58,15 +56,18 @@ def _confine(request: dict[str, Any], isolation: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
     lockdown.die_with_parent()
+    os.chdir(request["folder"])
+    os.environ |= {"HOME": request["folder"], "TMPDIR": request["folder"]}
     if isolation == "landlock":
         from . import landlock
 
-        landlock.confine()
-    lockdown.limit(request["limits"], count_processes=isolation == "namespaces")
+        landlock.confine(request["folder"])
+    lockdown.limit(request["limits"], request["tasks"])
     lockdown.no_new_privileges()
     if isolation != "none":
         lockdown.refuse_calls()
     lockdown.dumpable(True)
+    threading.stack_size(16 << 20)  # otherwise the main thread's, which is large, is set aside for each
 
 
 def _streams() -> None:
@@ -141,25 +142,21 @@ def _incoming() -> Any:
 # -- the program
 
 
-def _module(source: str) -> dict[str, Any]:
-    """`source` run as `__main__`; its namespace. It can be read by inspect, and pickled from."""
+def _execute(
+    request: dict[str, Any], before: Callable[[dict[str, Any]], None] = lambda names: None
+) -> dict[str, Any]:
+    """The program run as `__main__`; its names. inspect can read it, and pickle finds its classes."""
+    source, path = request["program"], f"{request['folder']}/program.py"
     module = ModuleType("__main__")
-    module.__file__ = FILE
-    module.__dict__["__builtins__"] = builtins
+    module.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["__main__"] = module
-    sys.argv = [FILE]
-    linecache.cache[FILE] = (len(source), None, source.splitlines(True), FILE)
-    with contextlib.suppress(OSError, UnicodeError), open(FILE, "w", encoding="utf-8") as file:
+    sys.argv = [path]
+    linecache.cache[path] = (len(source), None, source.splitlines(True), path)
+    with contextlib.suppress(OSError, UnicodeError), open(path, "w", encoding="utf-8") as file:
         file.write(source)
+    before(module.__dict__)
+    exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
-
-
-def _execute(source: str, before: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    names = _module(source)
-    if before is not None:
-        before(names)
-    exec(compile(source, FILE, "exec", dont_inherit=True), names)
-    return names
 
 
 def entry(names: dict[str, Any], wanted: str | None) -> Callable[..., Any]:
@@ -198,14 +195,14 @@ def _single(names: list[str], what: str) -> str:
 
 
 def _run(request: dict[str, Any]) -> int:
-    _execute(request["program"])
+    _execute(request)
     return 0
 
 
 def _ready(request: dict[str, Any]) -> Callable[..., Any]:
     """The function of the program, and the names that LeetCode gives to its programs."""
     wanted = request["entry_point"]
-    names = _execute(request["program"], usual.give)
+    names = _execute(request, usual.give)
     return entry(names, wanted)
 
 
@@ -262,7 +259,7 @@ def _tests(request: dict[str, Any]) -> int:
         raise error
 
     candidate.__name__ = request["entry_point"].rpartition(".")[2]
-    names = _execute(request["program"], lambda names: names.update({candidate.__name__: candidate}))
+    names = _execute(request, lambda names: names.update({candidate.__name__: candidate}))
     names[candidate.__name__] = candidate
     names["check"](candidate)
     _tell(nonce, "passed", "true")
@@ -271,8 +268,3 @@ def _tests(request: dict[str, Any]) -> int:
 
 _MODES = {"run": _run, "call": _call, "serve": _serve, "tests": _tests}
 
-
-def preload() -> None:
-    """What programs import most, before the zygote forks."""
-    for name in usual.MODULES:
-        importlib.import_module(name)

@@ -25,12 +25,20 @@ _NAMES = {
     "math": ("ceil", "comb", "factorial", "floor", "gcd", "inf", "isqrt", "lcm", "log2", "perm", "sqrt"),
 }
 
+_given: dict[str, Any] = {}
+
+
+def load() -> None:
+    """Import them all, once, before anything is forked."""
+    for name in MODULES:
+        importlib.import_module(name)
+    for name in _MODULES:
+        _given[name] = importlib.import_module(name)
+    for module, wanted in _NAMES.items():
+        _given.update({name: getattr(importlib.import_module(module), name) for name in wanted})
+    _given["bisect"] = importlib.import_module("bisect")
+
 
 def give(names: dict[str, Any]) -> None:
-    """Put them into a program's namespace, before it runs. `bisect` is the module's function, as in LeetCode."""
-    for name in _MODULES:
-        names[name] = importlib.import_module(name)
-    for module, wanted in _NAMES.items():
-        for name in wanted:
-            names[name] = getattr(importlib.import_module(module), name)
-    names["bisect"] = importlib.import_module("bisect")
+    """Put them into a program's namespace, before it runs."""
+    names.update(_given)

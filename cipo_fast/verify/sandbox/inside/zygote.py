@@ -13,12 +13,14 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import sys
+import time
 from typing import Any
 
-from . import lockdown, program, supervisor
+from . import lockdown, processes, supervisor, usual
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -31,15 +33,19 @@ def main(settings: dict[str, Any]) -> None:
     if settings["isolation"] == "landlock":
         from . import landlock
 
-        landlock.load()
+        landlock.load(settings["sandlock"], settings["readable"])
     if settings["become"]:
         lockdown.become(settings["become"])
         lockdown.die_with_parent()  # changing the uid forgets it
         lockdown.dumpable(True)  # the new uid must write its children's uid maps
+    if not os.access(os.__file__, os.R_OK):
+        raise SystemExit(f"uid {os.getuid()} cannot read {os.path.dirname(os.__file__)}: use a Python that others can read")
     for path in settings["site"]:
         sys.path.append(path)
-    program.preload()
-    Zygote(settings).serve()
+    usual.load()
+    zygote = Zygote(settings)
+    zygote.serve()
+    zygote.end()
 
 
 def _restart_with_stack(settings: dict[str, Any]) -> bool:
@@ -55,7 +61,8 @@ def _restart_with_stack(settings: dict[str, Any]) -> bool:
 
 class Zygote:
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.isolation, self.uid = settings["isolation"], os.getuid()
+        self.isolation, self.uid, self.scratch = settings["isolation"], os.getuid(), settings["scratch"]
+        self.others = processes.of_uid(self.uid)
         self.control = socket.socket(fileno=settings["control"])
         self.control.set_inheritable(False)
         self.running: dict[str, int] = {}  # execution -> its supervisor's pid
@@ -119,7 +126,7 @@ class Zygote:
                 for descriptor in (self.control.fileno(), self.wake, self.woken):
                     os.close(descriptor)
                 with socket.socket(fileno=channel) as ours:
-                    supervisor.supervise(ours, self.isolation, self.uid)
+                    supervisor.supervise(ours, self.isolation, self.uid, self.scratch, self.others)
             except BaseException:
                 with contextlib.suppress(BaseException):
                     sys.excepthook(*sys.exc_info())
@@ -128,6 +135,18 @@ class Zygote:
                 os._exit(0)
         os.close(channel)
         self.running[name] = pid
+
+    def end(self) -> None:
+        """Our side is gone, and the supervisors see it too: wait for them, and remove what they wrote to."""
+        if self.isolation == "namespaces":
+            return  # the kernel ends and forgets it all
+        until = time.monotonic() + 5
+        while self.running and time.monotonic() < until:
+            time.sleep(0.01)
+            self._reap()
+        for pid in self.running.values():
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
