@@ -68,6 +68,7 @@ class Dispatcher:
 
     def __init__(self, workers: int, memory_mib: int):
         self._limit, self._memory_mib = workers, memory_mib
+        self._open: set[Item] = set()  # all that have no result yet
         self._arrived: deque[Item] = deque()
         self._waiting: deque[Item] = deque()
         self._again: deque[Item] = deque()
@@ -87,6 +88,8 @@ class Dispatcher:
     def put(self, item: Item) -> None:
         with self._lock:
             if not self._closing:
+                self._open.add(item)
+                item.future.add_done_callback(lambda _: self._open.discard(item))
                 self._arrived.append(item)
                 self._ring()
                 return
@@ -118,11 +121,9 @@ class Dispatcher:
     def _shut(self, reason: str) -> None:
         with self._lock:
             self._closing = True
-            items = [*self._arrived, *self._waiting, *self._again]
         for worker in self._workers.values():
-            items += [item for item in (worker.item, worker.meant_for) if item is not None]
             worker.sock.close()
-        for item in items:
+        for item in list(self._open):
             _fail(item, reason)
         if self._home is not None:
             self._home.leave()
@@ -184,7 +185,7 @@ class Dispatcher:
         for worker in idle:
             item = worker.meant_for or (self._waiting.popleft() if self._waiting else None)
             worker.meant_for = None
-            if item is not None and item.future.set_running_or_notify_cancel():
+            if item is not None and _wanted(item):
                 self._hand(worker, item)
         while self._again and len(self._workers) < MAX_PROCESSES:
             self._start(self._again.popleft())
@@ -372,6 +373,11 @@ class Dispatcher:
             self._not_started(None, f"the workers' parent process cannot be started: {reason or words}")
 
 
+def _wanted(item: Item) -> bool:
+    """False: its result is there, or was cancelled. From now on it cannot be."""
+    return item.future.running() or (not item.future.done() and item.future.set_running_or_notify_cancel())
+
+
 def _fail(item: Item, reason: str) -> None:
-    if not item.future.done() and (item.future.running() or item.future.set_running_or_notify_cancel()):
+    if _wanted(item):
         item.future.set_exception(VerifierFailure(reason))
