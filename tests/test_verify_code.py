@@ -41,7 +41,8 @@ PLUS = {
     "prompt": "Write a function to find shared elements.",
     "entry_point": "shared",
     "test": "import numpy as np\n\ndef is_floats(x) -> bool:\n    return isinstance(x, (float, np.ndarray))\n\n"
-    "def assertion(out, exp, atol):\n    if atol == 0 and is_floats(exp):\n        atol = 1e-6\n    exact_match = out == exp\n"
+    "def assertion(out, exp, atol):\n    if atol == 0 and is_floats(exp):\n        atol = 1e-6\n"
+    "    exact_match = out == exp\n"
     "    if out != exp and atol != 0:\n        assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n    else:\n"
     "        assert out == exp, f'out: {out}, exp: {exp}'\n\n"
     "inputs = [[(3, 4, 5), (4, 5, 7)], [(1, 2), (3,)]]\nresults = [(4, 5), ()]\n"
@@ -82,7 +83,8 @@ RIGHT = {
     ),
     "a defaultdict": (
         calls((["aa"], {"a": 2}), entry_point="f"),
-        "from collections import defaultdict\ndef f(s):\n    d = defaultdict(int)\n    for c in s: d[c] += 1\n    return d",
+        "from collections import defaultdict\n"
+        "def f(s):\n    d = defaultdict(int)\n    for c in s: d[c] += 1\n    return d",
     ),
     "stdin": (SUM, "input()\nprint(sum(map(int, input().split())))\n"),
     "fast stdin": (

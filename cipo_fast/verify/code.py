@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import reprlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -86,7 +86,7 @@ def _suite(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[
     return ("right", "passed its suite") if result.outcome == "ok" else _failed(result, None)
 
 
-def _all(results: Iterator[Result], count: int) -> Iterator[Result]:
+def _all(results: Iterator[Result], count: int) -> Generator[Result, None, None]:
     """The sandbox's results, which must be as many as were asked for: a missing one would be a test passed."""
     given = 0
     try:
