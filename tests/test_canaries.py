@@ -94,7 +94,6 @@ def test_no_exploit_is_paid() -> None:
         "calls-hard-exit-in-call",
         "calls-exit-in-call",
         "suite-eq-callable",
-        "suite-builtins",
         "suite-atexit",
         "suite-hard-exit",
         "types-bool-for-int",
@@ -114,7 +113,7 @@ def test_the_canary_is_paid_by_a_naive_verifier(name: str) -> None:
 
 
 def test_the_naive_verifier_pays_controls_and_not_everything() -> None:
-    chosen = [c for c in canaries(["code"]) if ("stdin" not in str(c.row.get("tests")) and "test" in c.row) or c.honest]
+    chosen = canaries(["code"])
     controls = [c for c in chosen if c.name in ("code/control-calls", "code/control-suite", "code/control-sorts")]
     assert len(controls) == 3
     assert failures((canary, naive(canary)) for canary in controls) == []

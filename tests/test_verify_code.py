@@ -254,3 +254,12 @@ def test_nothing_runs_after_the_first_failure(sandbox: Sandbox) -> None:
     judgement = code.judge(row, fenced(program), sandbox)
     assert judgement.why == "test 1: got 5"
     assert judgement.seconds < 5
+
+
+def test_all_tests_of_an_answer_have_a_limit_together() -> None:
+    row = calls(*[([n], n) for n in range(90)], entry_point="f")
+    with Sandbox(SandboxConfig(answer_s=0.5)) as hasty:
+        judgement = code.judge(row, fenced("import time\ndef f(n):\n    time.sleep(0.2)\n    return n\n"), hasty)
+    assert judgement.verdict == "timeout"
+    assert "of 90 tests" in judgement.why
+    assert judgement.seconds < 5
