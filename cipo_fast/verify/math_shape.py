@@ -67,6 +67,7 @@ _SUCH_THAT = re.compile(r"\\mid(?![A-Za-z])|\||:")
 _REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|\\text\{\s*(?:all real numbers|all reals|reals|R)\s*\}|all real numbers")
 _EMPTY = re.compile(r"\\emptyset|\\\{\s*\\\}|\\text\{\s*(?:empty set|the empty set)\s*\}")
 _WORD_ONLY = re.compile(r"[A-Za-z][A-Za-z .'\-]*")
+_HEDGES = {"or", "and", "not", "no", "maybe", "perhaps", "either", "neither", "wrong", "never"}
 _MOST_ITEMS = 200
 
 
@@ -113,6 +114,10 @@ def _literal(text: str, wanted: str | None) -> Shape | None:
         return Shape("clock", text, parts=(str(int(clock[1])), clock[2], (clock[3] or "").lower()))
     if _RATIO.fullmatch(text):
         return Shape("ratio", text, items=tuple(_item(part) for part in text.split(":")))
+    core, unit = peel(text, wanted)
+    found = number(core) if unit else None
+    if found is not None:  # before commas part a list: $2,125
+        return Shape("scalar", text, node=("num", found.value), number=found, percent=found.percent, unit=unit)
     if _REALS.fullmatch(text):
         return Shape("region", text, region=regions.EVERYTHING)
     if _EMPTY.fullmatch(text):
@@ -308,14 +313,7 @@ def as_region(shape: Shape) -> Region | None:
 
 def scalar(text: str, wanted: str | None = None) -> Shape | None:
     """A number or an expression, with or without a unit; with ±, the list of both. None where it is neither."""
-    found = number(text)
-    if found is not None:
-        return Shape("scalar", text, node=("num", found.value), number=found, percent=found.percent)
     core, unit = peel(text, wanted)
-    if unit is not None:
-        found = number(core)
-        if found is not None:
-            return Shape("scalar", text, node=("num", found.value), number=found, percent=found.percent, unit=unit)
     try:
         node = parsed(core)
     except Refused:
@@ -403,7 +401,7 @@ def is_name(shape: Shape) -> bool:
     if shape.kind == "tuple":
         return all(is_name(item) for item in shape.items)
     if shape.kind == "words":
-        return len(shape.text.split()) <= 4
+        return len(shape.text.split()) <= 4 and not _HEDGES & set(shape.text.split())
     node = shape.node
     if node is None or shape.kind != "scalar":
         return False

@@ -42,10 +42,10 @@ _PLAIN = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
 # 1{,}000, 1\,000, 1,\!000: one number. A digit on the left, exactly three on the right.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!:;]|,?\\ |~)\s*(?=\d{3}(?!\d))")
 _DROPPED = re.compile(
-    r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?|\\!|\\(?:displaystyle|textstyle|limits|nolimits|hfill"
-    r"|phantom\{[^{}]*\}|hspace\{[^{}]*\}|label\{[^{}]*\})(?![A-Za-z])|\\[()]|(?<!\\)\\[\[\]]"
+    r"(?<!\\)\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?|(?<!\\)\\!|\\(?:displaystyle|textstyle|limits|nolimits|hfill"
+    r"|phantom\{[^{}]*\}|hspace\{[^{}]*\}|label\{[^{}]*\})(?![A-Za-z])|(?<!\\)\\[()\[\]]"
 )
-_SPACES = re.compile(r"\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\s+")
+_SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\s+")
 _RENAMED = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
@@ -69,6 +69,8 @@ _RENAMED = (
     (re.compile(r"\{\\(?:rm|bf|it)\s+([^{}]*)\}"), r"\\text{\1}"),
     (re.compile(r"\\text\s*\{([^{}A-Za-z€£]*)\}"), r" \1 "),  # no letter inside: no text
     (re.compile(r"\\text\s+\{"), r"\\text{"),
+    (re.compile(r"\\text\{\s*(?:percent|percentage|per cent)\s*\}|(?<=[\d}]) ?percent(?![A-Za-z])"), r"\\%"),
+    (re.compile(r"(\\text\{[^{}]*)\^\{(\d)\}([^{}]*\})"), r"\1^\2\3"),
 )  # fmt: skip
 _EDGES = " .,;:"  # at the end; at the beginning a point belongs to a number
 
