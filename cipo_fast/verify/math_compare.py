@@ -16,7 +16,7 @@ from cipo_fast.verify.math_fallback import math_verify_agrees
 from cipo_fast.verify.math_parse import Node
 from cipo_fast.verify.math_policy import MathPolicy
 from cipo_fast.verify.math_shape import Shape, as_region, read
-from cipo_fast.verify.math_text import Refused, prepared
+from cipo_fast.verify.math_text import prepared
 from cipo_fast.verify.math_units import unit_of
 
 

@@ -177,7 +177,7 @@ def _power(a: Value, b: Value) -> Value:
 
 
 def _root(a: Value, degree: Value) -> Value:
-    """The real root of a negative number where the degree is odd; else the principal one. Exact where it is rational."""
+    """The real root of a negative number where the degree is odd; else the principal one. Exact if rational."""
     n = _integer(degree) if isinstance(degree, Fraction) else 0
     if isinstance(a, Fraction) and n >= 2:
         if a < 0 and n % 2:

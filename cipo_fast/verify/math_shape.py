@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 from cipo_fast.verify import math_region as regions
 from cipo_fast.verify.math_evaluate import kinds, same, symbols
@@ -143,7 +144,7 @@ def _matrix(text: str, wanted: str | None) -> Shape | None:
     match = _MATRIX.fullmatch(bracketed[1] if bracketed else text)
     if match is None or "\\begin" in match["rows"]:
         return None
-    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![A-Za-z])", match["rows"].replace("\\hline", ""))]
+    rows = re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![A-Za-z])", match["rows"].replace("\\hline", ""))
     read_rows = tuple(
         Shape("row", row, items=tuple(_item(cell) for cell in row.split("&"))) for row in rows if row.strip()
     )
@@ -366,7 +367,7 @@ def _chain(text: str, parts: list[Shape], signs: list[str]) -> Shape:
         return _equation(text, values[0], values[1])
     if name is None and any(value.node is None or symbols(value.node) for value in values):
         return _opaque(text)
-    for one, other, sign in zip(values, values[1:], signs, strict=False):
+    for (one, other), sign in zip(pairwise(values), signs, strict=False):
         if one.node is None or other.node is None or not _consistent(one.node, other.node, sign):
             return _opaque(text)
     exact = [value for value, sign in zip(values, ["=", *signs], strict=False) if sign == "="]
@@ -445,10 +446,10 @@ def _inequality(text: str, nodes: list[Node], signs: list[str]) -> Shape:
         region = _region_of(nodes, signs, bare[0])
         if region is not None:
             return Shape("region", text, region=region, name=nodes[bare[0]], brackets="<")
-    if "!=" in signs or any(a[0] == "inf" or b[0] == "inf" for a, b in zip(nodes, nodes[1:], strict=False)):
+    if "!=" in signs or any(a[0] == "inf" or b[0] == "inf" for a, b in pairwise(nodes)):
         return _opaque(text)
     steps = tuple(
-        Shape("step", sign, node=("add", a, ("neg", b))) for a, b, sign in zip(nodes, nodes[1:], signs, strict=False)
+        Shape("step", sign, node=("add", a, ("neg", b))) for (a, b), sign in zip(pairwise(nodes), signs, strict=True)
     )
     return Shape("inequality", text, items=steps)
 
