@@ -52,8 +52,21 @@ def test_every_gold_is_equal_to_itself_without_comparing_strings():
         assert judge(row, gold_response(row)).verdict == "right", gold
 
 
-@pytest.mark.parametrize("gold", ["", "  ", "see the solution at the end of the chapter which has all of the details of it", "t(0,4]",
-                                  "\\frac{1}{", "7 8", "\\frac{1}{0}", "6=7", "x" * 5000, "9^{9^{9^{9^9}}}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "",
+        "  ",
+        "see the solution at the end of the chapter which has all of the details of it",
+        "t(0,4]",
+        "\\frac{1}{",
+        "7 8",
+        "\\frac{1}{0}",
+        "6=7",
+        "x" * 5000,
+        "9^{9^{9^{9^9}}}",
+    ],
+)
 def test_a_gold_that_cannot_be_judged_is_named(gold):
     said = check_gold({"answer": gold})
     assert said is not None
@@ -136,8 +149,14 @@ def test_rows_with_several_answers_a_unit_or_a_tolerance():
 def test_policies_have_defaults_and_unknown_ones_are_errors():
     assert policy_of({}) == MathPolicy()
     assert policy_of({"policy": {"percent": "either"}}).percent == "either"
-    for policy, word in [({"percents": "either"}, "percents"), ({"percent": "maybe"}, "maybe"), ({"tolerance": -1}, "tolerance"),
-                         ({"tolerance": True}, "tolerance"), ({"answer_line": 1}, "answer_line"), ([1], "object")]:  # fmt: skip
+    for policy, word in [
+        ({"percents": "either"}, "percents"),
+        ({"percent": "maybe"}, "maybe"),
+        ({"tolerance": -1}, "tolerance"),
+        ({"tolerance": True}, "tolerance"),
+        ({"answer_line": 1}, "answer_line"),
+        ([1], "object"),
+    ]:
         with pytest.raises(ValueError, match=word):
             policy_of({"policy": policy})
     assert "percents" in str(check_gold({"answer": "7", "policy": {"percents": "either"}}))
@@ -150,13 +169,44 @@ def test_redundant_parentheses_are_cheap():
     assert time.perf_counter() - started < 2
 
 
-@pytest.mark.parametrize("answer", [
-    "1+" * 1900 + "1", "((" * 900 + "7", "2^" * 1500 + "2", "{" * 1000 + "}" * 1000, "\\frac" * 700, "7" * 3900,
-    "-" * 3900 + "7", "x" * 3900, "\\sqrt{" * 60 + "7" + "}" * 60, "9^{9^{9^9}}", "((((10^9)!)!)!)!", "2^{2^{2^{2^{2^2}}}}",
-    r"\sum_{i=1}^{1000}\sum_{j=1}^{1000} ij", r"\binom{10^6}{10^5}", "10^{10^{10}}", r"e^{e^{e^{e^{e}}}}", "a,b;" * 900,
-    r"\tan(10^{10^{10}})", r"\lfloor 10^{100}\pi\rfloor", "7" + "!" * 50, r"\left" * 500, "\\" * 3999, "|" * 999, "_" * 99,
-    r"\text{" * 300, "1e999999", "1e-999999", "0." + "0" * 3000 + "1", r"\log_{1} 7", "0^{-1}", "0^0", r"\infty-\infty", "\ud800",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "1+" * 1900 + "1",
+        "((" * 900 + "7",
+        "2^" * 1500 + "2",
+        "{" * 1000 + "}" * 1000,
+        "\\frac" * 700,
+        "7" * 3900,
+        "-" * 3900 + "7",
+        "x" * 3900,
+        "\\sqrt{" * 60 + "7" + "}" * 60,
+        "9^{9^{9^9}}",
+        "((((10^9)!)!)!)!",
+        "2^{2^{2^{2^{2^2}}}}",
+        r"\sum_{i=1}^{1000}\sum_{j=1}^{1000} ij",
+        r"\binom{10^6}{10^5}",
+        "10^{10^{10}}",
+        r"e^{e^{e^{e^{e}}}}",
+        "a,b;" * 900,
+        r"\tan(10^{10^{10}})",
+        r"\lfloor 10^{100}\pi\rfloor",
+        "7" + "!" * 50,
+        r"\left" * 500,
+        "\\" * 3999,
+        "|" * 999,
+        "_" * 99,
+        r"\text{" * 300,
+        "1e999999",
+        "1e-999999",
+        "0." + "0" * 3000 + "1",
+        r"\log_{1} 7",
+        "0^{-1}",
+        "0^0",
+        r"\infty-\infty",
+        "\ud800",
+    ],
+)
 def test_monsters_are_wrong_and_quick(answer):
     for gold in ("7", r"\sqrt{2}", "2n", "(2,5)", r"\{1,2\}", "x>3"):
         started = time.perf_counter()
@@ -167,10 +217,23 @@ def test_monsters_are_wrong_and_quick(answer):
 MB = 10**6
 
 
-@pytest.mark.parametrize("response", [
-    "{" * 10 * MB, "}" * 10 * MB, "\\boxed{" * MB, "\\" * 10 * MB, "\0" * 10 * MB, "\\boxed{7}" * MB, "</think>" * MB,
-    "\\boxed{" + "7" * 10 * MB + "}", "\\boxed{" + "{" * MB + "}" * MB + "}", "Answer:" * MB, "\\boxed{7} or " * MB,
-], ids=lambda text: text[:9])  # fmt: skip
+@pytest.mark.parametrize(
+    "response",
+    [
+        "{" * 10 * MB,
+        "}" * 10 * MB,
+        "\\boxed{" * MB,
+        "\\" * 10 * MB,
+        "\0" * 10 * MB,
+        "\\boxed{7}" * MB,
+        "</think>" * MB,
+        "\\boxed{" + "7" * 10 * MB + "}",
+        "\\boxed{" + "{" * MB + "}" * MB + "}",
+        "Answer:" * MB,
+        "\\boxed{7} or " * MB,
+    ],
+    ids=lambda text: text[:9],
+)
 def test_ten_megabytes_take_no_time(response):
     started = time.perf_counter()
     assert judge({"answer": "12", "policy": {"answer_line": True}}, response).verdict in ("wrong", "unparsable")
@@ -216,9 +279,54 @@ def test_extraction_never_raises_and_finds_only_closed_boxes(text):
     assert final_answer(text + r"</think> \boxed{41}").text == "41"
 
 
-SCRAPS = ["7", "x", "n", "\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "^", "_", "+", "-", "=", "<", ",", "!", "|", "\\pm ",
-          "\\text{cm}", "\\text{ or }", "\\cup ", "\\in ", "\\%", "^\\circ ", "\\infty ", "\\{", "\\}", "\\sin ", "e", "i", ".", ":",
-          "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", " ", "\\$", "\\sum_{k=1}^{n}", "0", "%", "\\le ", "\\mid "]  # fmt: skip
+SCRAPS = [
+    "7",
+    "x",
+    "n",
+    "\\frac",
+    "\\sqrt",
+    "{",
+    "}",
+    "(",
+    ")",
+    "[",
+    "]",
+    "^",
+    "_",
+    "+",
+    "-",
+    "=",
+    "<",
+    ",",
+    "!",
+    "|",
+    "\\pm ",
+    "\\text{cm}",
+    "\\text{ or }",
+    "\\cup ",
+    "\\in ",
+    "\\%",
+    "^\\circ ",
+    "\\infty ",
+    "\\{",
+    "\\}",
+    "\\sin ",
+    "e",
+    "i",
+    ".",
+    ":",
+    "\\begin{pmatrix}",
+    "\\end{pmatrix}",
+    "&",
+    "\\\\",
+    " ",
+    "\\$",
+    "\\sum_{k=1}^{n}",
+    "0",
+    "%",
+    "\\le ",
+    "\\mid ",
+]
 
 
 @given(
