@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cipo_fast.config import SandboxConfig, VerifyConfig
-from cipo_fast.verify import Judgement, VerifierFailure, dispatcher
+from cipo_fast.verify import Judgement, VerifierFailure, dispatcher, judging
 from cipo_fast.verify.pool import Judges
 
 VERIFIER = """
@@ -292,7 +292,7 @@ def test_slow_answers_that_end_start_no_crowd(row: dict[str, str]) -> None:
     with judges_with(timeout_s=30) as judges:
         futures = [judges.submit(row, "wait 0.5") for _ in range(24)]
         most = 0
-        while not wait(futures, timeout=0.05).done == set(futures):
+        while wait(futures, timeout=0.05).done != set(futures):
             most = max(most, len(family(nursery_of(os.getpid()))))
         assert most <= 12
         assert {future.result().verdict for future in futures} == {"right"}
@@ -381,3 +381,33 @@ def test_nobody_outlives_the_trainer(tmp_path: Path, row: dict[str, str], end: s
         assert rest.strip().endswith("KeyboardInterrupt")
     else:
         assert rest == ""
+
+
+def test_golds_are_judged_the_long_way(judges: Judges) -> None:
+    """A math gold that is no mathematics is refused, although it equals itself as a text."""
+
+    def gold(answer: str, verifier: str = "math") -> str:
+        return judges.submit_gold({"verifier": verifier, "answer": answer}).result(timeout=60).verdict
+
+    assert gold("\\frac{\\sqrt{2}}{2}") == "right"
+    assert gold("x^{2^{") == "wrong"
+    assert gold("x^{2^{", "exact") == "right"
+    assert "no gold" in failure(judges.submit_gold({"verifier": f"{__file__}:test", "answer": "1"}))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"verifier": "exact"}, "answer is missing"),
+        ({"verifier": "exact", "answer": " "}, "answer is empty"),
+        ({"verifier": "exact", "answer": [1]}, "answer is list, not text or a number"),
+        ({"verifier": "math"}, "answer is missing"),
+        ({"verifier": "math", "answer": ""}, "answer is empty"),
+        ({"verifier": "maths", "answer": "1"}, "verifier is 'maths'"),
+        ({"answer": "1"}, "verifier is missing"),
+    ],
+)
+def test_broken_rows_are_named(row: dict[str, object], said: str) -> None:
+    found = judging.check_row(row)
+    assert found is not None
+    assert found.startswith(said)

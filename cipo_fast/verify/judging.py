@@ -18,11 +18,11 @@ def judge(row: Row, response: str, sandbox: Sandbox | None = None) -> Judgement:
 
     Raises VerifierFailure where there is nothing to say of the response."""
     kind = _kind(row)
-    if kind == "code" and sandbox is None:
-        raise VerifierFailure("a code row needs a sandbox")
     if kind == "code":
         from cipo_fast.verify import code
 
+        if sandbox is None:
+            raise VerifierFailure("a code row needs a sandbox")
         return code.judge(row, response, sandbox)
     return _verifier(kind).judge(row, response)
 
@@ -32,7 +32,8 @@ def judge_gold(row: Row, sandbox: Sandbox | None = None) -> Judgement:
     if _kind(row) == "math":
         from cipo_fast.verify import math
 
-        return getattr(math, "judge_gold", lambda row: math.judge(row, math.gold_response(row)))(row)
+        fault = math.check_gold(row)
+        return Judgement("right") if fault is None else Judgement("wrong", fault)
     response = gold_response(row)
     if response is None:
         raise VerifierFailure("the row has no gold response")
@@ -55,12 +56,26 @@ def gold_response(row: Row) -> str | None:
 
 
 def check_row(row: Row) -> str | None:
-    """What is wrong with a row, in one line: a missing field, no tests, a gold that cannot be read. None: nothing."""
+    """What is wrong with a row, in one line: a missing field, no tests, no such policy. None: nothing that can be seen
+    without a worker; whether a gold can be judged, `judge_gold` says."""
     try:
         kind = _kind(row)
     except VerifierFailure as failure:
         return str(failure)
-    return _verifier(kind).check_row(row)
+    return _check_math(row) if kind == "math" else _verifier(kind).check_row(row)
+
+
+def _check_math(row: Row) -> str | None:
+    from cipo_fast.verify import math
+    from cipo_fast.verify.math_policy import policy_of
+
+    if row.get("answer") is None and not row.get("answers"):
+        return "answer is missing"
+    try:
+        policy_of(row)
+    except ValueError as error:
+        return str(error)
+    return None if all(gold.strip() for gold in math.golds(row)) else "answer is empty"
 
 
 def _kind(row: Row) -> str:
