@@ -129,6 +129,33 @@ def test_a_users_function_gets_the_row_as_it_stands(tmp_path: Path) -> None:
         read_problems(write(tmp_path / "b.jsonl", {"prompt": "a", "verifier": "none.py:judge"}))
 
 
+def test_what_a_run_writes_of_its_problems_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("")
+    stub = "def f(x):\n    ...\n"
+    rows = [
+        {"prompt": stub, "entry_point": "f", "test": "def check(candidate): assert candidate(1)", "verifier": "code"},
+        {"prompt": "Write f.", "entry_point": "f", "test": "assert f(1)", "verifier": "code"},
+        {"prompt": "a", "answer": 4, "words": 3, "verifier": "own.py:judge"},
+        {"question": "b", "answer": "#### 4"},
+        {"prompt": "c", "answers": ["1", "2"], "verifier": "math"},
+        {"prompt": "d", "tests": [{"args": [1], "kwargs": None, "expected": None, "stdin": None}]},
+    ]
+    problems = read_problems(write(tmp_path / "a.jsonl", *rows))
+    assert problems[0].row["prompt"] == stub
+    assert "prompt" not in problems[1].row
+    assert problems[4].answer == "1, 2"
+    assert problems[5].row["tests"] == [{"args": [1], "expected": None}]
+    again = read_problems(
+        write(tmp_path / "b.jsonl", *({**p.row, "id": p.id, "messages": p.messages} for p in problems))
+    )
+    assert [p.content for p in again] == [p.content for p in problems]
+    assert [p.verifier for p in again] == [p.verifier for p in problems]
+    for one, other in zip(again, problems, strict=True):
+        assert {**one.row, **other.row} == one.row
+    with pytest.raises(UserError, match="field 'policy' is not an object"):
+        read_problems(write(tmp_path / "c.jsonl", {"prompt": "a", "answer": 4, "verifier": "math", "policy": "x"}))
+
+
 def test_prompts_ask_for_what_their_verifier_reads(tmp_path: Path) -> None:
     box = "Put it in \\boxed{}."
     rows = [
