@@ -84,7 +84,7 @@ class Alarms:
             and _sum(metrics, "anchors/right", "anchors/wrong") == 0,
             "no_change": nothing_changed(metrics),
             "mismatch": mismatch(metrics) > self.outside,
-            **own.own_alarms(metrics),
+            **own.own_alarms(metrics, broken=max(0.5, 1 - (metrics.get("rollout/accuracy") or 0))),
         }
         flags: Metrics = {}
         lines = []
@@ -180,7 +180,8 @@ def _sample(rollouts: Sequence[Rollout]) -> str:
     shown = next((r for r in wrong if not r.truncated), wrong[0] if wrong else None)
     if shown is None:
         return ""
-    wanted = f"wanted {_short(shown.problem.answer)}, " if shown.problem.answer else ""
+    answer = shown.problem.row.get("answer")
+    wanted = f"wanted {_short(str(answer))}, " if answer else ""
     said = f": {_short(shown.why)}" if shown.why else ""
     return f" ({wanted}got {_short(shown.text)}{said})"
 

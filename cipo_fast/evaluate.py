@@ -26,7 +26,7 @@ from cipo_fast.rollout import Sampling
 from cipo_fast.run_dir import check_writable
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting
 from cipo_fast.tasks import Dataset, load_held_out, quiet
-from cipo_fast.try_out import try_out
+from cipo_fast.try_out import choose_sandbox
 from cipo_fast.view import Terminal, evaluation_table
 
 Evaluation = dict[str, float | None]
@@ -135,13 +135,15 @@ def sampler_of(config: Config, device: str) -> Iterator[tuple[Sampler, list[Prom
     problems = load_held_out(config, say)
     with ExitStack() as opened:
         judges = opened.enter_context(build_judges(config, say))
-        try_out(judges, problems, say)
+        choose_sandbox(judges, problems)
         chat = Chat(load_tokenizer(config), config.data)
         _, prompts = encode_dataset(Dataset([], problems), chat, config, say)
         chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
         model = load_model(config, "sdpa")
         config = config.model_copy(deep=True)
-        config.rollout.max_tokens = min(config.rollout.max_tokens, config.eval.max_tokens)  # nothing longer is asked for
+        config.rollout.max_tokens = min(
+            config.rollout.max_tokens, config.eval.max_tokens
+        )  # nothing longer is asked for
         config = fit_to_model(config, model.config, say)
         say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
         engine = opened.enter_context(closing(build_engine(config, model, chat, device, say)))

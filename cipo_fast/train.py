@@ -52,11 +52,11 @@ from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.run_dir import check_writable, opened
-from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, seed_for
+from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, prompts_of_step, seed_for
 from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import check_data, load_dataset
-from cipo_fast.try_out import try_out
+from cipo_fast.try_out import choose_sandbox, refuse_exploits, with_good_golds
 from cipo_fast.updates import learn, update_metrics
 from cipo_fast.view import View, summary_table
 
@@ -323,18 +323,6 @@ def sample(run: Run, step: int, replay: ReplayState) -> Batch:
     return Batch(groups, anchors, counts, replay.rho, update_replay(replay, kept, config.replay), failures)
 
 
-def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
-    """B prompts: every epoch is a permutation of its own, and a step's place in it follows from its number."""
-    b = config.rollout.prompts_per_step
-    found: list[Prompt] = []
-    for i in range((step - 1) * b, step * b):
-        epoch, place = divmod(i, len(prompts))
-        if not found or place == 0:
-            order = np.random.default_rng(seed_for(config.seed, epoch, "order")).permutation(len(prompts))
-        found.append(prompts[order[place]])
-    return found
-
-
 # ----------------------------------------------------------------------------------------------- before and after
 
 
@@ -344,7 +332,10 @@ def build(
     """Load, start the engine, shard, resume; everything that can be refused is refused here."""
     dataset = load_dataset(config, view.say)
     judges = open_engine.enter_context(build_judges(config, view.say))
-    try_out(judges, [*dataset.train, *dataset.held_out], view.say)
+    asked = [*dataset.train, *dataset.held_out]
+    if choose_sandbox(judges, asked):
+        refuse_exploits(judges, asked, view.say)
+    dataset = replace(dataset, train=with_good_golds(dataset.train, judges, view.say))
     chat = Chat(load_tokenizer(config), config.data)
     train_prompts, held_out = encode_dataset(dataset, chat, config, view.say)
     chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)

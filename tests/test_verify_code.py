@@ -41,7 +41,8 @@ PLUS = {
     "prompt": "Write a function to find shared elements.",
     "entry_point": "shared",
     "test": "import numpy as np\n\ndef is_floats(x) -> bool:\n    return isinstance(x, (float, np.ndarray))\n\n"
-    "def assertion(out, exp, atol):\n    if atol == 0 and is_floats(exp):\n        atol = 1e-6\n    exact_match = out == exp\n"
+    "def assertion(out, exp, atol):\n    if atol == 0 and is_floats(exp):\n        atol = 1e-6\n"
+    "    exact_match = out == exp\n"
     "    if out != exp and atol != 0:\n        assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n    else:\n"
     "        assert out == exp, f'out: {out}, exp: {exp}'\n\n"
     "inputs = [[(3, 4, 5), (4, 5, 7)], [(1, 2), (3,)]]\nresults = [(4, 5), ()]\n"
@@ -82,7 +83,8 @@ RIGHT = {
     ),
     "a defaultdict": (
         calls((["aa"], {"a": 2}), entry_point="f"),
-        "from collections import defaultdict\ndef f(s):\n    d = defaultdict(int)\n    for c in s: d[c] += 1\n    return d",
+        "from collections import defaultdict\n"
+        "def f(s):\n    d = defaultdict(int)\n    for c in s: d[c] += 1\n    return d",
     ),
     "stdin": (SUM, "input()\nprint(sum(map(int, input().split())))\n"),
     "fast stdin": (
@@ -251,4 +253,13 @@ def test_nothing_runs_after_the_first_failure(sandbox: Sandbox) -> None:
     program = "import time\ndef f(n):\n    if n: time.sleep(2)\n    return 5\n"
     judgement = code.judge(row, fenced(program), sandbox)
     assert judgement.why == "test 1: got 5"
+    assert judgement.seconds < 5
+
+
+def test_all_tests_of_an_answer_have_a_limit_together() -> None:
+    row = calls(*[([n], n) for n in range(90)], entry_point="f")
+    with Sandbox(SandboxConfig(answer_s=0.5)) as hasty:
+        judgement = code.judge(row, fenced("import time\ndef f(n):\n    time.sleep(0.2)\n    return n\n"), hasty)
+    assert judgement.verdict == "timeout"
+    assert "of 90 tests" in judgement.why
     assert judgement.seconds < 5

@@ -42,6 +42,7 @@ RESPONSES = {
     "then unclosed": "```python\ndef f(a): return 2 * a\n```\n```python\ndef f(a): return 3",
     "other language": "```cpp\nint f(int a);\n```\n```python\ndef f(a): return 2 * a\n```",
     "in a list": "1. So\n   ```python\n   def f(a):\n       return 2 * a\n   ```\n",
+    "all indented": "```python\n    def f(a):\n        return 2 * a\n```",
     "after thinking": "<think>```python\ndef f(a): return 0\n```</think>\n```python\ndef f(a): return 2 * a\n```",
     "thinking from the prompt": "hm```python\ndef f(a): return 0\n```</think>```python\ndef f(a): return 2 * a\n```\n",
     "two thoughts": "<think>a</think>b<think>c</think>\n```python\ndef f(a): return 2 * a\n```",

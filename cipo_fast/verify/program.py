@@ -116,6 +116,9 @@ def _blocks(text: str) -> tuple[list[_Block], str]:
     blocks, reason = [], ""
     for content in texts[-MAX_BLOCKS:]:
         tree, why = _tree(content)
+        if tree is None and content[:1].isspace():  # all of it may be indented
+            content = textwrap.dedent(content)
+            tree, why = _tree(content)
         if tree is None:
             reason = why
         else:
