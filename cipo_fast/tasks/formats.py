@@ -58,7 +58,12 @@ def recognised(record: Record) -> str:
     def has(*names: str) -> bool:
         return any(record.get(name) is not None for name in names)
 
-    if has("verifier", "messages"):
+    stub, name = record.get("prompt"), record.get("entry_point")
+    if has("messages"):
+        return "own"
+    if has("test") and isinstance(stub, str) and f"def {name}" in stub:
+        return "humaneval"
+    if has("verifier"):
         return "own"
     for field, name in (
         ("buggy_code", "debugbench"),
@@ -72,8 +77,6 @@ def recognised(record: Record) -> str:
             return name
     if has("reward_model"):
         return "dapo" if str(record.get("data_source")).startswith("math_dapo") else "own"
-    if has("entry_point") and has("test") and isinstance(record.get("prompt"), str):
-        return "humaneval"
     if has("prompt") or not has(*QUESTION):
         return "own"
     return _of_questions(record, has)

@@ -42,10 +42,15 @@ def read_own(record: Record, where: str, verifier: str | None = None) -> Draft:
     source = whole_text(source, where, "data_source") if isinstance(source, str) else None
     if ".py:" in verifier:  # a user's function gets the row as it stands
         row = plain(record, where, "row")
-        return Draft(_messages(record, where, None), verifier, "", row, {}, _id(record, where), source)
+        shown = {name: value for name, value in record.items() if name != "prompt" or record.get("messages") is None}
+        return Draft(_messages(shown, where, None), verifier, "", row, {}, _id(record, where), source)
     answer = "" if verifier == "code" else _answer(record, where)
     fields = {name: plain(record[name], where, name) for name in READ[verifier] if record.get(name) is not None}
     stub = None
+    if not isinstance(fields.get("policy", {}), dict):
+        raise UserError(f"{where}: field 'policy' is not an object")
+    if isinstance(fields.get("tests"), list):
+        fields["tests"] = [_without_nulls(test) for test in fields["tests"]]
     if verifier == "code":
         stub = _stub(record, where)
         fields |= stub or {}
@@ -79,6 +84,13 @@ def _stub(record: Record, where: str) -> dict[str, Any] | None:
     if record.get("tests") is None and record.get("messages") is not None and isinstance(record.get("prompt"), str):
         return {"prompt": whole_text(record["prompt"], where, "prompt")}
     return None
+
+
+def _without_nulls(test: Any) -> Any:
+    """A test without the keys that a table's other rows have."""
+    if not isinstance(test, dict):
+        return test
+    return {key: value for key, value in test.items() if value is not None or key == "expected"}
 
 
 def _id(record: Record, where: str) -> str | None:

@@ -144,9 +144,7 @@ class _Reader:
         for note, found in self.notes.items():
             self.say(f"{self.source}: in {len(found)} of {n} rows {note} (first: {found[0]})")
         if self.repeated:
-            self.say(
-                f"{self.source}: {self.repeated:,} of {self.rows:,} rows repeat earlier ones: dropped"
-            )
+            self.say(f"{self.source}: {self.repeated:,} of {self.rows:,} rows repeat earlier ones: dropped")
         for reason, found in self.dropped.items():
             places = ", ".join(place.removeprefix(f"{self.source}:").strip() for place in found[:5])
             more = "" if len(found) <= 5 else f" and {len(found) - 5} more"
