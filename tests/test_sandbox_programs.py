@@ -1,5 +1,7 @@
 """What programs can do: stdin in every way, `__main__`, sources, entry points, values, suites."""
 
+# ruff: noqa: E501, PT018 (a program is one line; a result is told as a whole)
+
 import math
 import os
 import signal
@@ -65,11 +67,20 @@ def test_a_large_stdin_read_or_not(sandbox):
         ("from dataclasses import dataclass\n@dataclass\nclass A:\n  x: int\nprint(A(1))", "A(x=1)\n"),
         ("import pickle\nclass A: x = 1\nprint(pickle.loads(pickle.dumps(A())).x)", "1\n"),
         ("import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(200000))", "200000\n"),
-        ("import sys\nfrom functools import cache\nsys.setrecursionlimit(10**6)\n@cache\ndef f(n): return n and 1 + f(n - 1)\nprint(f(100000))", "100000\n"),
-        ("import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**27)\ndef main():\n  def f(n): return n and 1 + f(n - 1)\n  print(f(50000))\nt = threading.Thread(target=main)\nt.start()", "50000\n"),
+        (
+            "import sys\nfrom functools import cache\nsys.setrecursionlimit(10**6)\n@cache\ndef f(n): return n and 1 + f(n - 1)\nprint(f(100000))",
+            "100000\n",
+        ),
+        (
+            "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**27)\ndef main():\n  def f(n): return n and 1 + f(n - 1)\n  print(f(50000))\nt = threading.Thread(target=main)\nt.start()",
+            "50000\n",
+        ),
         ("import atexit\natexit.register(print, 'end')", "end\n"),
         ("import asyncio\nasync def f(): return 1\nprint(asyncio.run(f()))", "1\n"),
-        ("from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(3) as p: print(list(p.map(abs, [-1, 2])))", "[1, 2]\n"),
+        (
+            "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(3) as p: print(list(p.map(abs, [-1, 2])))",
+            "[1, 2]\n",
+        ),
         ("import random\nprint(random.random() != 0)", "True\n"),
         ("print(len(str(10**4000)))\nprint('\\u00fc')", "4001\n\u00fc\n"),
         ("import sys\nprint(len(sys.argv), __name__)", "1 __main__\n"),
@@ -78,7 +89,7 @@ def test_a_large_stdin_read_or_not(sandbox):
         ("", ""),
         ("\ufeffprint(1)", "1\n"),
     ],
-)  # fmt: skip
+)
 def test_programs(sandbox, program, stdout):
     result = printed(sandbox, program)
     assert (result.outcome, result.stdout) == ("ok", stdout), result
@@ -107,7 +118,7 @@ def test_executions_differ_in_their_random_numbers(sandbox):
         ("import ctypes\nctypes.string_at(0)", "signal 11"),
         ("-" * 100000 + "1", ""),
     ],
-)  # fmt: skip
+)
 def test_errors(sandbox, program, detail):
     result = printed(sandbox, program)
     assert result.outcome in ("error", "memory") and detail in result.detail, result
@@ -161,18 +172,60 @@ def test_calls_do_not_see_each_other(sandbox):
 
 
 PLAIN = [
-    None, True, False, 0, 1, -1, 2**63, -(2**63), 10**5000, 0.0, -0.0, 1.5, 1e300, 5e-324, math.inf, -math.inf, "", "a",
-    "\ud800", "\0", "ü😀", b"", b"\0\xff", 1j, complex(math.inf, -0.0), [], [1, [2]], (), (1,), ((1,), [2]), {}, {1: 2},
-    {"a": [1]}, {(1, 2): {3}}, {None: None}, {1.5: 1}, set(), {1, 2}, {"a", 1, (2,)}, frozenset({1}), {frozenset({1})},
-    [True, 1, 1.0], {"t": [1]}, {"d": 1}, [[]] * 1000,
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**63,
+    -(2**63),
+    10**5000,
+    0.0,
+    -0.0,
+    1.5,
+    1e300,
+    5e-324,
+    math.inf,
+    -math.inf,
+    "",
+    "a",
+    "\ud800",
+    "\0",
+    "ü😀",
+    b"",
+    b"\0\xff",
+    1j,
+    complex(math.inf, -0.0),
+    [],
+    [1, [2]],
+    (),
+    (1,),
+    ((1,), [2]),
+    {},
+    {1: 2},
+    {"a": [1]},
+    {(1, 2): {3}},
+    {None: None},
+    {1.5: 1},
+    set(),
+    {1, 2},
+    {"a", 1, (2,)},
+    frozenset({1}),
+    {frozenset({1})},
+    [True, 1, 1.0],
+    {"t": [1]},
+    {"d": 1},
+    [[]] * 1000,
+]
 
 
 @pytest.mark.parametrize("value", PLAIN, ids=range(len(PLAIN)))
 def test_values_cross_as_they_are(value):
     """repr tells types, and -0.0 from 0.0."""
     back = decode(encode(value))
-    assert type(back) is type(value) and back == value
+    assert type(back) is type(value)
+    assert back == value
     if not isinstance(value, set | frozenset) and value != 10**5000:
         assert repr(back) == repr(value)
 
@@ -187,7 +240,9 @@ def test_values_that_cross_as_another_type():
 
 def test_numpy_crosses_as_lists_and_numbers():
     numpy = pytest.importorskip("numpy")
-    value = decode(encode([numpy.int64(1), numpy.float32(0.5), numpy.bool_(True), numpy.arange(2), numpy.eye(1), numpy.str_("a")]))
+    value = decode(
+        encode([numpy.int64(1), numpy.float32(0.5), numpy.bool_(True), numpy.arange(2), numpy.eye(1), numpy.str_("a")])
+    )
     assert repr(value) == "[1, 0.5, True, [0, 1], [[1.0]], 'a']"
     for refused in (numpy.longdouble(1), numpy.array([object()])):
         with pytest.raises(NotPlain):
@@ -224,11 +279,35 @@ def deep(depth):
 
 
 @pytest.mark.parametrize(
-    "value", [Liar(1), Text("a"), Equal(), object(), print, deque([1]), range(3), iter([]), (x for x in []), bytearray(b""), int]
-    + [[Liar(1)], {Text("a"): 1}, (Equal(),), cycle(), deep(200), deep(50_000), ["x" * 1_000_000] * 100, [0] * 1_100_000, NotImplemented, ...]
-    + [type("T", (tuple,), {})([1]), type("L", (list,), {})([1]), type("D", (dict,), {})()],
+    "value",
+    [
+        Liar(1),
+        Text("a"),
+        Equal(),
+        object(),
+        print,
+        deque([1]),
+        range(3),
+        iter([]),
+        (x for x in []),
+        bytearray(b""),
+        int,
+        [Liar(1)],
+        {Text("a"): 1},
+        (Equal(),),
+        cycle(),
+        deep(200),
+        deep(50000),
+        ["x" * 1000000] * 100,
+        [0] * 1100000,
+        NotImplemented,
+        ...,
+        type("T", (tuple,), {})([1]),
+        type("L", (list,), {})([1]),
+        type("D", (dict,), {})(),
+    ],
     ids=range(25),
-)  # fmt: skip
+)
 def test_everything_else_is_refused(value):
     started = time.monotonic()
     with pytest.raises(NotPlain):
@@ -238,9 +317,14 @@ def test_everything_else_is_refused(value):
 
 @pytest.mark.parametrize(
     "program",
-    ["class A(int):\n  def __eq__(self, o): return True\ndef f(): return A(1)", "class A:\n  def __eq__(self, o): return True\ndef f(): return A()"]
-    + ["def f():\n  yield 1", "def f():\n  a = []\n  a.append(a)\n  return a", "import sys\ndef f():\n  sys.setrecursionlimit(60)\n  return print"],
-)  # fmt: skip
+    [
+        "class A(int):\n  def __eq__(self, o): return True\ndef f(): return A(1)",
+        "class A:\n  def __eq__(self, o): return True\ndef f(): return A()",
+        "def f():\n  yield 1",
+        "def f():\n  a = []\n  a.append(a)\n  return a",
+        "import sys\ndef f():\n  sys.setrecursionlimit(60)\n  return print",
+    ],
+)
 def test_programs_that_return_something_else(sandbox, program):
     result = one(sandbox, program)
     assert result.outcome == "error" and result.detail.startswith("returned a"), result
@@ -304,21 +388,38 @@ except Exception:
 
 
 @pytest.mark.parametrize(
-    "end", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit(0)", "raise KeyboardInterrupt", "exit()"]
-    + ["import os; os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)", "x = bytearray(2 << 30)", "class A:\n    def __eq__(s, o): return True\n  return A()"]
-)  # fmt: skip
+    "end",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "raise SystemExit(0)",
+        "raise KeyboardInterrupt",
+        "exit()",
+        "import os; os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)",
+        "x = bytearray(2 << 30)",
+        "class A:\n    def __eq__(s, o): return True\n  return A()",
+    ],
+)
 def test_a_candidate_that_ends_is_no_pass(sandbox, end):
     program = f"def f():\n  {end}"
     assert suite(sandbox, program, "assert candidate() == 1").outcome in ("error", "memory")
-    assert suite(sandbox, f"{end if 'return' not in end else 'exit()'}\ndef f(): return 1", "assert candidate() == 1").outcome in ("error", "memory")
+    assert suite(
+        sandbox, f"{end if 'return' not in end else 'exit()'}\ndef f(): return 1", "assert candidate() == 1"
+    ).outcome in ("error", "memory")
 
 
 def test_a_candidate_that_hangs_is_a_timeout(sandbox):
     assert suite(sandbox, "def f():\n  while True: pass", "assert candidate() == 1").outcome == "timeout"
-    assert suite(sandbox, "def f():\n  while True: pass", "try:\n  candidate()\nexcept BaseException:\n  pass").outcome == "timeout"
+    assert (
+        suite(sandbox, "def f():\n  while True: pass", "try:\n  candidate()\nexcept BaseException:\n  pass").outcome
+        == "timeout"
+    )
 
 
-@pytest.mark.parametrize("tests", ["", "def check(c): raise SystemExit(0)", "import os\ndef check(c): os._exit(0)", "check = 5", "def check("])
+@pytest.mark.parametrize(
+    "tests",
+    ["", "def check(c): raise SystemExit(0)", "import os\ndef check(c): os._exit(0)", "check = 5", "def check("],
+)
 def test_tests_that_do_not_end_are_no_pass(sandbox, tests):
     assert sandbox.suite("def f(): return 1", "f", tests).outcome == "error"
 

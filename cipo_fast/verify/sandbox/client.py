@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,8 @@ class Sandbox:
     def run(self, program: str, stdins: list[str]) -> Iterator[Result]:
         """Run `program` as a script, each time in a fresh process with a true pipe as its stdin.
 
-        ok with value 0: it ended by itself with exit code 0. error: another exit code (`value`), or a signal (negative).
+        ok with value 0: it ended by itself with exit code 0. error: another exit code (`value`); a signal
+        is negative.
         """
         for stdin in stdins:
             yield self._single("run", program, stdin=stdin)
@@ -111,14 +112,14 @@ class Sandbox:
         with self._lock:
             return self._twice(lambda: self._one(mode, program, more))
 
-    def _twice(self, body: Any) -> Result:
+    def _twice(self, body: Callable[[], Result]) -> Result:
         """Once more with a fresh zygote if it was lost."""
         try:
-            return body()  # type: ignore[no-any-return]
+            return body()
         except Lost:
             self.close()
         try:
-            return body()  # type: ignore[no-any-return]
+            return body()
         except Lost as error:
             self.close()
             raise VerifierFailure(f"the sandbox was lost twice: {error}") from error

@@ -142,9 +142,7 @@ def _incoming() -> Any:
 # -- the program
 
 
-def _execute(
-    request: dict[str, Any], before: Callable[[dict[str, Any]], None] = lambda names: None
-) -> dict[str, Any]:
+def _execute(request: dict[str, Any], before: Callable[[dict[str, Any]], None] = lambda names: None) -> dict[str, Any]:
     """The program run as `__main__`; its names. inspect can read it, and pickle finds its classes."""
     source, path = request["program"], f"{request['folder']}/program.py"
     module = ModuleType("__main__")
@@ -165,12 +163,12 @@ def entry(names: dict[str, Any], wanted: str | None) -> Callable[..., Any]:
     found = wanted or _only(names)
     owner, _, name = found.replace("()", "").rpartition(".")
     if owner:
-        return getattr(names[owner](), name)  # type: ignore[no-any-return]
+        return getattr(names[owner](), name)
     if name not in names and isinstance(names.get("Solution"), type) and hasattr(names["Solution"], name):
-        return getattr(names["Solution"](), name)  # type: ignore[no-any-return]
+        return getattr(names["Solution"](), name)
     if name not in names:
         raise NameError(f"the program defines no {name}")
-    return names[name]  # type: ignore[no-any-return]
+    return names[name]
 
 
 def _only(names: dict[str, Any]) -> str:
@@ -180,7 +178,10 @@ def _only(names: dict[str, Any]) -> str:
     functions = [
         name
         for name, item in names.items()
-        if name[0] != "_" and callable(item) and getattr(item, "__module__", "") == "__main__" and type(item) != type
+        if name[0] != "_"
+        and callable(item)
+        and getattr(item, "__module__", "") == "__main__"
+        and not isinstance(item, type)
     ]
     return _single(functions, "function")
 
@@ -267,4 +268,3 @@ def _tests(request: dict[str, Any]) -> int:
 
 
 _MODES = {"run": _run, "call": _call, "serve": _serve, "tests": _tests}
-
