@@ -443,6 +443,21 @@ def f(x):
     assert result.outcome == "error", result
 
 
+def test_what_cannot_cross_is_no_pass(sandbox):
+    """Not even for tests that expect an exception."""
+    body = "try:\n  candidate({})\nexcept Exception:\n  pass"
+    assert suite(sandbox, "def f(x): return 1", body.format("lambda: 1")).outcome == "error"
+    assert suite(sandbox, "def f(x): return iter([])", body.format("1")).outcome == "error"
+    assert "returned a" in suite(sandbox, "def f(x): return iter([])", "candidate(1)").detail
+
+
+def test_a_thread_that_stays_does_not_hold_a_value_back(sandbox):
+    program = "import threading, time\ndef f():\n  threading.Thread(target=time.sleep, args=(60,)).start()\n  return 1"
+    started = time.monotonic()
+    assert one(sandbox, program).value == 1
+    assert time.monotonic() - started < 2
+
+
 def test_arguments_are_copies(sandbox):
     assert suite(sandbox, "def f(x): x.append(1)", "a = []\ncandidate(a)\nassert a == []").outcome == "ok"
 

@@ -42,7 +42,7 @@ def main(request: dict[str, Any], theirs: list[int], isolation: str, channel: in
         code = 1
         _tell_exception(request, error)
     finally:
-        _finish(code)
+        _finish(code, wait=request["mode"] == "run")
 
 
 def _descriptors(theirs: list[int], channel: int, ours: list[int]) -> None:
@@ -88,11 +88,13 @@ def _code(leaving: SystemExit) -> int:
     return 1
 
 
-def _finish(code: int) -> NoReturn:
-    """What the interpreter does at its end, as far as a program can notice."""
+def _finish(code: int, wait: bool) -> NoReturn:
+    """What the interpreter does at its end, as far as a script can notice; a function has returned: no need to wait for
+    threads it started."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # joins threads that are no daemons
-        atexit._run_exitfuncs()
+        if wait:
+            threading._shutdown()  # type: ignore[attr-defined]  # joins threads that are no daemons
+            atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     except BaseException:
@@ -237,8 +239,22 @@ def _serve(request: dict[str, Any]) -> int:
     return 0
 
 
+class Uncrossable(BaseException):
+    """A value that cannot cross between tests and candidate. No Exception: tests that expect one must not be content
+    with it."""
+
+
 class CandidateError(Exception):
     """The candidate raised an exception of a class of its own."""
+
+
+def _rebuilt(kind: str, name: str, text: str) -> Exception:
+    """The candidate's exception: of its nearest built-in class, if that is an Exception other than Exception itself."""
+    known = getattr(builtins, kind, None)
+    if isinstance(known, type) and issubclass(known, Exception) and (kind == name or known is not Exception):
+        with contextlib.suppress(TypeError):  # UnicodeDecodeError wants five arguments
+            return known(text)
+    return CandidateError(f"{name}: {text}")
 
 
 def _tests(request: dict[str, Any]) -> int:
@@ -246,18 +262,16 @@ def _tests(request: dict[str, Any]) -> int:
     nonce, incoming = request["nonce"], _incoming()
 
     def candidate(*arguments: Any, **named: Any) -> Any:
-        _tell(nonce, "call", encode((arguments, named)))
-        answer = json.loads(next(incoming))
-        if "value" in answer:
-            return decode(answer["value"])
-        kind, name, text = json.loads(answer["raised"])
-        known = getattr(builtins, kind, None)
-        own = name != kind or not (isinstance(known, type) and issubclass(known, Exception))
         try:
-            error = CandidateError(f"{name}: {text}") if own and kind == "Exception" else known(text)  # type: ignore
-        except TypeError:  # such as UnicodeDecodeError, which wants five arguments
-            error = CandidateError(f"{name}: {text}")
-        raise error
+            _tell(nonce, "call", encode((arguments, named)))
+            answer = json.loads(next(incoming))
+            if "value" in answer:
+                return decode(answer["value"])
+        except NotPlain as error:
+            raise Uncrossable(f"the tests and the candidate exchange {error}") from None
+        if "refused" in answer:
+            raise Uncrossable(f"the candidate returned {answer['refused']}")
+        raise _rebuilt(*json.loads(answer["raised"]))
 
     candidate.__name__ = request["entry_point"].rpartition(".")[2]
     names = _execute(request, lambda names: names.update({candidate.__name__: candidate}))
