@@ -75,7 +75,7 @@ class Sandbox:
             try:
                 arguments = encode((list(one.args), dict(one.kwargs)))
             except NotPlain as error:
-                raise ValueError(f"an argument of a test is {error}") from None
+                raise VerifierFailure(f"an argument of a test is {error}") from None
             yield self._single("call", program, entry_point=entry_point, call=arguments)
 
     def run(self, program: str, stdins: list[str]) -> Iterator[Result]:
