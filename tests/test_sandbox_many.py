@@ -1,7 +1,6 @@
 """10,000 executions leave nothing behind."""
 
 import os
-import tempfile
 import threading
 import time
 
@@ -29,8 +28,7 @@ def f(x):
 
 
 def everything():
-    files = {(folder, name) for folder in (tempfile.gettempdir(), "/dev/shm") for name in os.listdir(folder)}
-    return {entry for entry in files if "left" in entry[1] or "sandbox" in entry[1]}
+    return {(folder, name) for folder in ("/tmp", "/dev/shm") for name in os.listdir(folder) if name.startswith("left")}
 
 
 def zombies():
@@ -77,8 +75,10 @@ def test_many_executions_leave_nothing(kind, count):
         time.sleep(0.05)
     assert len(descendants(os.getpid())) == alone
     assert zombies() == []
+    folders = [sandbox._nest._scratch for sandbox in sandboxes]
     for sandbox in sandboxes:
         sandbox.close()
+    assert not any(os.path.exists(folder) for folder in folders)
     assert set(descendants(os.getpid())) <= set(running)
     assert everything() <= files
     assert len(os.listdir("/proc/self/fd")) == descriptors

@@ -153,9 +153,13 @@ class Sandbox:
                         lost = candidate.report
                         suite.cancel()
                         break
+                    if "broken" in answer:
+                        return Result("error", None, "", _raised(answer["broken"]))
                     suite.send(json.dumps(answer))
                 elif "raised" in message:
-                    return Result("error", None, suite.report["stdout"] if suite.report else "", _raised(message))
+                    return Result(
+                        "error", None, suite.report["stdout"] if suite.report else "", _raised(message["raised"])
+                    )
             if lost is not None:
                 return _ended(lost, "the candidate ended before it answered")
             if passed and suite.report and suite.report["outcome"] == "exit":
@@ -180,7 +184,7 @@ def _result(mode: str, told: list[dict[str, Any]], report: dict[str, Any] | None
     code = report["code"] if report else None
     if "raised" in first:
         outcome = "memory" if _kind(first) == "MemoryError" else "error"
-        return Result(outcome, code if mode == "run" else None, stdout, _raised(first))
+        return Result(outcome, code if mode == "run" else None, stdout, _raised(first["raised"]))
     if mode == "run":
         return Result("ok", 0, stdout) if code == 0 else _ended(report, "")
     if "refused" in first:
@@ -200,10 +204,10 @@ def _kind(message: dict[str, Any]) -> str:
         return ""
 
 
-def _raised(message: dict[str, Any]) -> str:
+def _raised(told: Any) -> str:
     """The last line of a traceback."""
     try:
-        _, name, text = json.loads(message["raised"])
+        _, name, text = json.loads(told)
         return " ".join(f"{name}: {text}".split("\n"))[:600] if text else str(name)
     except (ValueError, TypeError, LookupError):
         return "an exception that cannot be read"

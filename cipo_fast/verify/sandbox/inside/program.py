@@ -116,8 +116,10 @@ def _tell(nonce: str, what: str, text: str) -> None:
 def _tell_exception(request: dict[str, Any], error: BaseException) -> None:
     with contextlib.suppress(BaseException):
         traceback.print_exception(error)
+    # What ends a program that is to answer calls is no answer to one of them.
+    what = "broken" if request["mode"] == "serve" else "raised"
     with contextlib.suppress(BaseException):
-        _tell(request["nonce"], "raised", json.dumps(described(error)))
+        _tell(request["nonce"], what, json.dumps(described(error)))
 
 
 def described(error: BaseException) -> list[str]:
@@ -276,6 +278,8 @@ def _tests(request: dict[str, Any]) -> int:
     candidate.__name__ = request["entry_point"].rpartition(".")[2]
     names = _execute(request, lambda names: names.update({candidate.__name__: candidate}))
     names[candidate.__name__] = candidate
+    if not callable(names.get("check")):
+        raise NameError("the tests define no function check")
     names["check"](candidate)
     _tell(nonce, "passed", "true")
     return 0
