@@ -63,6 +63,7 @@ class At:
         return future
 
 
+@pytest.mark.slow
 def test_no_exploit_is_paid() -> None:
     said: list[str] = []
     with Judges(VerifyConfig(workers=2), SandboxConfig(cpu_s=1)) as judges:
@@ -175,7 +176,7 @@ def test_a_users_own_function(tmp_path: Path) -> None:
     with Judges(VerifyConfig(workers=1), SandboxConfig()) as judges:
         assert failures(run_canaries(judges, [f"{path}:same"])) == []
         paid = failures(run_canaries(judges, [f"{path}:generous"]))
-        assert {canary.name.rpartition("/")[2] for canary, _ in paid} == {"right", "injected", "json", "long"}
+        assert {canary.name.rpartition("/")[2] for canary, _ in paid} == {"right", "injected", "json", "boxes", "long"}
         said: list[str] = []
         assert run_canaries(judges, [f"{path}:wants_more"], said.append) == []
         assert "tell nothing" in said[0]

@@ -40,6 +40,7 @@ def test_every_row_can_be_judged(rows: list[dict[str, Any]]) -> None:
     assert [row["task_id"] for row in rows if check_row(row)] == []
 
 
+@pytest.mark.slow
 def test_every_canonical_solution_is_right(rows: list[dict[str, Any]], judges: Judges) -> None:
     """The bodies, as golds; then whole programs in a fence, with an example of their use after it."""
     assert not_verdict(judges, [(row, gold_response(row) or "") for row in rows], "right") == []

@@ -292,7 +292,7 @@ def test_slow_answers_that_end_start_no_crowd(row: dict[str, str]) -> None:
     with judges_with(timeout_s=30) as judges:
         futures = [judges.submit(row, "wait 0.5") for _ in range(24)]
         most = 0
-        while not wait(futures, timeout=0.05).done == set(futures):
+        while wait(futures, timeout=0.05).done != set(futures):
             most = max(most, len(family(nursery_of(os.getpid()))))
         assert most <= 12
         assert {future.result().verdict for future in futures} == {"right"}

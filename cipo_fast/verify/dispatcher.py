@@ -21,9 +21,11 @@ from cipo_fast.verify.frames import Inbox, Message
 from cipo_fast.verify.home import Home
 from cipo_fast.verify.verdict import Judgement, VerifierFailure
 
-MAX_PROCESSES = 64  # workers, slow ones and those about to die among them: memory
+MAX_PROCESSES = 64  # workers, slow ones and those about to die among them, where that many cores would not do
 JOBS = 1000  # of one worker: sympy's caches grow
 LOAD_S = 60.0  # to import a user's file
+START_S = 150.0  # of a worker, the nursery's own start before it
+REST_S = 1.0  # before the next try, when there is no room for one more worker
 LAST_WORD_S = 5.0  # between a closed socket and the news of how its worker ended
 FAILED_STARTS = 3  # in a row: no worker can be started here
 SLOW = 4.0  # times the average
@@ -68,6 +70,7 @@ class Dispatcher:
 
     def __init__(self, workers: int, memory_mib: int):
         self._limit, self._memory_mib = workers, memory_mib
+        self._most = max(MAX_PROCESSES, 2 * workers)
         self._open: set[Item] = set()  # all that have no result yet
         self._arrived: deque[Item] = deque()
         self._waiting: deque[Item] = deque()
@@ -75,7 +78,7 @@ class Dispatcher:
         self._workers: dict[int, _Worker] = {}
         self._average_s: dict[str, float] = {}
         self._home: Home | None = None
-        self._next, self._failed_starts = 1, 0
+        self._next, self._failed_starts, self._rest_until = 1, 0, 0.0
         self._closing, self._lock = False, threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
@@ -144,8 +147,8 @@ class Dispatcher:
         """Until something is due, in seconds."""
         due = [worker.due for worker in self._workers.values() if worker.due]
         due += [self._slow_from(w) for w in self._workers.values() if w.item and not w.slow and not w.loading]
-        if self._home is not None and self._workers:
-            due.append(time.monotonic() + 1.0)  # is the nursery stuck?
+        if self._workers:
+            due.append(time.monotonic() + REST_S)  # is the nursery stuck? is there room for a worker?
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _slow_from(self, worker: _Worker) -> float:
@@ -162,7 +165,8 @@ class Dispatcher:
                 self._overdue(worker)
             elif worker.item and not worker.slow and not worker.loading and now >= self._slow_from(worker):
                 worker.slow = True
-                self._ask("nice", worker)
+                if worker.item.verifier != "code":  # its programs run elsewhere, with limits by the clock
+                    self._ask("nice", worker)
 
     def _overdue(self, worker: _Worker) -> None:
         item, worker.item, worker.due = worker.item, None, 0.0
@@ -187,10 +191,12 @@ class Dispatcher:
             worker.meant_for = None
             if item is not None and _wanted(item):
                 self._hand(worker, item)
-        while self._again and len(self._workers) < MAX_PROCESSES:
-            self._start(self._again.popleft())
+        if time.monotonic() < self._rest_until:
+            return
+        while self._again and len(self._workers) < self._most and self._start(self._again.popleft()):
+            pass
         starting = sum(not w.ready and not w.ending and w.meant_for is None for w in self._workers.values())
-        while starting < len(self._waiting) and len(self._workers) < MAX_PROCESSES:
+        while starting < len(self._waiting) and len(self._workers) < self._most:
             if sum(worker.counts for worker in self._workers.values()) >= self._limit or not self._start(None):
                 break
             starting += 1
@@ -206,6 +212,7 @@ class Dispatcher:
             self._not_started(item, f"no worker can be started: {error}")
             return False
         worker = _Worker(self._next, ours, item)
+        worker.due = time.monotonic() + START_S
         self._next += 1
         self._workers[worker.number] = worker
         ours.setblocking(False)
@@ -219,9 +226,12 @@ class Dispatcher:
         return True
 
     def _not_started(self, item: Item | None, reason: str) -> None:
-        """Tried again, a few times; then everybody who waits is told."""
+        """Tried again, a few times; then everybody who waits is told. While others work there is no hurry."""
         if item is not None:
             self._again.append(item)
+        if any(worker.ready and not worker.ending for worker in self._workers.values()):
+            self._rest_until = time.monotonic() + REST_S
+            return
         self._failed_starts += 1
         if self._failed_starts >= FAILED_STARTS:
             self._failed_starts = 0
@@ -259,7 +269,7 @@ class Dispatcher:
             raise EOFError
         for message in worker.inbox.feed(data):
             if "ready" in message:
-                worker.ready, self._failed_starts = True, 0
+                worker.ready, worker.due, self._failed_starts = True, 0.0, 0
             elif worker.item is None:
                 raise ValueError("a word out of turn")
             elif "loading" in message:
@@ -301,7 +311,7 @@ class Dispatcher:
             self._retire(worker)
             self._ask("kill", worker)
 
-    def _ended(self, worker: _Worker, status: int | None) -> None:
+    def _ended(self, worker: _Worker, status: int | None, why: str = "it ended at once") -> None:
         """A worker is dead. Nobody of us killed it over its item, or the item would be gone."""
         if not worker.ending:
             with contextlib.suppress(OSError, EOFError, ValueError):
@@ -311,7 +321,7 @@ class Dispatcher:
         if not worker.ending:
             self._retire(worker)
         if not worker.ready:
-            self._not_started(worker.meant_for, "no worker can be started: it ended at once")
+            self._not_started(worker.meant_for, f"no worker can be started: {why}")
             return
         item, worker.item = worker.item, None
         if item is None:
@@ -351,7 +361,7 @@ class Dispatcher:
         if worker is not None and "forked" in message:
             worker.pid = message["pid"]
         elif worker is not None:
-            self._ended(worker, message["status"])
+            self._ended(worker, message["status"], message.get("why", "it ended at once"))
 
     def _nursery_lost(self, reason: str) -> None:
         """All its workers are lost with it. The next start makes a new one."""

@@ -41,7 +41,7 @@ def at_once(row: Row, response: str) -> Judgement | None:
     except Refused as error:
         return Judgement("unparsable", str(error), time.perf_counter() - started)
     try:
-        same = _plainly(prepared(gold), answer, row, policy) if isinstance(row.get("answers"), str | None) else None
+        same = _plainly(prepared(gold), answer, row, policy) if len(golds(row)) == 1 else None
     except Refused:
         return None
     if same is None:

@@ -16,7 +16,7 @@ from cipo_fast.verify.math_fallback import math_verify_agrees
 from cipo_fast.verify.math_parse import Node
 from cipo_fast.verify.math_policy import MathPolicy
 from cipo_fast.verify.math_shape import Shape, as_region, read
-from cipo_fast.verify.math_text import Refused, prepared
+from cipo_fast.verify.math_text import prepared
 from cipo_fast.verify.math_units import unit_of
 
 
@@ -121,6 +121,8 @@ def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if gold.number is not None:
         return _meets(gold.number, answer, terms)
     node = _renamed(answer, gold)
+    if node is None:
+        return False
     if same(gold.node, node):
         return True
     if terms.error is not None and not symbols(gold.node) and not symbols(node):
@@ -131,8 +133,9 @@ def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
     return False
 
 
-def _renamed(answer: Shape, gold: Shape) -> Node:
-    """The answer's tree in the gold's variables, where both define a function: f(t) = 2t is f(x) = 2x."""
+def _renamed(answer: Shape, gold: Shape) -> Node | None:
+    """The answer's tree in the gold's variables, where both define a function: f(t) = 2t is f(x) = 2x, and
+    f(t) = 2x is not (None)."""
     assert answer.node is not None
     if gold.name is None or answer.name is None or gold.name[0] != "call" or answer.name[0] != "call":
         return answer.node
@@ -141,7 +144,7 @@ def _renamed(answer: Shape, gold: Shape) -> Node:
         return answer.node
     names = {their[1]: our[1] for their, our in zip(theirs, ours, strict=True)}
     if any(new != old and new in symbols(answer.node) for old, new in names.items()):
-        return answer.node
+        return None
     return _substituted(answer.node, names)
 
 

@@ -165,8 +165,6 @@ def _power(a: Value, b: Value) -> Value:
             return Fraction(-1 if exponent % 2 else 1)
         if abs(exponent) * max(a.numerator.bit_length(), a.denominator.bit_length()) <= _MOST_BITS:
             return a**exponent
-    if isinstance(b, Fraction) and b.denominator % 2 == 1 and b.denominator > 1 and isinstance(a, Fraction) and a < 0:
-        pass  # (-8)^{1/3}: the principal value, as everywhere
     a, b = _real(a), _real(b)
     if a == 0:
         if isinstance(b, mpf) and b > 0:
@@ -179,7 +177,7 @@ def _power(a: Value, b: Value) -> Value:
 
 
 def _root(a: Value, degree: Value) -> Value:
-    """The real root of a negative number where the degree is odd; else the principal one. Exact where it is rational."""
+    """The real root of a negative number where the degree is odd; else the principal one. Exact if rational."""
     n = _integer(degree) if isinstance(degree, Fraction) else 0
     if isinstance(a, Fraction) and n >= 2:
         if a < 0 and n % 2:
@@ -394,7 +392,7 @@ def same(a: Node, b: Node) -> bool:
         return _without_sign(a) == _without_sign(b)
     agreed = 0
     for env in points([a, b]):
-        values = [_value_or_none(node, env) for node in (a, b)]
+        values = [_value_or_none(node, env) for node in (a, b)] if env else [evaluate(a), evaluate(b)]
         if values[0] is None and values[1] is None:
             continue
         if values[0] is None or values[1] is None:
@@ -402,7 +400,7 @@ def same(a: Node, b: Node) -> bool:
         if not equal(values[0], values[1], lambda digits, env=env: (_again(a, env, digits), _again(b, env, digits))):
             return False
         agreed += 1
-    return agreed > 0
+    return agreed > (1 if symbols(a) | symbols(b) else 0)
 
 
 def _without_sign(node: Node) -> tuple[int, Node]:
@@ -415,7 +413,7 @@ def _without_sign(node: Node) -> tuple[int, Node]:
 def _value_or_none(node: Node, env: Mapping[str, Value]) -> Value:
     try:
         return evaluate(node, env)
-    except Undefined:
+    except Refused:
         return None
 
 

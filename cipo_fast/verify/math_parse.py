@@ -88,6 +88,8 @@ class _Reader:
 
     def whole(self) -> Node:
         node = self.sum()
+        if self.accept(r"\choose"):
+            node = ("fn", "binom", node, self.sum())
         if self.next:
             raise Refused(f"{self.next!r} is not understood here")
         return node
@@ -128,7 +130,7 @@ class _Reader:
                 node = ("div", node, self._signed_power())
             elif self._ends_product():
                 return node
-            elif self.kind == "number":
+            elif self.kind == "number" and self.tokens[self.at - 1][0] == "number":
                 raise Refused("two numbers side by side")
             else:
                 node = ("mul", node, self.power())
@@ -376,11 +378,7 @@ class _Reader:
     def _arguments(self, name: str) -> list[Node]:
         """What a function is applied to: (a, b), {a}, or the product that follows."""
         if self.accept("("):
-            arguments = self._list(")")
-            if self.next in ("^", "!", "**") and name not in ("max", "min", "gcd", "lcm"):
-                # \sin(x)^2 is read by people in two ways; the square of the sine is what plain text means
-                pass
-            return arguments
+            return self._list(")")
         if self.accept("{"):
             return self._list("}")
         if self.accept("["):
@@ -466,7 +464,8 @@ class _Reader:
             if not word or word in (")", "]", "}"):
                 raise Refused("a subscript is missing")
             return word
-        level, parts = 1, []
+        level = 1
+        parts: list[str] = []
         while True:
             kind, word = self.kind, self.take()
             if not word:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 from cipo_fast.verify import math_region as regions
 from cipo_fast.verify.math_evaluate import kinds, same, symbols
@@ -67,6 +68,7 @@ _SUCH_THAT = re.compile(r"\\mid(?![A-Za-z])|\||:")
 _REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|\\text\{\s*(?:all real numbers|all reals|reals|R)\s*\}|all real numbers")
 _EMPTY = re.compile(r"\\emptyset|\\\{\s*\\\}|\\text\{\s*(?:empty set|the empty set)\s*\}")
 _WORD_ONLY = re.compile(r"[A-Za-z][A-Za-z .'\-]*")
+_HEDGES = {"or", "and", "not", "no", "maybe", "perhaps", "either", "neither", "wrong", "never"}
 _MOST_ITEMS = 200
 
 
@@ -113,6 +115,10 @@ def _literal(text: str, wanted: str | None) -> Shape | None:
         return Shape("clock", text, parts=(str(int(clock[1])), clock[2], (clock[3] or "").lower()))
     if _RATIO.fullmatch(text):
         return Shape("ratio", text, items=tuple(_item(part) for part in text.split(":")))
+    core, unit = peel(text, wanted)
+    found = number(core) if unit else None
+    if found is not None:  # before commas part a list: $2,125
+        return Shape("scalar", text, node=("num", found.value), number=found, percent=found.percent, unit=unit)
     if _REALS.fullmatch(text):
         return Shape("region", text, region=regions.EVERYTHING)
     if _EMPTY.fullmatch(text):
@@ -138,7 +144,7 @@ def _matrix(text: str, wanted: str | None) -> Shape | None:
     match = _MATRIX.fullmatch(bracketed[1] if bracketed else text)
     if match is None or "\\begin" in match["rows"]:
         return None
-    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![A-Za-z])", match["rows"].replace("\\hline", ""))]
+    rows = re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![A-Za-z])", match["rows"].replace("\\hline", ""))
     read_rows = tuple(
         Shape("row", row, items=tuple(_item(cell) for cell in row.split("&"))) for row in rows if row.strip()
     )
@@ -308,14 +314,7 @@ def as_region(shape: Shape) -> Region | None:
 
 def scalar(text: str, wanted: str | None = None) -> Shape | None:
     """A number or an expression, with or without a unit; with ±, the list of both. None where it is neither."""
-    found = number(text)
-    if found is not None:
-        return Shape("scalar", text, node=("num", found.value), number=found, percent=found.percent)
     core, unit = peel(text, wanted)
-    if unit is not None:
-        found = number(core)
-        if found is not None:
-            return Shape("scalar", text, node=("num", found.value), number=found, percent=found.percent, unit=unit)
     try:
         node = parsed(core)
     except Refused:
@@ -368,7 +367,7 @@ def _chain(text: str, parts: list[Shape], signs: list[str]) -> Shape:
         return _equation(text, values[0], values[1])
     if name is None and any(value.node is None or symbols(value.node) for value in values):
         return _opaque(text)
-    for one, other, sign in zip(values, values[1:], signs, strict=False):
+    for (one, other), sign in zip(pairwise(values), signs, strict=False):
         if one.node is None or other.node is None or not _consistent(one.node, other.node, sign):
             return _opaque(text)
     exact = [value for value, sign in zip(values, ["=", *signs], strict=False) if sign == "="]
@@ -403,7 +402,7 @@ def is_name(shape: Shape) -> bool:
     if shape.kind == "tuple":
         return all(is_name(item) for item in shape.items)
     if shape.kind == "words":
-        return len(shape.text.split()) <= 4
+        return len(shape.text.split()) <= 4 and not _HEDGES & set(shape.text.split())
     node = shape.node
     if node is None or shape.kind != "scalar":
         return False
@@ -447,10 +446,10 @@ def _inequality(text: str, nodes: list[Node], signs: list[str]) -> Shape:
         region = _region_of(nodes, signs, bare[0])
         if region is not None:
             return Shape("region", text, region=region, name=nodes[bare[0]], brackets="<")
-    if "!=" in signs or any(a[0] == "inf" or b[0] == "inf" for a, b in zip(nodes, nodes[1:], strict=False)):
+    if "!=" in signs or any(a[0] == "inf" or b[0] == "inf" for a, b in pairwise(nodes)):
         return _opaque(text)
     steps = tuple(
-        Shape("step", sign, node=("add", a, ("neg", b))) for a, b, sign in zip(nodes, nodes[1:], signs, strict=False)
+        Shape("step", sign, node=("add", a, ("neg", b))) for (a, b), sign in zip(pairwise(nodes), signs, strict=True)
     )
     return Shape("inequality", text, items=steps)
 

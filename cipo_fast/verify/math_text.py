@@ -20,14 +20,15 @@ _UNICODE = {
     **{"−": "-", "–": "-", "—": "-", "﹣": "-", "－": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot "},
     **{"∙": r"\cdot ", "÷": r"\div ", "∗": "*", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "},
     **{"≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^\circ ", "∅": r"\emptyset "},
-    **{"±": r"\pm ", "∓": r"\mp ", "％": r"\%", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")", "∖": r"\setminus "},
+    **{"±": r"\pm ", "∓": r"\mp ", "％": r"\%", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")"},
+    **{"∖": r"\setminus "},
     **{"½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "⅛": r"\frac18 "},
     **{"√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "⟨": r"\langle ", "⟩": r"\rangle ", "∨": r"\lor "},
     **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'", "‘": "'"},
     **{"€": r"\text{€}", "£": r"\text{£}", "∠": r"\angle ", "∧": r"\land ", "≡": r"\equiv ", "…": r"\ldots "},
-    **{c: " " for c in "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000\t\n\r"},
-    **{c: "" for c in "\u200b\u200c\u200d\u2060\ufeff"},
-    **{full: plain for full, plain in zip("０１２３４５６７８９", "0123456789", strict=True)},
+    **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000\t\n\r", " "),
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
+    **dict(zip("０１２３４５６７８９", "0123456789", strict=True)),
     **{up: f"^{{{plain}}}" for up, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)},
     **{down: f"_{{{plain}}}" for down, plain in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)},
     **{g: f"\\{name} " for g, name in zip(
@@ -42,10 +43,10 @@ _PLAIN = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
 # 1{,}000, 1\,000, 1,\!000: one number. A digit on the left, exactly three on the right.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!:;]|,?\\ |~)\s*(?=\d{3}(?!\d))")
 _DROPPED = re.compile(
-    r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?|\\!|\\(?:displaystyle|textstyle|limits|nolimits|hfill"
-    r"|phantom\{[^{}]*\}|hspace\{[^{}]*\}|label\{[^{}]*\})(?![A-Za-z])|\\[()]|(?<!\\)\\[\[\]]"
+    r"(?<!\\)\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?|(?<!\\)\\!"
+    r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill|phantom\{[^{}]*\}|hspace\{[^{}]*\}|label\{[^{}]*\})(?![A-Za-z])|(?<!\\)\\[()\[\]]"
 )
-_SPACES = re.compile(r"\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\s+")
+_SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\s+")
 _RENAMED = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
@@ -69,6 +70,8 @@ _RENAMED = (
     (re.compile(r"\{\\(?:rm|bf|it)\s+([^{}]*)\}"), r"\\text{\1}"),
     (re.compile(r"\\text\s*\{([^{}A-Za-z€£]*)\}"), r" \1 "),  # no letter inside: no text
     (re.compile(r"\\text\s+\{"), r"\\text{"),
+    (re.compile(r"\\text\{\s*(?:percent|percentage|per cent)\s*\}|(?<=[\d}]) ?percent(?![A-Za-z])"), r"\\%"),
+    (re.compile(r"(\\text\{[^{}]*)\^\{(\d)\}([^{}]*\})"), r"\1^\2\3"),
 )  # fmt: skip
 _EDGES = " .,;:"  # at the end; at the beginning a point belongs to a number
 

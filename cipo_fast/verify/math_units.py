@@ -13,7 +13,8 @@ _SPELLINGS = {
     "lb": "pound pounds lbs", "oz": "ounce ounces",
     "s": "second seconds sec secs", "min": "minute minutes mins", "h": "hour hours hr hrs", "day": "days",
     "week": "weeks", "month": "months", "year": "years yr yrs",
-    "L": "liter liters litre litres l", "mL": "milliliter milliliters millilitre millilitres ml", "gal": "gallon gallons",
+    "L": "liter liters litre litres l", "mL": "milliliter milliliters millilitre millilitres ml",
+    "gal": "gallon gallons",
     "deg": "degree degrees", "rad": "radian radians",
     "degC": "celsius centigrade", "degF": "fahrenheit", "K": "kelvin kelvins",
     "$": "dollar dollars usd bucks", "¢": "cent cents", "€": "euro euros eur", "£": "gbp",
@@ -22,23 +23,7 @@ _SPELLINGS = {
     "eV": "ev", "erg": "ergs", "unit": "units",
 }  # fmt: skip
 _UNIT = {word: unit for unit, spelt in _SPELLINGS.items() for word in spelt.split()}
-_SHORT = set(_SPELLINGS) | {
-    "nm",
-    "dm",
-    "kW",
-    "kWh",
-    "kJ",
-    "MJ",
-    "kN",
-    "kPa",
-    "MPa",
-    "mA",
-    "kHz",
-    "MHz",
-    "cc",
-    "ml",
-    "rpm",
-}
+_SHORT = set(_SPELLINGS) | {*"nm dm kW kWh kJ MJ kN kPa MPa mA kHz MHz cc ml rpm".split()}
 _COMPOUND = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "fps": "ft/s"}
 # Words that change what is said are no units.
 _NOT_UNITS = set(
@@ -61,6 +46,8 @@ _BARE_AT_END = re.compile(
     rf"(?P<core>.*[\d}})%])\s*(?P<unit>[A-Za-z]{{2,}}(?:\s*[./]?\s*[A-Za-z]+)*\s*{_POWER}?(?:\s*/\s*[A-Za-z]+{_POWER}?)?)"
 )
 _SINGLE_AT_END = re.compile(rf"(?P<core>.*[\d}})])\s*(?P<unit>[A-Za-z]+\s*{_POWER}?(?:\s*/\s*[A-Za-z]+\s*{_POWER}?)?)")
+_COUNTED = re.compile(r"[\d.,]+ [A-Za-z]{3,}(?: [A-Za-z]{3,})*")  # 7 apples
+_ANGLED = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")  # the degrees are the function's
 _MONEY = re.compile(r"(?P<sign>[+-]?)\s*(?:\\\$|\\text\{\s*(?P<money>[€£])\s*\})\s*(?P<core>[+-]?.*)")
 
 
@@ -71,16 +58,16 @@ def peel(text: str, wanted: str | None = None) -> tuple[str, str | None]:
     money = _MONEY.fullmatch(text)
     if money:
         core = money["sign"] + _multiplied(money["core"])
-        return peel(core)[0] if peel(core)[1] == "$" else core, money["money"] or "$"
+        return peel(core)[0] if peel(core)[1] == "$^1" else core, f"{money['money'] or '$'}^1"
     text = _multiplied(text)
     match = _UNITS_AT_END.fullmatch(text)
     if match and _balanced(match["core"]):
         unit = unit_of(match["unit"])
-        if unit:
+        if unit and not (unit == "deg^1" and _ANGLED.search(match["core"])):
             return match["core"].strip(), unit
     match = _BARE_AT_END.fullmatch(text)
     if match and _balanced(match["core"]):
-        unit = unit_of(match["unit"], known=True)
+        unit = unit_of(match["unit"], known=_COUNTED.fullmatch(text) is None)
         if unit:
             return match["core"].strip(), unit
     if wanted:

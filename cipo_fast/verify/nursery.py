@@ -21,6 +21,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import time
 from typing import NoReturn
 
@@ -204,7 +205,10 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     preload()
-    Nursery(socket.socket(fileno=fd)).run()
+    with tempfile.TemporaryDirectory(prefix="cipo-judges-") as folder:  # what killed workers leave in it goes with it
+        os.chmod(folder, 0o711)  # a sandbox's user must get through
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        Nursery(socket.socket(fileno=fd)).run()
 
 
 if __name__ == "__main__":

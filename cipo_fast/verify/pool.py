@@ -14,11 +14,13 @@ import base64
 import os
 import pickle
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
 from cipo_fast.config import SandboxConfig, VerifyConfig
+from cipo_fast.errors import UserError
 from cipo_fast.verify import judging
 from cipo_fast.verify.dispatcher import Dispatcher, Item
 from cipo_fast.verify.frames import pack
@@ -36,7 +38,7 @@ def _quiet(_: str) -> None:
 class Judges:
     """A context manager. Processes start when a worker is first needed; `submit` may be called by several threads."""
 
-    def __init__(self, verify: VerifyConfig, sandbox: SandboxConfig, say: Any = _quiet):
+    def __init__(self, verify: VerifyConfig, sandbox: SandboxConfig, say: Callable[[str], None] = _quiet):
         self._verify, self._sandbox, self._say = verify, sandbox, say
         self._lock = threading.Lock()
         self._dispatcher: Dispatcher | None = None
@@ -60,11 +62,20 @@ class Judges:
             future: Future[Judgement] = Future()
             future.set_result(known)
             return future
-        return self._send(row, response, gold=False)
+        return self._send(row, response)
 
     def submit_gold(self, row: Row) -> Future[Judgement]:
         """The verdict on the row's own gold, the long way: right, or the row cannot be judged by it."""
         return self._send(row, "", gold=True)
+
+    def load(self, verifiers: Iterable[str]) -> None:
+        """Each file of a user's own is imported once in a worker, before anything is judged. Raises UserError."""
+        own = [name for name in dict.fromkeys(verifiers) if ":" in name]
+        for future in [self._send({"verifier": name}, "", load=True) for name in own]:
+            try:
+                future.result()
+            except VerifierFailure as failure:
+                raise UserError(str(failure)) from failure
 
     def choose_tier(self) -> None:
         """Finds the sandbox that works here and says which; once. Raises UserError where none does."""
@@ -84,10 +95,10 @@ class Judges:
         if dispatcher is not None:
             dispatcher.close()
 
-    def _send(self, row: Row, response: str, gold: bool) -> Future[Judgement]:
+    def _send(self, row: Row, response: str, gold: bool = False, load: bool = False) -> Future[Judgement]:
         code = row.get("verifier") == "code"
         deadline_s = self._sandbox.answer_s + CODE_SLACK_S if code else self._verify.timeout_s
-        message = {"row": row, "response": response, "gold": gold}
+        message = {"row": row, "response": response, "gold": gold, "load": load}
         # CPU time only stops a worker whose trainer was stopped: the deadline comes first.
         message["cpu_s"] = deadline_s * (os.cpu_count() or 1) + 1
         if code:

@@ -119,13 +119,11 @@ def _ignore(*_: Any) -> None:
 
 
 def _truth(said: Any, verifier: str, function: Callable[..., Any]) -> bool:
-    value = said
+    value = said.tolist() if callable(getattr(said, "tolist", None)) else said  # numpy's and torch's
     if _is_trl(inspect.signature(function)):
-        if not isinstance(said, list | tuple) or len(said) != 1:
+        if not isinstance(value, list | tuple) or len(value) != 1:
             raise VerifierFailure(f"{verifier} returned {_shown(said)} for one completion: return a list of one float")
-        value = said[0]
-    if not isinstance(value, bool | int | float) and callable(getattr(value, "item", None)):
-        value = value.item() if getattr(value, "size", 1) == 1 or callable(getattr(value, "size", None)) else value
+        value = value[0].tolist() if callable(getattr(value[0], "tolist", None)) else value[0]
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     raise VerifierFailure(f"{verifier} returned {_shown(said)}: rewards are 0 or 1, return True or False")
@@ -148,6 +146,8 @@ def _described(error: BaseException, path: Path) -> str:
         text = " ".join(str(error).split())
     except Exception:
         text = ""
+    if isinstance(error, MemoryError) or "failed to map" in text or "Cannot allocate memory" in text:
+        text += " (verify.memory_mib limits a worker's address space)"
     return f"{type(error).__name__}{place}" + (f": {text:.300}" if text else "")
 
 

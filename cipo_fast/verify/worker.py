@@ -1,7 +1,8 @@
 """One worker: a process forked from the nursery that judges one answer after the other, until its socket closes.
 
-In   {"row", "response", "gold", "cpu_s", "sandbox"?}      Out   {"go"} when a verifier had to be loaded first, then
-                                                                {"verdict", "why", "seconds", "worn"?} or {"failure"}
+In    {"row", "response", "gold", "load", "cpu_s", "sandbox"?}
+Out   {"ready"} once; {"loading"} and {"go"} around the import of a user's file; for each message in, one of
+      {"verdict", "why", "seconds", "worn"?} and {"failure", "worn"?}
 Its limits are its own; the trainer holds the deadline and has it killed.
 """
 
@@ -75,6 +76,8 @@ class Worker:
             self._send({"go": True})
 
     def _judged(self, message: Message) -> Judgement:
+        if message["load"]:
+            return Judgement("right")  # to load it was all
         if message["row"].get("verifier") == "code" and self._sandbox is None:
             from cipo_fast.verify.sandbox import Sandbox
 
