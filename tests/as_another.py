@@ -1,5 +1,5 @@
-"""`as_another.py UID command...`, started by root: the command as another uid (0 stays root), in a mount namespace where
-others can reach this interpreter, its packages and this repository even if they lie in a folder of root's own."""
+"""`as_another.py UID command...`, started by root: the command as another uid (0 stays root), in a mount namespace in
+which others can reach this interpreter, its packages and this repository even if they lie in a folder of root's own."""
 
 import ctypes
 import os

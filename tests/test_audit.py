@@ -211,7 +211,8 @@ def test_perturbed_inputs_keep_what_values_show() -> None:
 
 
 def test_literals_are_values_and_not_docstrings_or_prose() -> None:
-    program = 'def f(x):\n    """f(\'abcdefgh\') gives 12345"""\n    # 777888\n    return {"qwertz": [1, 2, 3]}.get(x, 10**9 + 7)'
+    shown = '"""f(\'abcdefgh\') gives 12345"""\n    # 777888'
+    program = f'def f(x):\n    {shown}\n    return {{"qwertz": [1, 2, 3]}}.get(x, 10**9 + 7)'
     assert literals_of(program) == {"qwertz", "[1, 2, 3]"}
     assert literals_of("def broken(") == set()
 
@@ -247,6 +248,7 @@ def test_alarms_look_at_both_signs_and_at_shares() -> None:
     assert own_alarms({"correction/right_to_wrong": 0.51})["breaks_right"]
 
 
+@pytest.mark.slow
 def test_the_table_of_a_run_is_what_training_logged(tmp_path: Path, warm: Path, capsys) -> None:
     run = tmp_path / "run"
     run.mkdir()

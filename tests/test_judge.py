@@ -247,6 +247,7 @@ def test_a_slow_answer_does_not_fill_the_memory(user: str) -> None:
         assert sum(1 for _ in found) == 2000
 
 
+@pytest.mark.slow
 def test_a_second_opinion_on_a_run(tmp_path: Path, warm: Path, capsys) -> None:
     run = tmp_path / "run"
     run.mkdir()

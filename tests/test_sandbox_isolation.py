@@ -1,6 +1,8 @@
 """What programs cannot do in the sandbox, on every tier that works here. Started by root, all of it runs once more as
 another uid and, where root's Python is closed to others, as root with the way opened."""
 
+# ruff: noqa: E501 (a program is one line)
+
 import os
 import socket
 import subprocess
@@ -16,7 +18,7 @@ from cipo_fast.verify.sandbox import Call, Sandbox, choose
 
 ROOT = Path(__file__).parents[1]
 NOBODY = 65534
-LIMITS = dict(cpu_s=2.0, wall_s=4.0, memory_mib=256)
+LIMITS = {"cpu_s": 2.0, "wall_s": 4.0, "memory_mib": 256}
 
 
 def working(kind):
@@ -68,7 +70,9 @@ def refused(sandbox, attempt, *args):
 # -- files
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "/etc/shadow", "/root/.bashrc", "/home", "/var", "/sys/kernel", "/boot"])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "/etc/shadow", "/root/.bashrc", "/home", "/var", "/sys/kernel", "/boot"]
+)
 def test_files_of_the_host_cannot_be_read(sandbox, path):
     attempt = "import os\ndef attempt(path): os.listdir(path) if os.path.isdir(path) else open(path).close()\n"
     assert refused(sandbox, attempt, path)
@@ -84,9 +88,23 @@ def test_the_repository_and_the_home_cannot_be_read(sandbox, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/x", "/usr/lib/x", "/proc/x", "/proc/self/oom_score_adj", "/proc/sys/kernel/hostname", "/var/tmp/x", "/dev/x", "/mnt/x"]
-    + [f"{os.path.dirname(os.__file__)}/x", "/sandbox/inside/values.py", "/sandbox/x", "/home/x", "/root/x"],
-)  # fmt: skip
+    "path",
+    [
+        "/x",
+        "/usr/lib/x",
+        "/proc/x",
+        "/proc/self/oom_score_adj",
+        "/proc/sys/kernel/hostname",
+        "/var/tmp/x",
+        "/dev/x",
+        "/mnt/x",
+        f"{os.path.dirname(os.__file__)}/x",
+        "/sandbox/inside/values.py",
+        "/sandbox/x",
+        "/home/x",
+        "/root/x",
+    ],
+)
 def test_nothing_can_be_written_outside_of_its_folder(sandbox, path):
     if path.endswith("oom_score_adj") and nested(sandbox):
         pytest.skip("its own /proc entry")
@@ -96,9 +114,12 @@ def test_nothing_can_be_written_outside_of_its_folder(sandbox, path):
 
 def test_no_device_but_the_five(sandbox):
     attempt = "import os\ndef attempt(path): os.close(os.open(path, os.O_RDONLY))\n"
-    assert refused(sandbox, attempt, "/dev/vda") and refused(sandbox, attempt, "/dev/kmsg")
-    assert refused(sandbox, attempt, "/dev/ptmx") and refused(sandbox, attempt, "/dev/tty")
-    assert not refused(sandbox, attempt, "/dev/null") and not refused(sandbox, attempt, "/dev/urandom")
+    assert refused(sandbox, attempt, "/dev/vda")
+    assert refused(sandbox, attempt, "/dev/kmsg")
+    assert refused(sandbox, attempt, "/dev/ptmx")
+    assert refused(sandbox, attempt, "/dev/tty")
+    assert not refused(sandbox, attempt, "/dev/null")
+    assert not refused(sandbox, attempt, "/dev/urandom")
     node = "import os, stat\ndef attempt(): os.mknod('node', 0o600 | stat.S_IFBLK, os.makedev(254, 0))\n"
     assert refused(sandbox, node)
 
@@ -217,11 +238,25 @@ LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
 @pytest.mark.parametrize(
     "call",
-    ["libc.mount(b'none', b'/tmp', b'tmpfs', 0, None)", "libc.unshare(0x10000000)", "libc.unshare(0x20000)"]
-    + ["libc.ptrace(16, os.getppid(), 0, 0)", "libc.setns(0, 0)", "libc.chroot(b'/tmp')", "libc.setuid(0)"]
-    + ["libc.memfd_create(b'x', 0)", "libc.umount2(b'/proc', 2)", "libc.sethostname(b'x', 1)", "libc.reboot(0)"]
-    + ["libc.syscall(425, 1, 0)", "libc.syscall(56, 0x10000011, 0, 0, 0, 0)", "libc.shmget(0, 4096, 0o1600)"]
-    + ["libc.prlimit(os.getppid(), 0, b'\\0' * 16, None)", "libc.personality(0x40000)", "libc.setpriority(0, 1, 19)"],
+    [
+        "libc.mount(b'none', b'/tmp', b'tmpfs', 0, None)",
+        "libc.unshare(0x10000000)",
+        "libc.unshare(0x20000)",
+        "libc.ptrace(16, os.getppid(), 0, 0)",
+        "libc.setns(0, 0)",
+        "libc.chroot(b'/tmp')",
+        "libc.setuid(0)",
+        "libc.memfd_create(b'x', 0)",
+        "libc.umount2(b'/proc', 2)",
+        "libc.sethostname(b'x', 1)",
+        "libc.reboot(0)",
+        "libc.syscall(425, 1, 0)",
+        "libc.syscall(56, 0x10000011, 0, 0, 0, 0)",
+        "libc.shmget(0, 4096, 0o1600)",
+        "libc.prlimit(os.getppid(), 0, b'\\0' * 16, None)",
+        "libc.personality(0x40000)",
+        "libc.setpriority(0, 1, 19)",
+    ],
 )
 def test_system_calls_that_are_refused(sandbox, call):
     if os.uname().machine != "x86_64":
@@ -238,20 +273,29 @@ def f():
     return {name: lines[name].split()[0] for name in ("Uid", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")}
 """
     found = one(sandbox, program).value
-    assert found["Uid"] != "0" and found["NoNewPrivs"] == "1" and found["Seccomp"] == "2"
+    assert found["Uid"] != "0"
+    assert found["NoNewPrivs"] == "1"
+    assert found["Seccomp"] == "2"
     assert {int(found[name], 16) for name in ("CapPrm", "CapEff", "CapAmb")} == {0}
     assert int(found["CapBnd"], 16) == 0 or not nested(sandbox)
 
 
 def test_only_its_own_descriptors_are_open(sandbox):
-    assert printed(sandbox, "import os\nprint(sorted(map(int, os.listdir('/proc/self/fd'))))").stdout == "[0, 1, 2, 3, 4, 5]\n"
+    assert (
+        printed(sandbox, "import os\nprint(sorted(map(int, os.listdir('/proc/self/fd'))))").stdout
+        == "[0, 1, 2, 3, 4, 5]\n"
+    )
 
 
 # -- network
 
 
 def test_no_network(sandbox, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as path, socket.socket(socket.AF_UNIX) as name:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as path,
+        socket.socket(socket.AF_UNIX) as name,
+    ):
         path.bind(str(tmp_path / "s"))
         path.listen()
         name.bind("\0cipo-sandbox-test")
@@ -282,7 +326,16 @@ def attempt(family, kind, address):
 def test_as_another_uid(uid, tmp_path):
     if os.geteuid() != 0 or "CIPO_SANDBOX_AGAIN" in os.environ:
         pytest.skip("root alone can become another")
-    command = [sys.executable, str(ROOT / "tests" / "as_another.py"), str(uid), sys.executable, "-m", "pytest", "-x", "-q"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "as_another.py"),
+        str(uid),
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+    ]
     command += ["-p", "no:cacheprovider", "-rs", "tests/test_sandbox_isolation.py", "tests/test_sandbox_limits.py"]
     environment = os.environ | {"CIPO_SANDBOX_AGAIN": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)

@@ -18,7 +18,7 @@ def kind_of(row: Mapping[str, Any]) -> Kind:
     """What form a row's tests have. Of a row that `problem_with` has no complaint about."""
     if not row.get("tests"):
         return "suite"
-    return "stdin" if "stdin" in row["tests"][0] else "calls"
+    return "calls" if row["tests"][0].get("stdin") is None else "stdin"
 
 
 def problem_with(row: Mapping[str, Any]) -> str | None:
@@ -40,7 +40,7 @@ def _problem_with_tests(row: Mapping[str, Any]) -> str | None:
     for number, test in enumerate(tests, 1):
         if not isinstance(test, dict):
             return f"test {number} is not an object"
-        if "stdin" in test or "stdout" in test:
+        if test.get("stdin") is not None or test.get("stdout") is not None:
             kinds.add("stdin")
             wrong = [name for name in ("stdin", "stdout") if not isinstance(test.get(name), str)]
         else:

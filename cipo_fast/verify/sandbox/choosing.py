@@ -14,7 +14,7 @@ from cipo_fast.verify.sandbox.inside.lockdown import filtered
 from cipo_fast.verify.sandbox.tiers import Tier, find_bubblewrap
 from cipo_fast.verify.verdict import VerifierFailure
 
-_PROBE = '''
+_PROBE = """
 import os, signal, time
 import socket as sockets
 
@@ -60,7 +60,7 @@ def probe(secret, port, pid, most):
         "signal other processes": can(lambda: os.kill(pid, 0)),
         "start more processes than it may": forks(most),
     }
-'''
+"""
 _LAYERS = {
     "bubblewrap": ["namespaces of its own for users, processes, mounts and network", "no capabilities"],
     "sandlock": ["Landlock for files and signals"],
@@ -112,7 +112,9 @@ def _try(kind: str, config: SandboxConfig) -> tuple[Tier | None, str]:
     found, why = _probe(tier, config)
     if found is None:
         return None, why
-    held = ["more processes than it may" if name.startswith("start") else name for name, open_ in found.items() if open_]
+    held = [
+        "more processes than it may" if name.startswith("start") else name for name, open_ in found.items() if open_
+    ]
     counted = kind == "sandlock" and "more processes than it may" in held
     if counted:
         held.remove("more processes than it may")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,13 +75,14 @@ class Sandbox:
             try:
                 arguments = encode((list(one.args), dict(one.kwargs)))
             except NotPlain as error:
-                raise ValueError(f"an argument of a test is {error}") from None
+                raise VerifierFailure(f"an argument of a test is {error}") from None
             yield self._single("call", program, entry_point=entry_point, call=arguments)
 
     def run(self, program: str, stdins: list[str]) -> Iterator[Result]:
         """Run `program` as a script, each time in a fresh process with a true pipe as its stdin.
 
-        ok with value 0: it ended by itself with exit code 0. error: another exit code (`value`), or a signal (negative).
+        ok with value 0: it ended by itself with exit code 0. error: another exit code (`value`); a signal
+        is negative.
         """
         for stdin in stdins:
             yield self._single("run", program, stdin=stdin)
@@ -111,14 +112,14 @@ class Sandbox:
         with self._lock:
             return self._twice(lambda: self._one(mode, program, more))
 
-    def _twice(self, body: Any) -> Result:
+    def _twice(self, body: Callable[[], Result]) -> Result:
         """Once more with a fresh zygote if it was lost."""
         try:
-            return body()  # type: ignore[no-any-return]
+            return body()
         except Lost:
             self.close()
         try:
-            return body()  # type: ignore[no-any-return]
+            return body()
         except Lost as error:
             self.close()
             raise VerifierFailure(f"the sandbox was lost twice: {error}") from error
@@ -152,9 +153,13 @@ class Sandbox:
                         lost = candidate.report
                         suite.cancel()
                         break
+                    if "broken" in answer:
+                        return Result("error", None, "", _raised(answer["broken"]))
                     suite.send(json.dumps(answer))
                 elif "raised" in message:
-                    return Result("error", None, suite.report["stdout"] if suite.report else "", _raised(message))
+                    return Result(
+                        "error", None, suite.report["stdout"] if suite.report else "", _raised(message["raised"])
+                    )
             if lost is not None:
                 return _ended(lost, "the candidate ended before it answered")
             if passed and suite.report and suite.report["outcome"] == "exit":
@@ -179,7 +184,7 @@ def _result(mode: str, told: list[dict[str, Any]], report: dict[str, Any] | None
     code = report["code"] if report else None
     if "raised" in first:
         outcome = "memory" if _kind(first) == "MemoryError" else "error"
-        return Result(outcome, code if mode == "run" else None, stdout, _raised(first))
+        return Result(outcome, code if mode == "run" else None, stdout, _raised(first["raised"]))
     if mode == "run":
         return Result("ok", 0, stdout) if code == 0 else _ended(report, "")
     if "refused" in first:
@@ -199,10 +204,10 @@ def _kind(message: dict[str, Any]) -> str:
         return ""
 
 
-def _raised(message: dict[str, Any]) -> str:
+def _raised(told: Any) -> str:
     """The last line of a traceback."""
     try:
-        _, name, text = json.loads(message["raised"])
+        _, name, text = json.loads(told)
         return " ".join(f"{name}: {text}".split("\n"))[:600] if text else str(name)
     except (ValueError, TypeError, LookupError):
         return "an exception that cannot be read"

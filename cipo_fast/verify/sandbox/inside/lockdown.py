@@ -95,7 +95,7 @@ def dumpable(yes: bool) -> None:
 
 def clone_into_namespaces() -> int:
     """Like fork; the child is process 1 of namespaces of its own for users, processes and mounts."""
-    column, _, clone, _ = _MACHINES[platform.machine()]
+    _column, _, clone, _ = _MACHINES[platform.machine()]
     flags = _CLONE_NEWUSER | _CLONE_NEWPID | _CLONE_NEWNS | _SIGCHLD
     return check(int(_libc.syscall(ctypes.c_long(clone), ctypes.c_long(flags), 0, 0, 0, 0)), "clone")
 

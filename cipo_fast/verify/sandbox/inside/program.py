@@ -42,7 +42,7 @@ def main(request: dict[str, Any], theirs: list[int], isolation: str, channel: in
         code = 1
         _tell_exception(request, error)
     finally:
-        _finish(code)
+        _finish(code, wait=request["mode"] == "run")
 
 
 def _descriptors(theirs: list[int], channel: int, ours: list[int]) -> None:
@@ -88,11 +88,13 @@ def _code(leaving: SystemExit) -> int:
     return 1
 
 
-def _finish(code: int) -> NoReturn:
-    """What the interpreter does at its end, as far as a program can notice."""
+def _finish(code: int, wait: bool) -> NoReturn:
+    """What the interpreter does at its end, as far as a script can notice; a function has returned: no need to wait for
+    threads it started."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # joins threads that are no daemons
-        atexit._run_exitfuncs()
+        if wait:
+            threading._shutdown()  # type: ignore[attr-defined]  # joins threads that are no daemons
+            atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     except BaseException:
@@ -114,8 +116,10 @@ def _tell(nonce: str, what: str, text: str) -> None:
 def _tell_exception(request: dict[str, Any], error: BaseException) -> None:
     with contextlib.suppress(BaseException):
         traceback.print_exception(error)
+    # What ends a program that is to answer calls is no answer to one of them.
+    what = "broken" if request["mode"] == "serve" else "raised"
     with contextlib.suppress(BaseException):
-        _tell(request["nonce"], "raised", json.dumps(described(error)))
+        _tell(request["nonce"], what, json.dumps(described(error)))
 
 
 def described(error: BaseException) -> list[str]:
@@ -142,9 +146,7 @@ def _incoming() -> Any:
 # -- the program
 
 
-def _execute(
-    request: dict[str, Any], before: Callable[[dict[str, Any]], None] = lambda names: None
-) -> dict[str, Any]:
+def _execute(request: dict[str, Any], before: Callable[[dict[str, Any]], None] = lambda names: None) -> dict[str, Any]:
     """The program run as `__main__`; its names. inspect can read it, and pickle finds its classes."""
     source, path = request["program"], f"{request['folder']}/program.py"
     module = ModuleType("__main__")
@@ -165,12 +167,12 @@ def entry(names: dict[str, Any], wanted: str | None) -> Callable[..., Any]:
     found = wanted or _only(names)
     owner, _, name = found.replace("()", "").rpartition(".")
     if owner:
-        return getattr(names[owner](), name)  # type: ignore[no-any-return]
+        return getattr(names[owner](), name)
     if name not in names and isinstance(names.get("Solution"), type) and hasattr(names["Solution"], name):
-        return getattr(names["Solution"](), name)  # type: ignore[no-any-return]
+        return getattr(names["Solution"](), name)
     if name not in names:
         raise NameError(f"the program defines no {name}")
-    return names[name]  # type: ignore[no-any-return]
+    return names[name]
 
 
 def _only(names: dict[str, Any]) -> str:
@@ -180,7 +182,10 @@ def _only(names: dict[str, Any]) -> str:
     functions = [
         name
         for name, item in names.items()
-        if name[0] != "_" and callable(item) and getattr(item, "__module__", "") == "__main__" and type(item) != type
+        if name[0] != "_"
+        and callable(item)
+        and getattr(item, "__module__", "") == "__main__"
+        and not isinstance(item, type)
     ]
     return _single(functions, "function")
 
@@ -236,8 +241,22 @@ def _serve(request: dict[str, Any]) -> int:
     return 0
 
 
+class Uncrossable(BaseException):
+    """A value that cannot cross between tests and candidate. No Exception: tests that expect one must not be content
+    with it."""
+
+
 class CandidateError(Exception):
     """The candidate raised an exception of a class of its own."""
+
+
+def _rebuilt(kind: str, name: str, text: str) -> Exception:
+    """The candidate's exception: of its nearest built-in class, if that is an Exception other than Exception itself."""
+    known = getattr(builtins, kind, None)
+    if isinstance(known, type) and issubclass(known, Exception) and (kind == name or known is not Exception):
+        with contextlib.suppress(TypeError):  # UnicodeDecodeError wants five arguments
+            return known(text)
+    return CandidateError(f"{name}: {text}")
 
 
 def _tests(request: dict[str, Any]) -> int:
@@ -245,26 +264,25 @@ def _tests(request: dict[str, Any]) -> int:
     nonce, incoming = request["nonce"], _incoming()
 
     def candidate(*arguments: Any, **named: Any) -> Any:
-        _tell(nonce, "call", encode((arguments, named)))
-        answer = json.loads(next(incoming))
-        if "value" in answer:
-            return decode(answer["value"])
-        kind, name, text = json.loads(answer["raised"])
-        known = getattr(builtins, kind, None)
-        own = name != kind or not (isinstance(known, type) and issubclass(known, Exception))
         try:
-            error = CandidateError(f"{name}: {text}") if own and kind == "Exception" else known(text)  # type: ignore
-        except TypeError:  # such as UnicodeDecodeError, which wants five arguments
-            error = CandidateError(f"{name}: {text}")
-        raise error
+            _tell(nonce, "call", encode((arguments, named)))
+            answer = json.loads(next(incoming))
+            if "value" in answer:
+                return decode(answer["value"])
+        except NotPlain as error:
+            raise Uncrossable(f"the tests and the candidate exchange {error}") from None
+        if "refused" in answer:
+            raise Uncrossable(f"the candidate returned {answer['refused']}")
+        raise _rebuilt(*json.loads(answer["raised"]))
 
     candidate.__name__ = request["entry_point"].rpartition(".")[2]
     names = _execute(request, lambda names: names.update({candidate.__name__: candidate}))
     names[candidate.__name__] = candidate
+    if not callable(names.get("check")):
+        raise NameError("the tests define no function check")
     names["check"](candidate)
     _tell(nonce, "passed", "true")
     return 0
 
 
 _MODES = {"run": _run, "call": _call, "serve": _serve, "tests": _tests}
-

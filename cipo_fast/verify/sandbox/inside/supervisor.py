@@ -105,7 +105,7 @@ class Execution:
     def _arrange(self, ours: list[int], waiting: list[bytes]) -> None:
         stdin, self.stdout, self.stderr, self.tell, self.ask = ours
         self.output = {self.stdout: bytearray(), self.stderr: bytearray()}
-        self.pending = {stdin: bytearray(self.request.get("stdin", "").encode("utf-8", "surrogateescape"))}
+        self.pending = {stdin: bytearray(self.request.get("stdin", "").encode("utf-8", "surrogatepass"))}
         self.pending[self.ask] = bytearray(b"".join(frame(message) for message in waiting))
         self.poll = select.poll()
         for descriptor in ours:

@@ -39,7 +39,9 @@ def main(settings: dict[str, Any]) -> None:
         lockdown.die_with_parent()  # changing the uid forgets it
         lockdown.dumpable(True)  # the new uid must write its children's uid maps
     if not os.access(os.__file__, os.R_OK):
-        raise SystemExit(f"uid {os.getuid()} cannot read {os.path.dirname(os.__file__)}: use a Python that others can read")
+        raise SystemExit(
+            f"uid {os.getuid()} cannot read {os.path.dirname(os.__file__)}: use a Python that others can read"
+        )
     for path in settings["site"]:
         sys.path.append(path)
     usual.load()
