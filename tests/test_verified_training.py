@@ -202,19 +202,6 @@ def test_programs_run_in_the_sandbox_and_bad_golds_are_dropped(
     assert "# an execution has 5 s of CPU time, 15 s by the clock, 1024 MiB" in said
 
 
-def test_a_paid_exploit_ends_the_run_before_it_begins(mesh: object) -> None:
-    class Gullible:
-        def submit(self, row: dict[str, Any], response: str) -> Future[Judgement]:
-            found: Future[Judgement] = Future()
-            found.set_result(Judgement("right"))
-            return found
-
-    said: list[str] = []
-    with pytest.raises(TrainingStopped, match=r"canaries failed \(.*: what the verifiers pay for would be learned"):
-        refuse_exploits(Gullible(), [replace(problem("a"), verifier="code")], said.append)  # type: ignore[arg-type]
-    assert any("earned a reward" in line for line in said)
-
-
 def test_a_verifier_that_is_not_there_is_refused_before_a_model_is_loaded(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,6 +377,19 @@ def test_marking_leaves_out_what_fails_and_never_judges_what_is_cut(mesh: object
     assert (judged[1].why, judged[1].policy_version) == ("cut off at 2 tokens", 3)
     assert failures == ["ab: a worker was lost"]
     assert events == ["judge ab: ab", "judge ab: fail", "judge ab: x"]
+
+
+def test_a_paid_exploit_ends_the_run_before_it_begins(mesh: object) -> None:
+    class Gullible:
+        def submit(self, row: dict[str, Any], response: str) -> Future[Judgement]:
+            found: Future[Judgement] = Future()
+            found.set_result(Judgement("right"))
+            return found
+
+    said: list[str] = []
+    with pytest.raises(TrainingStopped, match=r"canaries failed \(.*: what the verifiers pay for would be learned"):
+        refuse_exploits(Gullible(), [replace(problem("a"), verifier="code")], said.append)  # type: ignore[arg-type]
+    assert any("earned a reward" in line for line in said)
 
 
 def test_exact_answers_need_no_process() -> None:
