@@ -383,7 +383,7 @@ def test_nobody_outlives_the_trainer(tmp_path: Path, row: dict[str, str], end: s
         assert rest == ""
 
 
-def test_golds_are_judged_the_long_way(judges: Judges) -> None:
+def test_golds_are_judged_the_long_way(judges: Judges, row: dict[str, str]) -> None:
     """A math gold that is no mathematics is refused, although it equals itself as a text."""
 
     def gold(answer: str, verifier: str = "math") -> str:
@@ -392,7 +392,7 @@ def test_golds_are_judged_the_long_way(judges: Judges) -> None:
     assert gold("\\frac{\\sqrt{2}}{2}") == "right"
     assert gold("x^{2^{") == "wrong"
     assert gold("x^{2^{", "exact") == "right"
-    assert "no gold" in failure(judges.submit_gold({"verifier": f"{__file__}:test", "answer": "1"}))
+    assert "no gold" in failure(judges.submit_gold({**row, "answer": "1"}))
 
 
 @pytest.mark.parametrize(
