@@ -318,7 +318,7 @@ def f(x):
             return sorted(frame.f_locals["request"])
         frame = frame.f_back
 """
-    assert one(sandbox, program, 1).value == ["call", "entry_point", "folder", "limits", "mode", "nonce", "program"]
+    assert one(sandbox, program, 1).value == CALL
 
 
 def test_stopping_everything_is_a_timeout(sandbox):
