@@ -12,6 +12,7 @@ from test_sandbox_isolation import nested, one, printed, working
 from cipo_fast.config import SandboxConfig
 from cipo_fast.verify.sandbox import Call, Sandbox
 
+CALL = ["call", "entry_point", "folder", "limits", "mode", "nonce", "program", "tasks"]  # what a program gets
 LIMITS = {"cpu_s": 1.0, "wall_s": 2.5, "memory_mib": 256}
 
 
