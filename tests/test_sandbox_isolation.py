@@ -326,6 +326,8 @@ def attempt(family, kind, address):
 def test_as_another_uid(uid, tmp_path):
     if os.geteuid() != 0 or "CIPO_SANDBOX_AGAIN" in os.environ:
         pytest.skip("root alone can become another")
+    if uid == 0 and not isinstance(working("sandlock"), str):
+        pytest.skip("this Python is open to others already")
     command = [
         sys.executable,
         str(ROOT / "tests" / "as_another.py"),

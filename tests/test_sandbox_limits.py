@@ -12,6 +12,7 @@ from test_sandbox_isolation import nested, one, printed, working
 from cipo_fast.config import SandboxConfig
 from cipo_fast.verify.sandbox import Call, Sandbox
 
+CALL = ["call", "entry_point", "folder", "limits", "mode", "nonce", "program", "tasks"]  # what a program gets
 LIMITS = {"cpu_s": 1.0, "wall_s": 2.5, "memory_mib": 256}
 
 
@@ -318,7 +319,7 @@ def f(x):
             return sorted(frame.f_locals["request"])
         frame = frame.f_back
 """
-    assert one(sandbox, program, 1).value == ["call", "entry_point", "folder", "limits", "mode", "nonce", "program"]
+    assert one(sandbox, program, 1).value == CALL
 
 
 def test_stopping_everything_is_a_timeout(sandbox):

@@ -22,7 +22,7 @@ _names = itertools.count()
 class Execution:
     """Started at once. A context manager: when it is left, nothing of the execution runs any more.
 
-    `report` is the supervisor's last word, None when there was none.
+    `report` is the supervisor's last word, None when there was none: a program that had started has ended it.
     """
 
     def __init__(self, nest: Nest, request: dict[str, Any]) -> None:
@@ -30,6 +30,7 @@ class Execution:
         self._deadline = time.monotonic() + request["limits"]["wall_s"] + GRACE_S
         self._frames, self._told = Frames(), deque[dict[str, Any]]()
         self.report: dict[str, Any] | None = None
+        self._started = False
         self._channel, theirs = socket.socketpair()
         try:
             nest.start(self._name, theirs, "numpy" in request["program"])
@@ -126,7 +127,7 @@ class Execution:
         except OSError:
             data = b""
         if not data:
-            if not self._nest.alive():
+            if not self._started or not self._nest.alive():
                 raise Lost(self._nest.close())
             return False
         self._take(data)
@@ -139,7 +140,9 @@ class Execution:
             self.report = {"outcome": "output", "detail": str(error), "code": -9, "stdout": ""}
             return
         for message in frames:
-            if message[:1] == b"e":
+            if message[:1] == b"s":
+                self._started = True
+            elif message[:1] == b"e":
                 self.report = json.loads(message[1:])
             else:
                 told = _message(message[1:], self._nonce)

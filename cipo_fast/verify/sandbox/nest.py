@@ -27,9 +27,10 @@ class Nest:
     def __init__(self, tier: Tier) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
-        self._scratch = "" if tier.kind == "bubblewrap" else _scratch(tier)
-        command, environment = tier.command(theirs.fileno(), self._scratch)
+        self._scratch = ""
         try:
+            self._scratch = "" if tier.kind == "bubblewrap" else _scratch(tier)
+            command, environment = tier.command(theirs.fileno(), self._scratch)
             self._process = subprocess.Popen(
                 command,
                 env=environment,
@@ -42,7 +43,9 @@ class Nest:
         except OSError as error:
             self.control.close()
             self._errors.close()
-            raise Lost(f"{command[0]} does not start ({error.strerror})") from error
+            if self._scratch:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+            raise Lost(f"the zygote does not start ({error.strerror})") from error
         finally:
             theirs.close()
         try:
@@ -97,5 +100,9 @@ def _scratch(tier: Tier) -> str:
     """A folder for the files of programs that have no /tmp of their own."""
     folder = tempfile.mkdtemp(prefix="cipo-sandbox-")
     if os.geteuid() == 0 and tier.kind != "none":
-        os.chown(folder, NOBODY, NOBODY)
+        try:
+            os.chown(folder, NOBODY, NOBODY)
+        except OSError:  # root of a user namespace that has no such uid
+            os.rmdir(folder)
+            raise
     return folder

@@ -148,7 +148,7 @@ def _incoming() -> Any:
 
 def _execute(request: dict[str, Any], before: Callable[[dict[str, Any]], None] = lambda names: None) -> dict[str, Any]:
     """The program run as `__main__`; its names. inspect can read it, and pickle finds its classes."""
-    source, path = request["program"], f"{request['folder']}/program.py"
+    source, path = request["program"].removeprefix("\ufeff"), f"{request['folder']}/program.py"
     module = ModuleType("__main__")
     module.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["__main__"] = module

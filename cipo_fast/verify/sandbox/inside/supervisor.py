@@ -79,6 +79,7 @@ class Execution:
         self.pid = os.fork()
         if self.pid == 0:
             program.main(self.request, theirs, self.isolation, self.channel.fileno(), ours)
+        self.channel.sendall(frame(b"s"))  # from here on whatever happens is the program's doing
         for descriptor in theirs:
             os.close(descriptor)
         self._arrange(ours, waiting)
