@@ -23,10 +23,10 @@ from cipo_fast.errors import UserError, note
 from cipo_fast.settings import (
     FUNCTION,
     FilePath,
-    HubData,
     NameOrFunction,
     NameOrPath,
     Place,
+    Sources,
     cut,
     expand,
     for_system,
@@ -108,10 +108,10 @@ Format = Literal[
 class DataConfig(Section):
     task: Literal["sort", "add"] = "sort"
     """Embedded task, used when `data.train` is not given."""
-    train: FilePath | HubData | Annotated[list[FilePath | HubData], Field(min_length=1)] | None = None
+    train: Sources = None
     """JSON Lines or Parquet files, `hub:OWNER/NAME[:CONFIG[:SPLIT]]`, one or a list: `prompt` or `messages`, and
     `answer` or tests; TRL's or verl's form; or a public data set's own."""
-    eval: FilePath | HubData | Annotated[list[FilePath | HubData], Field(min_length=1)] | None = None
+    eval: Sources = None
     """Held-out problems, the same. Without it `eval.problems` (a tenth at most) are held out of `data.train`."""
     weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
     """How often an epoch has each row of each source of `data.train`: 2 is twice, 0.5 another half each time; None: 1

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, PlainSerializer
+from pydantic import BaseModel, Field, PlainSerializer
 
 from cipo_fast.errors import UserError
 
@@ -44,8 +44,21 @@ NameOrPath = Annotated[str, PlainSerializer(as_setting, when_used="json"), _HUB]
 """A hub name, or a folder: what begins with /, ./, ../, ~ or a variable, or is a folder here."""
 _DATA = object()
 HUB_DATA = "hub:"
-HubData = Annotated[str, PlainSerializer(as_setting, when_used="json"), _DATA]
+HubData = Annotated[str, _DATA]
 """Beside a path in a union: what begins with `hub:` is a data set's name, and no path."""
+
+
+def _as_settings(value: list[Path | str] | Path | str | None) -> list[str] | str | None:
+    if isinstance(value, list):
+        return [as_setting(one) for one in value]
+    return None if value is None else as_setting(value)
+
+
+Sources = Annotated[
+    Path | HubData | Annotated[list[Path | HubData], Field(min_length=1)] | None,
+    PlainSerializer(_as_settings, when_used="json"),  # of a union's member it would be given every value
+]
+"""Files and hub data sets: one, or several."""
 _FUNCTION = object()
 FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)\Z", re.DOTALL)
 NameOrFunction = Annotated[str, PlainSerializer(as_setting, when_used="json"), _FUNCTION]

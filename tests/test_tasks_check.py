@@ -98,7 +98,7 @@ def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["check", str(tmp_path / "none.jsonl")], "no file"),
         (["check", "--fast", "a.jsonl"], "unknown option --fast"),
         (["check", "a.jsonl", "--eval"], "--eval: name a file"),
-        (["check", str(write(tmp_path / "b.jsonl", {"x": 1}))], "b.jsonl:1: field 'prompt' is missing"),
+        (["check", str(write(tmp_path / "b.jsonl", {"x": 1}))], "b.jsonl:1: field 'answer' is missing"),
     ):
         assert main(args) == 2
         error = capsys.readouterr().err.strip()

@@ -102,7 +102,10 @@ def _id(record: Record, where: str) -> str | None:
 
 def _answer(record: Record, where: str) -> str:
     """The text of a right answer. Several fields may hold it where they agree."""
-    given = {key: record[key] for key in ("answer", "solution", "ground_truth") if record.get(key) is not None}
+    names = ["answer", "solution", "ground_truth"]
+    if record.get("tests") is not None or record.get("test") is not None:
+        names.remove("solution")  # a program
+    given = {name: record[name] for name in names if record.get(name) is not None}
     model = record.get("reward_model")
     if isinstance(model, dict) and model.get("ground_truth") is not None:
         style = model.get("style", "rule")
