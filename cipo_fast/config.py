@@ -21,7 +21,10 @@ from pydantic_core import PydanticCustomError
 
 from cipo_fast.errors import UserError, note
 from cipo_fast.settings import (
+    FUNCTION,
     FilePath,
+    HubData,
+    NameOrFunction,
     NameOrPath,
     Place,
     cut,
@@ -38,6 +41,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 
+HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?::([^:/]*))?(?::([^:/]+))?")
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 
 
@@ -95,13 +99,33 @@ def _day(value: Any) -> Any:
         raise PydanticCustomError("day", "there is no such day") from None
 
 
+Format = Literal[
+    "own", "qa", "aime", "amc23", "math500", "math", "minerva", "olympiadbench", "gsm8k", "dapo", "humaneval", "mbpp",
+    "livecodebench", "criticbench", "debugbench",
+]  # fmt: skip
+
+
 class DataConfig(Section):
     task: Literal["sort", "add"] = "sort"
     """Embedded task, used when `data.train` is not given."""
-    train: FilePath | None = None
-    """JSON Lines: `prompt` (text) or `messages`, and `answer` (exact match, stripped); or TRL's or verl's form."""
-    eval: FilePath | None = None
-    """Held-out problems in the same form. Without it `eval.problems` (a tenth at most) are held out of `data.train`."""
+    train: FilePath | HubData | Annotated[list[FilePath | HubData], Field(min_length=1)] | None = None
+    """JSON Lines or Parquet files, `hub:OWNER/NAME[:CONFIG[:SPLIT]]`, one or a list: `prompt` or `messages`, and
+    `answer` or tests; TRL's or verl's form; or a public data set's own."""
+    eval: FilePath | HubData | Annotated[list[FilePath | HubData], Field(min_length=1)] | None = None
+    """Held-out problems, the same. Without it `eval.problems` (a tenth at most) are held out of `data.train`."""
+    weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
+    """How often an epoch has each row of each source of `data.train`: 2 is twice, 0.5 another half each time; None: 1
+    each [ours]."""
+    format: Format | None = None
+    """Whose form the rows have; None: told from their fields, row by row."""
+    verifier: NameOrFunction | None = None
+    """exact, math, code, or `path/to/file.py:function` (a function of response and row); None: what a row names, else
+    what its form implies, else exact [ours]."""
+    math: dict[str, Any] = {}
+    """What math answers may look like, over the form's own defaults and under a row's `policy`: docs/verifiers.md."""
+    instruction: Annotated[str, Field(min_length=1)] = "auto"
+    """Ends the last turn of a prompt; auto: asks for a box (math) or one program (code) where the prompt does not yet;
+    none: nothing [ours]."""
     max_prompt_tokens: Positive = 2048
     """Longer prompts are dropped and counted."""
     system_prompt: str | None = None
@@ -110,6 +134,11 @@ class DataConfig(Section):
     """Arguments of the chat template, such as {enable_thinking: false}, in every prompt [transformers, vLLM]."""
     date: Annotated[datetime.date | None, BeforeValidator(_day)] = None
     """Today to a chat template that prints it, YYYY-MM-DD; None: the day the run starts, kept on resuming [ours]."""
+
+    def sources(self, of: Literal["train", "eval"]) -> list[Path | str]:
+        """The files and hub data sets of `data.train` or `data.eval`, [] where it is not given."""
+        given = self.train if of == "train" else self.eval
+        return given if isinstance(given, list) else [] if given is None else [given]
 
 
 class VllmConfig(Section):
@@ -524,12 +553,27 @@ def _check(config: Config) -> None:
     e = config.model.embedded
     if e.hidden % (2 * e.heads) or e.heads % e.kv_heads:
         raise UserError("model.embedded: hidden must be a multiple of 2*heads, and heads of kv_heads")
-    for key in ("train", "eval"):
-        path = getattr(config.data, key)
-        if path is not None and not is_file(path):
-            raise UserError(f"data.{key}: no file {path}")
+    _check_data(config.data)
     if is_file(config.run_dir):
         raise UserError(f"run.dir={config.run_dir} is a file; name a folder")
+
+
+def _check_data(data: DataConfig) -> None:
+    for key in ("train", "eval"):
+        for source in data.sources(key):
+            if isinstance(source, Path) and not is_file(source):
+                raise UserError(f"data.{key}: no file {source}")
+            if isinstance(source, str) and not HUB_NAME.fullmatch(source):
+                raise UserError(
+                    f"data.{key}={source}: expected hub:OWNER/NAME, hub:OWNER/NAME:CONFIG or ...:CONFIG:SPLIT"
+                )
+    if data.weights is not None and len(data.weights) != len(data.sources("train")):
+        raise UserError(f"data.weights has {len(data.weights)} weights for {len(data.sources('train'))} of data.train")
+    function = FUNCTION.fullmatch(data.verifier or "exact")
+    if function is None and data.verifier not in (None, "exact", "math", "code"):
+        raise UserError(f"data.verifier={data.verifier}: expected exact, math, code or path/to/file.py:function")
+    if function is not None and not is_file(Path(function["file"])):
+        raise UserError(f"data.verifier={data.verifier}: no file {function['file']}")
 
 
 def _check_engine(config: Config) -> None:

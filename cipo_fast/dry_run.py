@@ -23,7 +23,7 @@ from cipo_fast.engines import fit_to_model
 from cipo_fast.errors import UserError
 from cipo_fast.model import load_shape
 from cipo_fast.policy import cost_model, decoder_layers, refuse_shape
-from cipo_fast.tasks import check_data
+from cipo_fast.tasks import check_data, rows_of_eval
 
 # Assumed, not measured: CUDA context, NCCL, CUDA graphs of a sleeping engine, fragmentation; Python and torch on a CPU.
 RESERVE = {"cuda": 5e9, "cpu": 0.5e9}
@@ -161,8 +161,8 @@ def held_out_problems(config: Config) -> int:
     """How many problems an evaluation has, at most."""
     if config.data.eval is None:
         return config.held_out
-    rows = sum(bool(line.strip()) for line in config.data.eval.read_bytes().split(b"\n"))
-    return min(rows, config.eval.problems or rows)
+    rows = rows_of_eval(config)
+    return config.held_out if rows is None else min(rows, config.eval.problems or rows)
 
 
 def _tokens(config: Config) -> tuple[int, int]:

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from cipo_fast.chat import Chat
-from cipo_fast.cipo.metrics import batch_metrics
+from cipo_fast.cipo.metrics import VERDICTS, batch_metrics, verdict_shares
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config, parse_args
 from cipo_fast.distributed import is_main, leave_after, prepared_group, starts_first
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
 from cipo_fast.errors import UserError, command, put
+from cipo_fast.marking import build_judges, failures_of, refuse_failures
 from cipo_fast.model import cast_weights, load_model, load_shape, load_tokenizer
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import Sampling
@@ -38,26 +39,52 @@ def evaluate(
     pause: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """greedy, t1 and pass_at_k accuracy; wrong_to_right and right_to_wrong rates of corrections of one T=1 attempt a
-    problem; correction_gap, the former minus the accuracy of fresh retries (the problem's other samples).
+    problem; correction_gap, the former minus the accuracy of fresh retries (the problem's other samples). Where another
+    verifier than exact match judges, the shares of its other verdicts on the T=1 answers. Answers that nobody could
+    judge are left out and counted as `failed`, `answers` being those that were judged; too many are a TrainingStopped.
     `pause` is called between the parts: it may raise to end the evaluation."""
-    k = config.eval.samples
+    k, most = config.eval.samples, config.verify.max_failed
     greedy = sampler.groups(prompts, 1, Sampling(0.0, 1.0, config.eval.max_tokens), 0, "eval-greedy")
+    refuse_failures(failures_of(greedy), len(greedy), most)
     pause()
     sampling = Sampling(1.0, 1.0, config.eval.max_tokens)
     groups = sampler.groups(prompts, k, sampling, 0, "eval")
+    refuse_failures(failures_of(groups), k * len(groups), most)
     pause()
-    anchors = first_attempts(groups, correct)
-    sampler.correct(anchors, min(k, 4), sampling, 0, "eval-correct")
+    failures = failures_of([*greedy, *groups])
+    groups = [group for group in groups if group.rollouts]
+    anchors, corrections = first_attempts(groups, correct), min(k, 4)
+    sampler.correct(anchors, corrections, sampling, 0, "eval-correct")
+    refuse_failures(failures_of([], anchors), corrections * len(anchors), most)
+    failures += failures_of([], anchors)
     sampler.take_times()
+    anchors = [anchor for anchor in anchors if anchor.corrections]
+    return results(greedy, groups, anchors, k) | _judged(greedy, groups, anchors, failures)
+
+
+def results(greedy: list[Group], groups: list[Group], anchors: list[Anchor], k: int) -> Evaluation:
     metrics = batch_metrics(groups, anchors, None)
     return {
-        "greedy": float(np.mean([g.rollouts[0].reward for g in greedy])),
+        "greedy": float(np.mean([r.reward for g in greedy for r in g.rollouts])),
         "t1": metrics["rollout/accuracy"],
         f"pass_at_{k}": float(np.mean([any(r.reward for r in g.rollouts) for g in groups])),
         "wrong_to_right": metrics["correction/wrong_to_right"],
         "right_to_wrong": metrics["correction/right_to_wrong"],
         "correction_gap": metrics["correction/gap"],
     }
+
+
+def _judged(greedy: list[Group], groups: list[Group], anchors: list[Anchor], failures: list[str]) -> Evaluation:
+    """What there is to say of the judges."""
+    found: Evaluation = {}
+    sampled = [r for group in groups for r in group.rollouts]
+    if any(r.problem.verifier != "exact" for r in sampled):
+        shares = verdict_shares(sampled)
+        found |= {verdict: shares[f"verify/{verdict}"] for verdict in VERDICTS if verdict != "right"}
+    if failures:
+        judged = sum(len(g.rollouts) for g in (*greedy, *groups)) + sum(len(a.corrections) for a in anchors)
+        found |= {"answers": judged, "failed": len(failures)}
+    return found
 
 
 def first_attempts(groups: list[Group], correct: CorrectionPrompts) -> list[Anchor]:
@@ -105,7 +132,7 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
     config.rollout.max_tokens = min(config.rollout.max_tokens, config.eval.max_tokens)  # nothing longer is asked for
     config = fit_to_model(config, model.config, say)
     say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
-    with closing(build_engine(config, model, chat, device, say)) as engine:
+    with build_judges(config, say) as judges, closing(build_engine(config, model, chat, device, say)) as engine:
         config = fit_to_engine(config, engine, say)
         prompts = fitting(prompts, config.data.max_prompt_tokens, "held-out problems", say)
 
@@ -114,7 +141,7 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
 
         engine.publish = publish
         publish(0)
-        sampler = Sampler(engine, chat, config.seed)
+        sampler = Sampler(engine, chat, config.seed, judges)
         return evaluate(sampler, prompts, CorrectionPrompts(chat, config.correction), config)
 
 

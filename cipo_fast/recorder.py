@@ -76,7 +76,8 @@ class Recorder:
             self.tensorboard.close()
 
     def _rollouts(self, step: int, groups: list[Group], anchors: list[Anchor]) -> None:
-        """rollouts/step-N.jsonl: one object a rollout, its corrections (if it was an anchor) inside it."""
+        """rollouts/step-N.jsonl: one object a rollout, its corrections (if it was an anchor) inside it, and the `row`
+        that it was judged by: enough to judge it again."""
         corrections = {(a.group, a.index): [_record(c) for c in a.corrections] for a in anchors}
         folder = self.dir / "rollouts"
         folder.mkdir(exist_ok=True)
@@ -86,6 +87,8 @@ class Recorder:
                     "problem": group.problem.id,
                     "prompt": group.problem.messages[-1]["content"],
                     "answer": group.problem.answer,
+                    "source": group.problem.source,
+                    "row": group.problem.row,
                 }
                 for i, rollout in enumerate(group.rollouts):
                     record = {**asked, **_record(rollout), "corrections": corrections.get((g, i))}
@@ -96,6 +99,8 @@ def _record(rollout: Rollout) -> dict[str, Any]:
     return {
         "text": rollout.text,
         "reward": rollout.reward,
+        "verdict": rollout.verdict,
+        "why": rollout.why,
         "prompt_tokens": len(rollout.prompt_ids),
         "tokens": len(rollout.token_ids),
         "truncated": rollout.truncated,

@@ -16,7 +16,7 @@ class Problem:
 
     `verifier` is `exact`, `math`, `code` or `path/to/file.py:function`; `answer` the text that exact and math compare
     with ("" where there is none); `fields` all else that the verifier reads, plain JSON: tests, policies, a row as it
-    stood in its file. `where` is what an error calls it: file and line."""
+    stood in its file. `where` is what an error calls it: file and line. `weight`: how often an epoch has it."""
 
     id: str
     messages: tuple[Message, ...]
@@ -25,11 +25,12 @@ class Problem:
     where: str = field(default="", compare=False)
     verifier: str = "exact"
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    weight: float = field(default=1.0, compare=False)
 
     @property
     def row(self) -> dict[str, Any]:
         """What verify/ judges an answer by: the same object as a line of the judge's input, less its response."""
-        return {**self.fields, "verifier": self.verifier, "answer": self.answer}
+        return {"answer": self.answer, **self.fields, "verifier": self.verifier}
 
     @property
     def content(self) -> tuple[tuple[str, str], ...]:
@@ -69,15 +70,12 @@ class Rollout:
 
 @dataclass
 class Group:
-    """G rollouts of one problem."""
+    """G rollouts of one problem; fewer, where some could not be judged: `failures` has a line for each of those."""
 
     problem: Problem
     prompt_ids: list[int]
     rollouts: list[Rollout]
-
-    @property
-    def pass_rate(self) -> float:
-        return sum(r.reward for r in self.rollouts) / len(self.rollouts)
+    failures: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -91,6 +89,7 @@ class Anchor:
     prompt_ids: list[int]
     glue_ids: list[int] | None
     corrections: list[Rollout] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # of corrections that could not be judged
 
     @property
     def right(self) -> bool:

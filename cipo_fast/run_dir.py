@@ -25,6 +25,9 @@ from cipo_fast.checkpoint import saved
 from cipo_fast.config import Config, read_config
 from cipo_fast.distributed import from_main, on_main
 from cipo_fast.errors import UserError, note
+from cipo_fast.settings import FUNCTION
+from cipo_fast.tasks.hub import fingerprint
+from cipo_fast.tasks.sources import Role
 
 # What one run writes, and the next one sets aside; checkpoints first: without them nobody goes on with the rest.
 OUTPUTS = (
@@ -38,7 +41,7 @@ LOCK_WAIT_S = 5.0  # for a process of this run that torchrun has killed and rest
 FREE = (
     "checkpoint.", "eval.every", "model.activation_checkpointing", "ranks", "rollout.batch_sequences",
     "rollout.server.", "rollout.vllm.cpu_kv_gib", "rollout.vllm.gpu_memory", "rollout.vllm.max_sequences", "run.",
-    "sync.", "train.pack_tokens",
+    "sandbox.tier", "sync.", "train.pack_tokens", "verify.max_failed", "verify.workers",
 )  # fmt: skip
 NOT_COMPARED = ("checkpoint.resume", "checkpoint.allow_changes")  # they are about going on, not about the run
 WHOLE = 2**25  # bytes of a model's file up to which all of it is hashed, otherwise both ends
@@ -172,16 +175,26 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
 
 def inputs_of(config: Config, ranks: int) -> dict[str, Any]:
     """What a run starts from that its settings only name: the number of ranks, and hashes of files and of a local
-    model (of a hub model the name alone is known)."""
+    model (of a hub model the name alone is known, of a hub data set its version)."""
     found: dict[str, Any] = {"ranks": ranks}
-    for key in ("train", "eval"):
-        path = getattr(config.data, key)
-        if path is not None:
-            found[f"data.{key} content"] = _hash([path])
+    roles: tuple[Role, ...] = ("train", "eval")
+    for role in roles:
+        sources = config.data.sources(role)
+        if sources:
+            found[f"data.{role} content"] = _hash_sources(sources, role)
+    function = FUNCTION.fullmatch(config.data.verifier or "")
+    if function:
+        found["data.verifier content"] = _hash([Path(function["file"])])
     model = Path(config.model.path)
     if model.is_dir():
         found["model.path content"] = _hash(sorted(p for p in model.iterdir() if p.is_file()), WHOLE)
     return found
+
+
+def _hash_sources(sources: list[Path | str], role: Role) -> str:
+    """Of files, their contents; of a hub data set, its name and the fingerprint of its version."""
+    parts = [_hash([s]) if isinstance(s, Path) else f"{s} {fingerprint(s, role)}" for s in sources]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _hash(paths: list[Path], whole: float = float("inf")) -> str:

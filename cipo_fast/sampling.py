@@ -1,4 +1,4 @@
-"""Engine and verifier together: problems -> groups of verified rollouts, anchors -> verified corrections."""
+"""Engine and judges together: problems -> groups of judged rollouts, anchors -> judged corrections."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config
 from cipo_fast.distributed import gather, share, together
 from cipo_fast.errors import UserError
-from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
+from cipo_fast.marking import Marking
+from cipo_fast.records import Anchor, Group, Problem, Rollout
 from cipo_fast.rollout import Engine, Sampling
-from cipo_fast.tasks import Dataset, Say, quiet, verify
+from cipo_fast.tasks import Dataset, Say, quiet
+from cipo_fast.verify.judging import at_once
+from cipo_fast.verify.pool import Judges
 
 
 def seed_for(seed: int, step: int, purpose: str, rank: int = 0) -> int:
@@ -63,18 +66,27 @@ def fitting(prompts: list[Prompt], limit: int, what: str, say: Say) -> list[Prom
 
 def count_unreachable(prompts: Sequence[Prompt], chat: Chat, what: str, limit: tuple[str, int], say: Say) -> None:
     """Say how many answers no attempt can give: with their end of turn longer than `limit` (setting, tokens), or not
-    what their tokens decode to. All of them being longer is an error."""
+    what their tokens decode to. All of them being longer is an error. It is asked of exact answers, which an attempt
+    has to give word for word."""
     setting, most = limit
+    prompts = [p for p in prompts if p.problem.verifier == "exact"]
+    if not prompts:
+        return
     answers = [chat.answer(p.problem.answer) for p in prompts]
     longer = [p.problem for p, ids in zip(prompts, answers, strict=True) if len(ids) > most]
     if len(longer) == len(answers):
         shortest = min(map(len, answers))
         raise UserError(f"{what}: every answer is longer than {setting}={most}; the shortest has {shortest} tokens")
-    changed = [p.problem for p, ids in zip(prompts, answers, strict=True) if not verify(p.problem, chat.text(ids))]
+    changed = [p.problem for p, ids in zip(prompts, answers, strict=True) if not _gives(p.problem, chat.text(ids))]
     for found, why in ((longer, f"longer than {setting}={most}"), (changed, "changed by the tokenizer")):
         if found:
             first = found[0].where or found[0].id
             say(f"{what}: {len(found)} of {len(answers)} answers are {why}, so never right (first: {first})")
+
+
+def _gives(problem: Problem, text: str) -> bool:
+    judgement = at_once(problem.row, text)
+    return judgement is not None and judgement.verdict == "right"
 
 
 def encode_dataset(dataset: Dataset, chat: Chat, config: Config, say: Say) -> tuple[list[Prompt], list[Prompt]]:
@@ -97,45 +109,34 @@ def encode_dataset(dataset: Dataset, chat: Chat, config: Config, say: Say) -> tu
 
 @dataclass
 class Sampler:
-    """Samples and verifies; work is shared between ranks, and every rank gets all of the result. What stops one
-    rank stops all. `group` is for a sampler in a thread, whose collectives must not meet the trainer's."""
+    """Samples, and has answers judged as they finish; work is shared between ranks, and every rank gets all of the
+    result. What stops one rank stops all. Answers that could not be judged are left out, with a line each in
+    `failures`. `group` is for a sampler in a thread, whose collectives must not meet the trainer's."""
 
     engine: Engine
     chat: Chat
     seed: int
+    judges: Judges
     group: dist.ProcessGroup | None = None
     generate_s: float = field(default=0.0, init=False)  # seconds since `take_times`
-    verify_s: float = field(default=0.0, init=False)
+    verify_s: float = field(default=0.0, init=False)  # waited for verdicts when all was generated
     prefix_counts: tuple[int, int] = field(default=(0, 0), init=False)  # at the last `take_prefix_hit_rate`
 
     def groups(self, prompts: Sequence[Prompt], n: int, sampling: Sampling, step: int, purpose: str) -> list[Group]:
         mine = share(prompts)
-        sampled = self._generate([p.token_ids for p in mine], n, sampling, step, purpose)
-        groups = together(
-            lambda: [
-                Group(p.problem, p.token_ids, [self._verified(p.problem, p.token_ids, c) for c in completions])
-                for p, completions in zip(mine, sampled, strict=True)
-            ],
-            self.group,
-        )
+        found = self._judged([p.token_ids for p in mine], [p.problem for p in mine], n, sampling, step, purpose)
+        groups = [Group(p.problem, p.token_ids, *judged) for p, judged in zip(mine, found, strict=True)]
         return gather(groups, self.group)
 
     def correct(self, anchors: list[Anchor], n: int, sampling: Sampling, step: int, purpose: str) -> None:
-        """Give every anchor its `n` corrections."""
+        """Give every anchor its `n` corrections, as far as they could be judged."""
         mine = share(anchors)
         contexts = [
             a.prompt_ids if a.glue_ids is None else a.prompt_ids + a.rollout.token_ids + a.glue_ids for a in mine
         ]
-        sampled = self._generate(contexts, n, sampling, step, purpose)
-        verified = together(
-            lambda: [
-                [self._verified(a.rollout.problem, context, c) for c in completions]
-                for a, context, completions in zip(mine, contexts, sampled, strict=True)
-            ],
-            self.group,
-        )
-        for anchor, found in zip(anchors, gather(verified, self.group), strict=True):
-            anchor.corrections = found
+        found = self._judged(contexts, [a.rollout.problem for a in mine], n, sampling, step, purpose)
+        for anchor, judged in zip(anchors, gather(found, self.group), strict=True):
+            anchor.corrections, anchor.failures = judged
 
     def take_times(self) -> tuple[float, float]:
         """(generate, verify) seconds since the last call."""
@@ -153,27 +154,21 @@ class Sampler:
         before, self.prefix_counts = self.prefix_counts, counts
         return (found - before[1]) / (looked_up - before[0]) if looked_up > before[0] and found >= before[1] else None
 
-    def _generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, step: int, purpose: str
-    ) -> list[list[Completion]]:
+    def _judged(
+        self, prompts: list[list[int]], problems: list[Problem], n: int, sampling: Sampling, step: int, purpose: str
+    ) -> list[tuple[list[Rollout], list[str]]]:
+        """Of each prompt the rollouts that were judged, and a line for each of the others."""
+        marking = Marking(self.judges, self.chat, problems)
         started = time.perf_counter()
         seed = seed_for(self.seed, step, purpose, dist.get_rank())
-        completions = self.engine.generate(prompts, n, sampling, seed)
+        sampled = self.engine.generate(prompts, n, sampling, seed, marking.finished)
         self.generate_s += time.perf_counter() - started
-        return completions
 
-    def _verified(self, problem: Problem, prompt_ids: list[int], completion: Completion) -> Rollout:
-        started = time.perf_counter()
-        text = self.chat.text(completion.token_ids)
-        reward = 0.0 if completion.truncated else verify(problem, text)
-        self.verify_s += time.perf_counter() - started
-        return Rollout(
-            problem,
-            prompt_ids,
-            completion.token_ids,
-            completion.logps,
-            text,
-            reward,
-            completion.truncated,
-            completion.policy_version,
-        )
+        def collect() -> list[tuple[list[Rollout], list[str]]]:
+            started = time.perf_counter()
+            marking.submit(sampled)
+            found = [marking.rollouts(i, ids, sampled[i]) for i, ids in enumerate(prompts)]
+            self.verify_s += time.perf_counter() - started
+            return found
+
+        return together(collect, self.group)

@@ -42,6 +42,14 @@ FilePath = Annotated[Path, PlainSerializer(as_setting, when_used="json")]
 """A file or folder."""
 NameOrPath = Annotated[str, PlainSerializer(as_setting, when_used="json"), _HUB]
 """A hub name, or a folder: what begins with /, ./, ../, ~ or a variable, or is a folder here."""
+_DATA = object()
+HUB_DATA = "hub:"
+HubData = Annotated[str, PlainSerializer(as_setting, when_used="json"), _DATA]
+"""Beside a path in a union: what begins with `hub:` is a data set's name, and no path."""
+_FUNCTION = object()
+FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[^\W\d]\w*)\Z", re.DOTALL)
+NameOrFunction = Annotated[str, PlainSerializer(as_setting, when_used="json"), _FUNCTION]
+"""A name, or `path/to/file.py:function`, whose path becomes absolute."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -249,8 +257,13 @@ class _Reader:
                 for value in get_args(t):
                     if str(value) == text:
                         return value
+        if text.startswith(HUB_DATA) and any(extra is _DATA for extra in members.get(str, ())):
+            return text.replace("$$", "$")
         if Path in members:
             return Path(self._absolute(text, key, where))
+        if any(extra is _FUNCTION for extra in members.get(str, ())):
+            function = FUNCTION.fullmatch(text)
+            return f"{self._absolute(function['file'], key, where)}:{function['name']}" if function else text
         if any(extra is _HUB for extra in members.get(str, ())):
             return self._name_or_path(text, key, where)
         if type(None) in members and str not in members and text.lower() in ("none", "null", "~"):

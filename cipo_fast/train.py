@@ -31,7 +31,7 @@ from cipo_fast.alarms import Alarms
 from cipo_fast.chat import Chat, pinned_date
 from cipo_fast.checkpoint import CheckpointFailed, Checkpoints, Progress, export
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
-from cipo_fast.cipo.metrics import Metrics, batch_metrics
+from cipo_fast.cipo.metrics import Metrics, batch_metrics, verdict_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, parse_args
@@ -42,6 +42,7 @@ from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model, startin
 from cipo_fast.errors import PolicyBroken, Preempted, TrainingStopped, command, put
 from cipo_fast.evaluate import evaluate
 from cipo_fast.learner import Learner
+from cipo_fast.marking import build_judges, failures_of, refuse_failures
 from cipo_fast.model import load_model, load_shape, load_tokenizer
 from cipo_fast.packing import CostModel
 from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
@@ -79,6 +80,7 @@ class Run:
     view: View
     alarms: Alarms
     checkpoints: Checkpoints
+    sources: list[str]  # of its training problems
     signals: StopSignals = field(default_factory=StopSignals)
     ahead: Future["Batch"] | None = None  # the next step's batch, when rollout.overlap=1
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
@@ -86,13 +88,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from, and the replay controller's state after it."""
+    """What a step learns from, and the replay controller's state after it. `failures` has a line for each answer that
+    nobody could judge: those are in no group."""
 
     groups: list[Group]
     anchors: list[Anchor]
     counts: AnchorCounts
     rho: float
     replay: ReplayState
+    failures: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,6 +241,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, T
         "step": step,
         "seed": config.seed,
         **batch_metrics(batch.groups, batch.anchors, batch.counts),
+        **verdict_metrics(batch.groups, batch.anchors, len(batch.failures), run.sources),
         "rollout/prefix_hit_rate": run.sampler.take_prefix_hit_rate() if stop is None else None,
         "replay/rho": batch.rho,
         "replay/retention": batch.replay.retention,
@@ -250,6 +255,9 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, T
     }
     metrics["time/idle_s"] = step_s - sum(v for k, v in metrics.items() if k.startswith("time/") and v)
     metrics["time/step_s"] = step_s
+    if batch.failures:
+        many = f"{len(batch.failures)} answers could not be judged and are left out"
+        run.view.say(f"step {step}: {many}; the first: {batch.failures[0]}")
     alarms, lines = run.alarms.step(metrics, batch.groups, batch.anchors)
     for line in lines:
         run.view.say(line)
@@ -292,15 +300,24 @@ def wait_for_batch_ahead(run: Run) -> None:
 
 
 def sample(run: Run, step: int, replay: ReplayState) -> Batch:
-    """Rollouts, the anchors among them, their corrections: all of one policy version."""
+    """Rollouts, the anchors among them, their corrections: all of one policy version. What nobody could judge is in
+    none of them; too much of that is a TrainingStopped."""
     config = run.config
     rng = np.random.default_rng(seed_for(config.seed, step, "anchors"))
     prompts = prompts_of_step(run.train, config, step)
-    groups = run.sampler.groups(prompts, config.rollout.samples_per_prompt, run.sampling, step, "rollout")
-    anchors, counts = select_anchors(groups, config.anchors_per_step, replay.rho, config.correction, run.correct, rng)
-    run.sampler.correct(anchors, config.samples_per_anchor, run.sampling, step, "correction")
+    asked = run.sampler.groups(prompts, config.rollout.samples_per_prompt, run.sampling, step, "rollout")
+    failures, groups = failures_of(asked), [group for group in asked if group.rollouts]
+    answers = len(asked) * config.rollout.samples_per_prompt
+    expected = config.anchors_per_step * config.samples_per_anchor if groups else 0
+    refuse_failures(failures, answers + expected, config.verify.max_failed)
+    chosen, counts = select_anchors(groups, config.anchors_per_step, replay.rho, config.correction, run.correct, rng)
+    run.sampler.correct(chosen, config.samples_per_anchor, run.sampling, step, "correction")
+    failures += failures_of([], chosen)
+    answers += len(chosen) * config.samples_per_anchor
+    refuse_failures(failures, answers, config.verify.max_failed)
+    anchors = [anchor for anchor in chosen if anchor.corrections]
     kept = [r.reward for anchor in anchors if anchor.right for r in anchor.corrections]
-    return Batch(groups, anchors, counts, replay.rho, update_replay(replay, kept, config.replay))
+    return Batch(groups, anchors, counts, replay.rho, update_replay(replay, kept, config.replay), failures)
 
 
 def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
@@ -349,7 +366,8 @@ def build(
     engine.publish = sync.republish
     if config.rollout.overlap:
         engine.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.run.rank_timeout_s))
-    sampler = Sampler(engine, chat, config.seed, engine.group)
+    judges = open_engine.enter_context(build_judges(config, view.say))
+    sampler = Sampler(engine, chat, config.seed, judges, engine.group)
     reference = build_policy(reference_model, config, mesh) if reference_model is not None else None
     updates = config.train.steps * config.train.updates_per_step
     learner = Learner(policy, config.optim, updates, reference)
@@ -361,9 +379,11 @@ def build(
     sync.publish(progress.step)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens)
     alarms = Alarms(config.run.alarm_after, config.sync.alarm_outside)
+    sources = sorted({prompt.problem.source for prompt in train_prompts})
     run = Run(
-        config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view, alarms, checkpoints
-    )
+        config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view, alarms, checkpoints,
+        sources,
+    )  # fmt: skip
     return run, progress
 
 
@@ -373,7 +393,8 @@ def timed_evaluation(run: Run, progress: Progress, when: str) -> dict[str, float
     with saved_if_stopped(run, progress):
         result = evaluate(run.sampler, run.held_out, run.correct, run.config, run.signals.check)
     seconds = time.perf_counter() - started
-    run.view.say(f"{when}: greedy {result['greedy']:.3f}, T=1 {result['t1']:.3f} ({seconds:.1f}s)")
+    failed = f", {result['failed']:.0f} answers not judged" if result.get("failed") else ""
+    run.view.say(f"{when}: greedy {result['greedy']:.3f}, T=1 {result['t1']:.3f}{failed} ({seconds:.1f}s)")
     return result
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tuple[list[Update], Metrics, float]:
     """The step's optimiser updates: (updates, metrics of the tokens, seconds for old and reference log-probs)."""
-    n = run.config.train.updates_per_step
+    per_step = run.config.train.updates_per_step
+    n = min(per_step, len(groups))  # fewer, where whole groups could not be judged
     every = run.config.train.measure_every
     measured = every > 0 and step % every == 0
     batches: list[list[Pack]] = []
@@ -39,7 +40,7 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
         forwarded += tokens
         rows += row_tokens(batch)
     old_logp_s = 0.0
-    need_old = n > 1 or (run.config.loss.is_cap is not None and run.config.loss.is_level == "sequence")
+    need_old = per_step > 1 or (run.config.loss.is_cap is not None and run.config.loss.is_level == "sequence")
     if need_old or run.learner.reference is not None:
         started = time.perf_counter()
         batches = [run.learner.with_log_probs(packs, need_old) for packs in batches]
@@ -49,7 +50,7 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
     for part, packs in enumerate(batches):
         if measured:
             sampled.append(run.learner.measure(rests[part]))  # by the weights that this update starts from
-        updates.append(run.learner.update(packs, (step - 1) * n + part))
+        updates.append(run.learner.update(packs, (step - 1) * per_step + part))
         if updates[-1].bad_pack is not None:
             keep_bad_pack(run, updates[-1].bad_pack, step)
     saved = 1 - forwarded / rows if rows else None

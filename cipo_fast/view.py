@@ -135,6 +135,10 @@ def step_line(m: Metrics, total: int) -> str:
             f"gap {_share(m['correction/gap'], sign=True)}",
             f"rho {_share(m['replay/rho'])}",
         ]
+    if m.get("verify/timeout"):
+        parts.append(f"timeout {_share(m['verify/timeout'])}")
+    if m.get("verify/failed"):
+        parts.append(f"not judged {m['verify/failed']}")
     if m.get("train/skipped"):
         parts.append(f"skipped {m['train/skipped']}")
     parts += [
@@ -160,7 +164,13 @@ LABELS = {
     "wrong_to_right": "correction of wrong attempts: right",
     "right_to_wrong": "correction of right attempts: broken",
     "correction_gap": "correction gap (over a fresh retry)",
+    "wrong": "judged wrong, T=1",
+    "unparsable": "no answer found, T=1",
+    "timeout": "out of time, T=1",
+    "answers": "answers judged",
+    "failed": "answers that could not be judged",
 }
+COUNTED = ("answers", "failed")
 
 
 def summary_table(before: dict[str, float | None], after: dict[str, float | None], saved: float | None) -> Table:
@@ -168,8 +178,8 @@ def summary_table(before: dict[str, float | None], after: dict[str, float | None
     table = _table("before", "after", "change")
     for key in after:
         b, a = before.get(key), after[key]
-        change = "" if a is None or b is None else f"{a - b:+.3f}"
-        table.add_row(_label(key), _number(b, ".3f"), _number(a, ".3f"), change)
+        change = "" if a is None or b is None or key in COUNTED else f"{a - b:+.3f}"
+        table.add_row(_label(key), _number(b, _form(key)), _number(a, _form(key)), change)
     if saved is not None:
         table.add_section()
         table.add_row("tokens saved by sharing", "", f"{saved:.1%}", "")
@@ -179,7 +189,7 @@ def summary_table(before: dict[str, float | None], after: dict[str, float | None
 def evaluation_table(result: dict[str, float | None]) -> Table:
     table = _table("value")
     for key, value in result.items():
-        table.add_row(_label(key), _number(value, ".3f"))
+        table.add_row(_label(key), _number(value, _form(key)))
     return table
 
 
@@ -193,6 +203,10 @@ def _table(*columns: str) -> Table:
 
 def _label(key: str) -> str:
     return LABELS.get(key, key.replace("pass_at_", "pass@"))
+
+
+def _form(key: str) -> str:
+    return ".0f" if key in COUNTED else ".3f"
 
 
 def _columns(m: Metrics, history: list[float]) -> Table:

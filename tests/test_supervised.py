@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.errors import EngineFailure, RankFailure, TrainingStopped
 from cipo_fast.records import Completion
-from cipo_fast.rollout import Sampling, SyncReport
+from cipo_fast.rollout import Finished, Sampling, SyncReport
 from cipo_fast.rollout import supervised as supervised_module
 from cipo_fast.rollout.supervised import SupervisedEngine
 
@@ -33,7 +33,9 @@ class Fails:
         if self.failures.get(name):
             raise self.failures[name].pop(0)
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, finished: Finished | None = None
+    ) -> list[list[Completion]]:
         self._call("generate")
         return [[Completion([seed], [0.0], False, self.policy_version)] * n for _ in prompts]
 

@@ -10,7 +10,7 @@ from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem
 from cipo_fast.tasks import check_data, load_dataset, load_held_out, verify
-from cipo_fast.tasks.jsonl import read_problems
+from cipo_fast.tasks.problems import read_problems
 
 
 @pytest.mark.parametrize("task", ["sort", "add"])
@@ -193,7 +193,7 @@ USER = '[{"role": "user", "content": "q"}]'
         f'{{"prompt": {USER}, "answer": "4"}}',
         f'{{"prompt": {USER}, "solution": "4"}}',
         f'{{"prompt": {USER}, "ground_truth": 4, "answer": "4", "solution": null}}',
-        f'{{"data_source": "math", "prompt": {USER}, "ability": "math", "extra_info": {{"index": 0, "score": NaN}}, '
+        f'{{"data_source": "own", "prompt": {USER}, "ability": "math", "extra_info": {{"index": 0, "score": NaN}}, '
         '"reward_model": {"style": "rule", "ground_truth": "4"}}',
         '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}], "name": null}], "answer": "4"}',
     ],
@@ -201,7 +201,7 @@ USER = '[{"role": "user", "content": "q"}]'
 def test_rows_of_trl_and_verl(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line)
-    source = "math" if "data_source" in line else "a.jsonl"
+    source = "own" if "data_source" in line else "a.jsonl"
     assert read_problems(path) == [Problem("a-1", ({"role": "user", "content": "q"},), "4", source)]
 
 

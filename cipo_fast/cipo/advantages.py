@@ -1,40 +1,53 @@
-"""Rewards to advantages, group by group, in float64."""
+"""Rewards to advantages, group by group, in float64. Groups may differ in length: an answer that nobody could judge is
+in none."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from cipo_fast.records import Rollout
+
 Array = np.ndarray
+Groups = Sequence[Array]  # rewards or advantages: an array [n] for each group; a matrix [groups, n] is one such, too
 
 
-def group_advantages(rewards: Array, *, scale: bool, eps: float) -> Array:
-    """(r - mean) / (std + eps) in each row of `rewards` [groups, G]; without std if not `scale` (Dr.GRPO).
+def rewards_of(answers: Sequence[Rollout]) -> Array:
+    """[n] float64, each of them 0 or 1: no other reward gets into the algorithm. RuntimeError for any other."""
+    for answer in answers:
+        if answer.reward not in (0.0, 1.0):
+            raise RuntimeError(f"an answer to {answer.problem.id} has reward {answer.reward!r}: only 0 and 1 exist")
+    return np.array([answer.reward for answer in answers], dtype=np.float64)
 
-    std is the sample standard deviation. A group without variance gets exactly 0.
+
+def group_advantages(rewards: Groups, *, scale: bool, eps: float) -> list[Array]:
+    """(r - mean) / (std + eps) in each group of `rewards`; without std if not `scale` (Dr.GRPO).
+
+    std is the sample standard deviation. A group without variance, such as one of a single answer, gets exactly 0.
     """
-    return _standardise(rewards, rewards, scale, eps)
+    return [_standardise(group, group, scale, eps) for group in rewards]
 
 
-def shape_rewards(rewards: Array, anchor_right: Array, lambda_risk: float) -> Array:
+def shape_rewards(rewards: Groups, anchor_right: Sequence[bool] | Array, lambda_risk: float) -> list[Array]:
     """r' = r - lambda_risk * 1[anchor right and r = 0]: breaking a right answer costs extra [paper].
 
-    rewards [anchors, Gc] in {0, 1}; anchor_right [anchors] bool.
+    rewards in {0, 1}, a group for each anchor; anchor_right [anchors] bool.
     """
-    return rewards - lambda_risk * (anchor_right[:, None] & (rewards == 0))
+    return [group - lambda_risk * (right & (group == 0)) for group, right in zip(rewards, anchor_right, strict=True)]
 
 
 def correction_advantages(
-    rewards: Array,
-    anchor_right: Array,
+    rewards: Groups,
+    anchor_right: Sequence[bool] | Array,
     *,
     lambda_risk: float,
     risk_norm: Literal["literal", "raw_std", "pooled"],
     scale: bool,
     eps: float,
-) -> Array:
-    """Advantages of corrections [anchors, Gc], with r' the shaped reward:
+) -> list[Array]:
+    """Advantages of corrections, a group for each anchor, with r' the shaped reward:
 
     literal  (r' - mean r') / (std r' + eps)  [f2f]. **lambda_risk has no effect here**: in a right-anchor group r' is
              affine in r, so the normalised advantages are the same for every lambda_risk. A control.
@@ -43,25 +56,28 @@ def correction_advantages(
              for others: also punishes a right-anchor group that went all wrong.
     Without `scale` nothing is divided. Groups without variance get 0 in literal and raw_std.
     """
-    if rewards.size == 0:
-        return np.zeros_like(rewards)
     shaped = shape_rewards(rewards, anchor_right, lambda_risk)
     if risk_norm == "literal":
-        return _standardise(shaped, shaped, scale, eps)
+        return [_standardise(group, group, scale, eps) for group in shaped]
     if risk_norm == "raw_std":
-        return _standardise(shaped, rewards, scale, eps)
-    baseline = np.where(anchor_right, shaped.mean(), shaped.mean(axis=1))
-    return (shaped - baseline[:, None]) / ((shaped.std(ddof=1) + eps) if scale else 1.0)
+        return [_standardise(group, raw, scale, eps) for group, raw in zip(shaped, rewards, strict=True)]
+    batch = np.concatenate(shaped) if shaped else np.zeros(0)
+    if len(batch) < 2:
+        return [np.zeros_like(group) for group in shaped]
+    mean, spread = batch.mean(), (batch.std(ddof=1) + eps) if scale else 1.0
+    return [
+        (group - (mean if right else group.mean())) / spread for group, right in zip(shaped, anchor_right, strict=True)
+    ]
 
 
-def no_variance(rewards: Array) -> Array:
+def no_variance(rewards: Groups) -> Array:
     """[groups] bool: all rewards of the group are equal, so it teaches nothing."""
-    return (rewards == rewards[:, :1]).all(axis=1)
+    return np.array([bool((group == group[:1]).all()) for group in rewards], dtype=bool)
 
 
 def _standardise(values: Array, spread: Array, scale: bool, eps: float) -> Array:
-    """(values - row mean) / (row std of `spread` + eps), exactly 0 where a row does not vary."""
-    centred = values - values.mean(axis=1, keepdims=True)
-    if scale:
-        centred = centred / (spread.std(axis=1, ddof=1, keepdims=True) + eps)
-    return np.where(no_variance(spread)[:, None], 0.0, centred)
+    """(values - mean) / (std of `spread` + eps), exactly 0 where `spread` does not vary."""
+    if (spread == spread[:1]).all():
+        return np.zeros_like(values)
+    centred = values - values.mean()
+    return centred / (spread.std(ddof=1) + eps) if scale else centred

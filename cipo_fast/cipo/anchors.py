@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cipo_fast.cipo.advantages import rewards_of
 from cipo_fast.config import CorrectionConfig
 from cipo_fast.records import Anchor, Group, Rollout
 
@@ -56,7 +57,8 @@ class _Pool:
         self.cap = config.max_anchors_per_prompt
         self.taken = [0] * len(groups)
         self.dropped = 0
-        self.tiers = order_prompts([group.pass_rate for group in groups], config, rng)
+        pass_rates = [float(rewards_of(group.rollouts).mean()) for group in groups]
+        self.tiers = order_prompts(pass_rates, config, rng)
         self.eligible = {
             right: [
                 [i for i in rng.permutation(_eligible(group)).tolist() if (group.rollouts[i].reward > 0) == right]

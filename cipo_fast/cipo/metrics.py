@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from typing import get_args
 
-from cipo_fast.cipo.advantages import no_variance
+from cipo_fast.cipo.advantages import no_variance, rewards_of
 from cipo_fast.cipo.anchors import AnchorCounts
 from cipo_fast.records import Anchor, Group, Rollout
+from cipo_fast.verify import Verdict
 
 Metrics = dict[str, float | int | None]
+VERDICTS: tuple[str, ...] = get_args(Verdict)
 
 
 def batch_metrics(groups: list[Group], anchors: list[Anchor], counts: AnchorCounts | None) -> Metrics:
@@ -44,13 +47,28 @@ def batch_metrics(groups: list[Group], anchors: list[Anchor], counts: AnchorCoun
     return metrics
 
 
+def verdict_metrics(groups: list[Group], anchors: list[Anchor], failed: int, sources: Sequence[str]) -> Metrics:
+    """Shares of the judged answers by verdict, corrections among them; how many could not be judged; the accuracy of
+    rollouts by source, where there are several sources."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    metrics: Metrics = {**verdict_shares([*rollouts, *(r for anchor in anchors for r in anchor.corrections)])}
+    metrics["verify/failed"] = failed
+    for source in sources if len(sources) > 1 else ():
+        metrics[f"source/{source}/accuracy"] = _mean([r.reward for r in rollouts if r.problem.source == source])
+    return metrics
+
+
+def verdict_shares(answers: Sequence[Rollout]) -> Metrics:
+    return {f"verify/{verdict}": _mean([float(r.verdict == verdict) for r in answers]) for verdict in VERDICTS}
+
+
 def correction_gap(groups: list[Group], anchors: list[Anchor]) -> float | None:
     """Does showing a wrong attempt help more than trying afresh? Wrong-to-right rate minus the pass rate of the other
     rollouts (leave one out) of the same anchors' prompts."""
     gaps = []
     for anchor in anchors:
-        if not anchor.right:
-            rewards = [r.reward for r in groups[anchor.group].rollouts]
+        rewards = [r.reward for r in groups[anchor.group].rollouts]
+        if not anchor.right and anchor.corrections and len(rewards) > 1:
             fresh = sum(rewards) / (len(rewards) - 1)  # the anchor's own reward is 0
             gaps.append(sum(r.reward for r in anchor.corrections) / len(anchor.corrections) - fresh)
     return _mean(gaps)
@@ -64,7 +82,7 @@ def _shape(stream: str, rollouts: list[Rollout]) -> Metrics:
 
 
 def _no_variance(groups: list[list[Rollout]]) -> float | None:
-    return float(no_variance(np.array([[r.reward for r in group] for group in groups])).mean()) if groups else None
+    return float(no_variance([rewards_of(group) for group in groups]).mean()) if groups else None
 
 
 def _mean(values: list[float] | list[int]) -> float | None:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
-from cipo_fast.cipo.advantages import correction_advantages, group_advantages
+from cipo_fast.cipo.advantages import correction_advantages, group_advantages, rewards_of
 from cipo_fast.config import Config
 from cipo_fast.records import Anchor, Conversation, Group, Rollout, Segment
 
@@ -70,12 +68,12 @@ def _all_conversations(groups: list[Group], anchors: list[Anchor], config: Confi
 def _rollout_stream(
     groups: list[Group], prompts: list[Segment], attempts: list[list[Segment]], config: Config
 ) -> list[Conversation]:
-    rewards = np.array([[r.reward for r in group.rollouts] for group in groups], dtype=np.float64)
+    rewards = [rewards_of(group.rollouts) for group in groups]
     advantages = group_advantages(rewards, scale=config.loss.scale_advantages, eps=config.loss.advantage_eps)
     weights = _rl_weights([r for group in groups for r in group.rollouts], config)
     return [
         Conversation(
-            (prompts[g], attempts[g][i]), rollout.sampler_logps, "rollout", advantages[g, i], next(weights), 0.0
+            (prompts[g], attempts[g][i]), rollout.sampler_logps, "rollout", advantages[g][i], next(weights), 0.0
         )
         for g, group in enumerate(groups)
         for i, rollout in enumerate(group.rollouts)
@@ -87,8 +85,8 @@ def _correction_stream(
 ) -> list[Conversation]:
     c = config.correction
     advantages = correction_advantages(
-        np.array([[r.reward for r in anchor.corrections] for anchor in anchors], dtype=np.float64),
-        np.array([anchor.right for anchor in anchors]),
+        [rewards_of(anchor.corrections) for anchor in anchors],
+        [anchor.right for anchor in anchors],
         lambda_risk=c.lambda_risk,
         risk_norm=c.risk_norm,
         scale=config.loss.scale_advantages,
@@ -100,7 +98,7 @@ def _correction_stream(
             (*contexts[a], Segment(correction.token_ids)),
             correction.sampler_logps,
             "correction",
-            advantages[a, j],
+            advantages[a][j],
             c.lambda_corr * next(weights),
             0.0,
         )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +18,8 @@ from cipo_fast.distributed import on_main
 from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.embedded.warm_start import warm_start
+from cipo_fast.errors import UserError
+from cipo_fast.marking import build_judges
 from cipo_fast.records import Problem
 from cipo_fast.sampling import encode_dataset, fitting
 from cipo_fast.tasks import Dataset, load_dataset, quiet
@@ -40,14 +43,14 @@ def prepare(config: Config, mesh: DeviceMesh, note: Say) -> Config:
 
 def digest(config: Config) -> str:
     """Of all that the folder depends on."""
-    file = config.data.train.stat() if config.data.train else None
+    files = [path.stat() for path in config.data.sources("train") if isinstance(path, Path)]
     key = [
         config.seed,
         config.model.dtype,
         config.model.embedded,
         config.data.model_dump(exclude={"date"}),  # its template prints none
         config.eval.problems,
-        file and (file.st_size, file.st_mtime_ns),
+        [(file.st_size, file.st_mtime_ns) for file in files],
         config.rollout.max_tokens,
         config.correction.model_dump(include={"layout", "followup", "verdict", "max_prompt_tokens"}),
     ]
@@ -60,10 +63,12 @@ def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
         dataset = Dataset(*embedded_problems(config.data.task, config.seed, config.held_out))
     else:
         dataset = load_dataset(config)
+    dataset = Dataset(imitable(dataset.train), dataset.held_out)
     prompts, _ = encode_dataset(dataset, chat, config, quiet)  # the run that follows says the same
     prompts = fitting(prompts, config.data.max_prompt_tokens, "data.train", quiet)
     model = new_model(config, "cipo_tree")
-    weights = warm_start(model, chat, prompts, config, mesh, note)
+    with build_judges(config, note) as judges:
+        weights = warm_start(model, chat, prompts, config, mesh, note, judges)
 
     def write() -> None:
         part = folder.with_name(folder.name + ".part")
@@ -76,6 +81,15 @@ def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
         part.rename(folder)
 
     on_main(write)
+
+
+def imitable(problems: list[Problem]) -> list[Problem]:
+    """The problems whose rows have an answer, to be given word for word, whatever verifies it later. Raises
+    UserError."""
+    found = [replace(p, verifier="exact", fields={}) for p in problems if p.answer]
+    if not found:
+        raise UserError("model.path=embedded: its first steps imitate answers, and no row of data.train has one")
+    return found
 
 
 def _write(path: Path, problems: list[Problem]) -> None:

@@ -29,6 +29,7 @@ from cipo_fast.rollout import Sampling
 from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.rollout.supervised import SupervisedEngine
 from cipo_fast.sampling import Prompt, Sampler, seed_for
+from cipo_fast.verify.pool import Judges
 
 CHECK_EVERY = 10
 CHECK_PROBLEMS = 256
@@ -41,14 +42,15 @@ def warm_start(
     config: Config,
     mesh: DeviceMesh,
     note: Callable[[str], None],
+    judges: Judges,
 ) -> dict[str, Tensor]:
     """`model` brought to `warm_accuracy` greedy accuracy on training problems, or through `warm_steps` steps: its
-    weights, on every rank. A collective."""
+    weights, on every rank. A collective. The problems are of exact answers, which are imitated."""
     shape, limit = config.model.embedded, config.rollout.max_tokens
     twin = twin_of(model, mesh.device_type, torch.float32)
     bare = LocalEngine(twin, chat.end_ids(None), chat.tokenizer.pad_token_id, config.rollout.batch_sequences)
     engine = SupervisedEngine(bare, 0, note)
-    sampler = Sampler(engine, chat, config.seed)
+    sampler = Sampler(engine, chat, config.seed, judges)
     cost = cost_model(model.config, model.num_parameters())
     policy = build_policy(model, config, mesh)
     learner = Learner(policy, OptimConfig(lr=shape.warm_lr, warmup_steps=20), shape.warm_steps)

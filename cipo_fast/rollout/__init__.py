@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,10 @@ from torch import Tensor
 
 from cipo_fast.errors import EngineFailure as EngineFailure
 from cipo_fast.records import Completion
+
+# (index of the prompt, token ids of one of its answers that has come to its end): called while others are still
+# sampled, from any thread. An engine that is asked again after a failure may call it for other ids.
+Finished = Callable[[int, list[int]], None]
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,18 @@ class Engine(Protocol):
         """Longest prompt and answer together; None without a limit."""
         ...
 
-    def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        finished: Finished | None = None,
+    ) -> list[list[Completion]]:
         """`n` completions of each prompt (token ids), in the prompts' order; the same seed gives the same ones.
 
-        Answers are cut at max_model_len. Raises EngineFailure."""
+        Answers are cut at max_model_len. `finished` hears of those that are not cut as they come. Raises
+        EngineFailure."""
         ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:

@@ -22,7 +22,7 @@ from transformers import (
 from cipo_fast.errors import PolicyBroken, UserError
 from cipo_fast.model import named_tensors, tied_names
 from cipo_fast.records import Completion
-from cipo_fast.rollout import Sampling, SyncReport
+from cipo_fast.rollout import Finished, Sampling, SyncReport
 from cipo_fast.rollout.checksums import checksum, to_ints
 
 # What `generate` passes through on its way from logits to tokens: a model's own version could shape anything.
@@ -53,7 +53,14 @@ class LocalEngine:
         self._whole = True  # False from the first byte of a sync to its end
         self._refuse_shaping()
 
-    def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        finished: Finished | None = None,
+    ) -> list[list[Completion]]:
         self._check_whole()
         for prompt in prompts:
             if self.max_model_len is not None and len(prompt) >= self.max_model_len:
@@ -65,10 +72,9 @@ class LocalEngine:
             torch.manual_seed(seed)
             for start in range(0, len(prompts), batch):
                 members = by_length[start : start + batch]
-                for i, completions in zip(
-                    members, self._generate([prompts[i] for i in members], n, sampling), strict=True
-                ):
-                    found[i] = completions
+                completions = self._generate(prompts, members, n, sampling, finished)
+                for i, mine in zip(members, completions, strict=True):
+                    found[i] = mine
         return found
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
@@ -162,18 +168,32 @@ class LocalEngine:
         )
 
     @torch.no_grad()
-    def _generate(self, prompts: list[list[int]], n: int, sampling: Sampling) -> list[list[Completion]]:
+    def _generate(
+        self,
+        all_prompts: Sequence[list[int]],
+        members: list[int],
+        n: int,
+        sampling: Sampling,
+        finished: Finished | None,
+    ) -> list[list[Completion]]:
+        """Of the prompts that `members` are the indices of."""
+        prompts = [all_prompts[i] for i in members]
         width = max(len(p) for p in prompts)
         device = self.model.device
         input_ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         recorder = _LogProbs()
+        rooms = [self._room(prompt, sampling) for prompt in prompts for _ in range(n)]
         warpers: list[LogitsProcessor] = []
+        ends = None
+        if finished is not None:
+            owners = [i for i in members for _ in range(n)]
+            ends = _Ends(finished, owners, rooms, width, torch.tensor(self.eos_ids, device=device))
+            warpers.append(ends)
         if sampling.temperature not in (0, 1):
             warpers.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_p < 1:
             warpers.append(TopPLogitsWarper(sampling.top_p))
-        rooms = [self._room(prompt, sampling) for prompt in prompts for _ in range(n)]
         try:
             output = self.model.generate(
                 input_ids.repeat_interleave(n, 0),
@@ -190,6 +210,8 @@ class LocalEngine:
             raise RuntimeError(f"transformers' generate returned {type(output).__name__}, not {len(rooms)} answers")
         tokens = output[:, width:]  # [len(prompts) * n, L]
         logps = recorder.finish(output)
+        if ends is not None:
+            ends.look(output)
         ended = torch.isin(tokens, torch.tensor(self.eos_ids, device=device))
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, torch.iinfo(torch.int64).max).tolist()
         completions = []
@@ -197,6 +219,35 @@ class LocalEngine:
             kept = min(length, room)
             completions.append(Completion(token[:kept], logp[:kept], length > room, self.policy_version))
         return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+class _Ends(LogitsProcessor):
+    """Tells of each row as it ends: `generate` shows all that is sampled so far before each next token.
+
+    Row r is an answer to prompt owners[r], of at most rooms[r] tokens after the first `width`."""
+
+    def __init__(self, finished: Finished, owners: list[int], rooms: list[int], width: int, eos_ids: Tensor):
+        self.finished = finished
+        self.owners = owners
+        self.rooms = rooms
+        self.width = width
+        self.eos_ids = eos_ids
+        self.ended = torch.zeros(len(owners), dtype=torch.bool, device=eos_ids.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.look(input_ids)
+        return scores
+
+    def look(self, sequences: Tensor) -> None:
+        """sequences [rows, width + tokens so far]; a row that has ended is padded."""
+        length = sequences.shape[1] - self.width
+        if length == 0:
+            return
+        now = torch.isin(sequences[:, -1], self.eos_ids) & ~self.ended
+        self.ended |= now
+        for row in now.nonzero().flatten().tolist():
+            if length <= self.rooms[row]:
+                self.finished(self.owners[row], sequences[row, self.width :].tolist())
 
 
 class _LogProbs(LogitsProcessor):

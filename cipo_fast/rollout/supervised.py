@@ -19,7 +19,7 @@ from torch import Tensor
 from cipo_fast.distributed import together
 from cipo_fast.errors import EngineFailure, TrainingStopped
 from cipo_fast.records import Completion
-from cipo_fast.rollout import Engine, Sampling, SyncReport
+from cipo_fast.rollout import Engine, Finished, Sampling, SyncReport
 
 T = TypeVar("T")
 FORGOTTEN_S = 3600.0  # a failure older than this, and of an older policy version, counts no more
@@ -50,8 +50,15 @@ class SupervisedEngine:
     def max_model_len(self) -> int | None:
         return self.engine.max_model_len
 
-    def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
-        return self._ask(lambda: self.engine.generate(prompts, n, sampling, seed), self.group)
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        finished: Finished | None = None,
+    ) -> list[list[Completion]]:
+        return self._ask(lambda: self.engine.generate(prompts, n, sampling, seed, finished), self.group)
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         return self._ask(lambda: self.engine.score(sequences))

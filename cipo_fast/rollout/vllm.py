@@ -19,7 +19,7 @@ from torch import Tensor
 from cipo_fast.config import Config
 from cipo_fast.errors import UserError
 from cipo_fast.records import Completion
-from cipo_fast.rollout import Sampling, SyncReport
+from cipo_fast.rollout import Finished, Sampling, SyncReport
 from cipo_fast.rollout.checksums import added
 from cipo_fast.rollout.vllm_arguments import user_arguments
 
@@ -73,7 +73,14 @@ class VllmEngine:
         self._asleep = False
         self._ready = False  # False from the first byte of a sync to its end, and while asleep
 
-    def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        finished: Finished | None = None,
+    ) -> list[list[Completion]]:
         self._check_ready()
         from vllm import SamplingParams
 
@@ -83,8 +90,18 @@ class VllmEngine:
             SamplingParams(**sampling_arguments(len(prompt), n, sampling, seed, i, self.eos_ids, self.max_model_len))
             for i, prompt in enumerate(prompts)
         ]
-        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return [self._completions(output) for output in outputs]
+        ids = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        index = {name.partition("-")[0]: i for i, name in enumerate(ids)}  # vLLM adds letters of its own to a number
+        found: list[list[Completion]] = [[] for _ in prompts]
+        engine = self.llm.llm_engine
+        while engine.has_unfinished_requests():  # as LLM.generate does, which tells of all answers at its end alone
+            for output in engine.step():
+                if output.finished:  # all n answers to a prompt
+                    i = index[output.request_id]
+                    found[i] = self._completions(output)
+                    if finished is not None:
+                        tell(finished, i, found[i])
+        return found
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         started = time.perf_counter()
@@ -150,6 +167,13 @@ class VllmEngine:
             logps = [position[token].logprob for position, token in zip(sample.logprobs, ids, strict=True)]
             found.append(Completion(ids, logps, sample.finish_reason == "length", self.policy_version))
         return found
+
+
+def tell(finished: Finished, prompt: int, completions: Iterable[Completion]) -> None:
+    """Those that have come to their end."""
+    for completion in completions:
+        if not completion.truncated:
+            finished(prompt, completion.token_ids)
 
 
 class _Count:

@@ -25,7 +25,7 @@ from cipo_fast.config import Config
 from cipo_fast.distributed import is_main, on_main, together, told
 from cipo_fast.errors import TrainingStopped, UserError, note
 from cipo_fast.records import Completion
-from cipo_fast.rollout import EngineFailure, Sampling, SyncReport
+from cipo_fast.rollout import EngineFailure, Finished, Sampling, SyncReport
 from cipo_fast.rollout.checksums import added
 from cipo_fast.rollout.connection import CONNECT_TIMEOUT_S, Address, Connection
 from cipo_fast.rollout.server_process import ServerProcess, served_name, transfer_kind
@@ -35,6 +35,7 @@ from cipo_fast.rollout.vllm import (
     refuse_unknown,
     sampling_arguments,
     scoring_arguments,
+    tell,
 )
 from cipo_fast.rollout.vllm_guard import KEY
 
@@ -98,7 +99,14 @@ class VllmServerEngine:
         self.taken = False  # a server that we found, and claimed
         self.http = Connection(address, self.config.timeout_s, process.check if process is not None else lambda: None)
 
-    def generate(self, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int) -> list[list[Completion]]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        finished: Finished | None = None,
+    ) -> list[list[Completion]]:
         self._check_ready()
         bodies = [
             {
@@ -110,7 +118,15 @@ class VllmServerEngine:
             for i, prompt in enumerate(prompts)
         ]
         at_once = max(1, 2 * self.max_sequences // (n * dist.get_world_size()))  # twice what runs: no slot waits for us
-        return self.http.for_all(self._generate, bodies, at_once)
+
+        def ask(item: tuple[int, dict[str, Any]]) -> list[Completion]:
+            i, body = item
+            completions = self._generate(body)
+            if finished is not None:
+                tell(finished, i, completions)
+            return completions
+
+        return self.http.for_all(ask, enumerate(bodies), at_once)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         started = time.perf_counter()

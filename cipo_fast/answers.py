@@ -1,0 +1,163 @@
+"""Answers that are to be judged, read from JSON Lines: a file of them, or the rollouts of a run.
+
+A line of a file is a row (see verify/) and its `response`. A line of `rollouts/step-*.jsonl` is a rollout, with its
+text, its row and, if it was an anchor, its corrections. What cannot be judged is a line with an `error`, never an
+exception.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cipo_fast.errors import UserError
+from cipo_fast.verify.judging import check_row
+
+ADDED = ("verdict", "why", "seconds")  # what judging adds to a record
+BEFORE = "verdict_before"  # what becomes of an earlier `verdict`
+_ROLLOUT = ("text", "reward", "corrections", "prompt_tokens", "tokens", "truncated", "policy_version", "problem")
+_BOM = b"\xef\xbb\xbf"
+_SHOWN = 200  # characters of a JSON error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. `index` is that of a correction of the line's rollout; None: the line's own answer. `before` is what
+    the line says of it already: right, wrong, unparsable, timeout, `not right` (a reward of 0), or nothing."""
+
+    row: dict[str, Any]
+    response: str
+    index: int | None = None
+    before: str | None = None
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of input. `record` is what it says ({"line": its text} where that is no JSON object), `error` what is
+    wrong with it."""
+
+    where: str
+    text: str
+    record: dict[str, Any]
+    answers: list[Answer] = field(default_factory=list)
+    error: str = ""
+    size: int = 0  # bytes
+
+    @property
+    def source(self) -> str:
+        row = self.answers[0].row if self.answers else {}
+        found = self.record.get("source") or row.get("source")
+        return found if isinstance(found, str) else ""
+
+
+def files_of(path: Path) -> tuple[list[Path], bool]:
+    """(the files to read, whether they are a run's): a JSON Lines file, a run's folder or its `rollouts/`."""
+    if path.is_dir():
+        folder = path / "rollouts" if (path / "rollouts").is_dir() else path
+        files = sorted(folder.glob("step-*.jsonl"))
+        if not files:
+            raise UserError(f"{path}: no rollouts/step-*.jsonl in it; name a run's folder or a JSON Lines file")
+        return files, True
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return [path], False
+
+
+def read_lines(files: list[Path], of_a_run: bool, verifier: str | None = None) -> Iterator[Line]:
+    """The lines in order, blank ones left out. `verifier` is that of rows which name none."""
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    line = line.removeprefix(_BOM) if number == 1 else line
+                    if line.strip():
+                        yield read_line(line, f"{path}:{number}", of_a_run, verifier)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_line(line: bytes, where: str, of_a_run: bool = False, verifier: str | None = None) -> Line:
+    """Bytes that are not UTF-8 become U+FFFD, which is how such an answer is judged."""
+    text = line.rstrip(b"\r\n").decode("utf-8", "replace")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Line(where, text, {"line": text}, error=f"not JSON ({str(error)[:_SHOWN]})", size=len(line))
+    if not isinstance(record, dict):
+        return Line(where, text, {"line": text}, error="not a JSON object", size=len(line))
+    rollout = "text" in record and "response" not in record and (of_a_run or "policy_version" in record)
+    try:
+        answers = _rollout(record, text, verifier) if rollout else [_answer(record, text, verifier)]
+    except UserError as error:
+        return Line(where, text, record, error=str(error), size=len(line))
+    return Line(where, text, record, answers, size=len(line))
+
+
+def plain(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what judging adds: the same for a line and for what was written of it."""
+    kept = {key: value for key, value in record.items() if key not in (*ADDED, BEFORE, "error")}
+    if isinstance(kept.get("corrections"), list):
+        kept["corrections"] = [plain(c) if isinstance(c, dict) else c for c in kept["corrections"]]
+    return kept
+
+
+def _answer(record: dict[str, Any], text: str, verifier: str | None) -> Answer:
+    row = {key: value for key, value in plain(record).items() if key != "response"}
+    return Answer(_checked(row, text, verifier), _text(record, "response"), before=_before(record))
+
+
+def _rollout(record: dict[str, Any], text: str, verifier: str | None) -> list[Answer]:
+    """The rollout, then its corrections. A run recorded before rows had a verifier judged by exact match."""
+    given = record.get("row")
+    row = given if isinstance(given, dict) else {k: v for k, v in plain(record).items() if k not in _ROLLOUT}
+    row = _checked(row, text, verifier or "exact")
+    corrections = record.get("corrections") or []
+    if not isinstance(corrections, list) or not all(isinstance(c, dict) for c in corrections):
+        raise UserError("field 'corrections' is not a list of objects")
+    answers = [Answer(row, _text(record, "text"), None, _before(record), bool(record.get("truncated")))]
+    for i, c in enumerate(corrections):
+        answers.append(Answer(row, _text(c, "text", f"corrections[{i}]."), i, _before(c), bool(c.get("truncated"))))
+    return answers
+
+
+def _checked(row: dict[str, Any], text: str, verifier: str | None) -> dict[str, Any]:
+    if row.get("verifier") is None:
+        if verifier is None:
+            raise UserError("no field 'verifier': exact, math, code or path/to/file.py:function")
+        row = {**row, "verifier": verifier}
+    if not isinstance(row["verifier"], str):
+        raise UserError("field 'verifier' is not text")
+    if type(row.get("answer")) in (int, float):
+        row = {**row, "answer": _as_typed(text)}
+    wrong = check_row(row)
+    if wrong:
+        raise UserError(wrong)
+    return row
+
+
+def _as_typed(text: str) -> Any:
+    """The answer of a line, where it is a number: with all its digits, as data for training has it."""
+    record = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    return record.get("answer", record.get("row", {}).get("answer"))
+
+
+def _text(record: dict[str, Any], key: str, inside: str = "") -> str:
+    value = record.get(key)
+    if value is None:
+        raise UserError(f"no field '{inside}{key}'")
+    if not isinstance(value, str):
+        raise UserError(f"field '{inside}{key}' is not text")
+    return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _before(record: dict[str, Any]) -> str | None:
+    if isinstance(record.get("verdict"), str):
+        return str(record["verdict"])
+    reward = record.get("reward")
+    if isinstance(reward, bool) or not isinstance(reward, int | float):
+        return None
+    return "right" if reward == 1 else "not right"

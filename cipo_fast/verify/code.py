@@ -1,0 +1,131 @@
+"""Code: a program is right when it gives what every test of its row expects.
+
+The sandbox returns values and never verdicts; they are compared here, outside of it, and no expected value of a call or
+of a stdin test ever enters it. The first test that fails decides. docs/verifiers.md states what "equal" means.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+from cipo_fast.verify.code_compare import same_output, same_value
+from cipo_fast.verify.code_tests import kind_of, problem_with, suite
+from cipo_fast.verify.program import Program, Unparsable, fenced, function_program, stdin_program
+from cipo_fast.verify.sandbox import Call, Result, Sandbox
+from cipo_fast.verify.verdict import Judgement, Verdict, VerifierFailure
+
+LONGEST_WHY = 200  # characters
+
+
+def judge(row: Mapping[str, Any], response: str, sandbox: Sandbox) -> Judgement:
+    """Judge a response by a row's tests. Raises VerifierFailure where the row or the sandbox allows no judgement."""
+    started = time.monotonic()
+    problem = problem_with(row)
+    if problem:
+        raise VerifierFailure(problem)
+    kind = kind_of(row)
+    try:
+        if kind == "stdin":
+            program = stdin_program(response)
+        else:
+            prompt = row.get("prompt")
+            code = prompt if isinstance(prompt, str) else ""
+            program = function_program(response, row.get("entry_point"), code)
+    except Unparsable as reason:
+        verdict: Verdict = "unparsable"
+        why = str(reason)
+    else:
+        run = {"stdin": _stdin, "calls": _calls, "suite": _suite}[kind]
+        verdict, why = run(row, program, sandbox)
+    return Judgement(verdict, _line(why), time.monotonic() - started)
+
+
+def check_row(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row, in one line: no tests, an empty list of them, a missing field."""
+    return problem_with(row)
+
+
+def gold_response(row: Mapping[str, Any]) -> str | None:
+    """The row's own solution, fenced; None where it has none. HumanEval's is a function body."""
+    solution = row.get("solution") or row.get("canonical_solution")
+    return fenced(solution) if isinstance(solution, str) and solution.strip() else None
+
+
+def _calls(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[Verdict, str]:
+    tests = row["tests"]
+    calls = [Call(args=test["args"], kwargs=test.get("kwargs") or {}) for test in tests]
+    with closing(_all(sandbox.call(program.text, program.entry_point, calls), len(tests))) as results:
+        for number, (test, result) in enumerate(zip(tests, results, strict=True), 1):
+            if result.outcome != "ok":
+                return _failed(result, number)
+            if not same_value(test["expected"], result.value):
+                return "wrong", f"test {number}: got {_short(result.value)}"
+    return "right", _passed(len(tests))
+
+
+def _stdin(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[Verdict, str]:
+    tests = row["tests"]
+    with closing(_all(sandbox.run(program.text, [test["stdin"] for test in tests]), len(tests))) as results:
+        for number, (test, result) in enumerate(zip(tests, results, strict=True), 1):
+            if result.outcome != "ok":  # also where the output is the expected one
+                return _failed(result, number)
+            difference = same_output(test["stdout"], result.stdout)
+            if difference:
+                return "wrong", f"test {number}: {difference}"
+    return "right", _passed(len(tests))
+
+
+def _suite(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[Verdict, str]:
+    assert program.entry_point is not None
+    result = sandbox.suite(program.text, program.entry_point, suite(row))
+    return ("right", "passed its suite") if result.outcome == "ok" else _failed(result, None)
+
+
+def _all(results: Iterator[Result], count: int) -> Iterator[Result]:
+    """The sandbox's results, which must be as many as were asked for: a missing one would be a test passed."""
+    given = 0
+    try:
+        for result in results:
+            given += 1
+            yield result
+    finally:
+        close = getattr(results, "close", None)
+        if close:
+            close()
+    if given != count:
+        raise VerifierFailure(f"the sandbox gave {given} results for {count} tests")
+
+
+def _failed(result: Result, number: int | None) -> tuple[Verdict, str]:
+    """A time-out is a verdict; every other end of a program (an exception, memory, output) is a wrong answer."""
+    where = "suite" if number is None else f"test {number}"
+    verdict: Verdict = "timeout" if result.outcome == "timeout" else "wrong"
+    return verdict, f"{where}: {result.outcome}{': ' if result.detail else ''}{result.detail}"
+
+
+def _passed(count: int) -> str:
+    return f"passed {count} {'test' if count == 1 else 'tests'}"
+
+
+class _Short(reprlib.Repr):
+    """Values in a few words; an integer of more digits than Python prints is told by its size."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"an integer of {x.bit_length()} bits" if x.bit_length() > 256 else super().repr_int(x, level)
+
+
+def _short(value: Any) -> str:
+    short = _Short()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return short.repr(value)
+
+
+def _line(text: str) -> str:
+    """One line of at most LONGEST_WHY characters that a terminal prints and does not obey."""
+    line = json.dumps(" ".join(text.split()), ensure_ascii=True)[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+    return line if len(line) <= LONGEST_WHY else line[: LONGEST_WHY - 3] + "..."

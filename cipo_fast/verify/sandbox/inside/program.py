@@ -1,0 +1,269 @@
+"""The process of the program: it becomes `__main__`, with true pipes, and tells its values over a pipe of its own.
+
+What is told here may be forged by the program: it is a value that it claims, which nobody here can compare with the
+expected one. Every message carries the execution's nonce.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import contextlib
+import io
+import json
+import linecache
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NoReturn
+
+from . import lockdown, usual
+from .values import NotPlain, decode, encode
+from .wire import Frames, frame
+
+_TELL, _ASK = 3, 4
+
+
+def main(request: dict[str, Any], theirs: list[int], isolation: str, channel: int, ours: list[int]) -> NoReturn:
+    """Never returns. `theirs` become descriptors 0 to 4, everything else is closed."""
+    code = 70
+    try:
+        _descriptors(theirs, channel, ours)
+        _confine(request, isolation)
+        _streams()
+        code = _MODES[request["mode"]](request)
+    except SystemExit as leaving:
+        code = _code(leaving)
+    except BaseException as error:
+        code = 1
+        _tell_exception(request, error)
+    finally:
+        _finish(code)
+
+
+def _descriptors(theirs: list[int], channel: int, ours: list[int]) -> None:
+    high = [os.dup2(descriptor, 100 + place) for place, descriptor in enumerate(theirs)]
+    for place, descriptor in enumerate(high):
+        os.dup2(descriptor, place, inheritable=place < 3)
+    os.closerange(5, 65536)
+
+
+def _confine(request: dict[str, Any], isolation: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()
+    lockdown.die_with_parent()
+    os.chdir(request["folder"])
+    os.environ |= {"HOME": request["folder"], "TMPDIR": request["folder"]}
+    if isolation == "landlock":
+        from . import landlock
+
+        landlock.confine(request["folder"])
+    lockdown.limit(request["limits"], count_processes=isolation == "namespaces")
+    lockdown.no_new_privileges()
+    if isolation != "none":
+        lockdown.refuse_calls()
+    lockdown.dumpable(True)
+
+
+def _streams() -> None:
+    for name, descriptor, mode in (("stdin", 0, "rb"), ("stdout", 1, "wb"), ("stderr", 2, "wb")):
+        errors = "surrogateescape" if name == "stdin" else "backslashreplace"
+        raw = open(descriptor, mode, closefd=False)  # noqa: SIM115 (lives as long as the process)
+        stream = io.TextIOWrapper(raw, encoding="utf-8", errors=errors, line_buffering=name == "stderr")
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _code(leaving: SystemExit) -> int:
+    """The exit code that Python would give."""
+    if leaving.code is None or type(leaving.code) is int:
+        return (leaving.code or 0) & 0xFF
+    with contextlib.suppress(Exception):
+        print(leaving.code, file=sys.stderr)
+    return 1
+
+
+def _finish(code: int) -> NoReturn:
+    """What the interpreter does at its end, as far as a program can notice."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # joins threads that are no daemons
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except BaseException:
+        code = code or 1
+    finally:
+        os._exit(code)
+
+
+# -- messages
+
+
+def _tell(nonce: str, what: str, text: str) -> None:
+    """One message: {"nonce", what: text}. `text` is canonical JSON, or a JSON list for an exception."""
+    left = frame(json.dumps({"nonce": nonce, what: text}).encode())
+    while left:
+        left = left[os.write(_TELL, left) :]
+
+
+def _tell_exception(request: dict[str, Any], error: BaseException) -> None:
+    with contextlib.suppress(BaseException):
+        traceback.print_exception(error)
+    with contextlib.suppress(BaseException):
+        _tell(request["nonce"], "raised", json.dumps(described(error)))
+
+
+def described(error: BaseException) -> list[str]:
+    """The name of its nearest built-in class, and its text."""
+    kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
+    try:
+        text = str(error)[:500]
+    except BaseException:
+        text = ""
+    name = type(error).__name__
+    return [kind.__name__, name, text if isinstance(text, str) else ""]
+
+
+def _incoming() -> Any:
+    """Messages from our side, one after the other."""
+    frames = Frames(longest=256 << 20)
+    while True:
+        data = os.read(_ASK, 1 << 16)
+        if not data:
+            return
+        yield from frames.feed(data)
+
+
+# -- the program
+
+
+def _execute(
+    request: dict[str, Any], before: Callable[[dict[str, Any]], None] = lambda names: None
+) -> dict[str, Any]:
+    """The program run as `__main__`; its names. inspect can read it, and pickle finds its classes."""
+    source, path = request["program"], f"{request['folder']}/program.py"
+    module = ModuleType("__main__")
+    module.__dict__.update(__file__=path, __builtins__=builtins)
+    sys.modules["__main__"] = module
+    sys.argv = [path]
+    linecache.cache[path] = (len(source), None, source.splitlines(True), path)
+    with contextlib.suppress(OSError, UnicodeError), open(path, "w", encoding="utf-8") as file:
+        file.write(source)
+    before(module.__dict__)
+    exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
+    return module.__dict__
+
+
+def entry(names: dict[str, Any], wanted: str | None) -> Callable[..., Any]:
+    """The function that is asked for: `name`, `Class.method`, `Class().method`; None: the only one there is, or the
+    only public method of `Solution`."""
+    found = wanted or _only(names)
+    owner, _, name = found.replace("()", "").rpartition(".")
+    if owner:
+        return getattr(names[owner](), name)  # type: ignore[no-any-return]
+    if name not in names and isinstance(names.get("Solution"), type) and hasattr(names["Solution"], name):
+        return getattr(names["Solution"](), name)  # type: ignore[no-any-return]
+    if name not in names:
+        raise NameError(f"the program defines no {name}")
+    return names[name]  # type: ignore[no-any-return]
+
+
+def _only(names: dict[str, Any]) -> str:
+    if isinstance(names.get("Solution"), type):
+        methods = [name for name, item in vars(names["Solution"]).items() if name[0] != "_" and callable(item)]
+        return f"Solution.{_single(methods, 'public method of Solution')}"
+    functions = [
+        name
+        for name, item in names.items()
+        if name[0] != "_" and callable(item) and getattr(item, "__module__", "") == "__main__" and type(item) != type
+    ]
+    return _single(functions, "function")
+
+
+def _single(names: list[str], what: str) -> str:
+    if len(names) != 1:
+        raise NameError(f"the program defines {len(names)} of what is called, a {what}: name the one that is meant")
+    return names[0]
+
+
+# -- modes
+
+
+def _run(request: dict[str, Any]) -> int:
+    _execute(request)
+    return 0
+
+
+def _ready(request: dict[str, Any]) -> Callable[..., Any]:
+    """The function of the program, and the names that LeetCode gives to its programs."""
+    wanted = request["entry_point"]
+    names = _execute(request, usual.give)
+    return entry(names, wanted)
+
+
+def _call(request: dict[str, Any]) -> int:
+    function = _ready(request)
+    arguments, named = decode(request["call"])
+    _answer(request["nonce"], function, arguments, named)
+    return 0
+
+
+def _answer(nonce: str, function: Callable[..., Any], arguments: Any, named: Any) -> None:
+    value = function(*arguments, **named)
+    sys.setrecursionlimit(10_000)
+    try:
+        text = encode(value)
+    except NotPlain as error:
+        _tell(nonce, "refused", str(error))
+        return
+    _tell(nonce, "value", text)
+
+
+def _serve(request: dict[str, Any]) -> int:
+    """Answer calls until our side hangs up."""
+    function = _ready(request)
+    for message in _incoming():
+        arguments, named = decode(message.decode())
+        try:
+            _answer(request["nonce"], function, arguments, named)
+        except Exception as error:
+            _tell(request["nonce"], "raised", json.dumps(described(error)))
+    return 0
+
+
+class CandidateError(Exception):
+    """The candidate raised an exception of a class of its own."""
+
+
+def _tests(request: dict[str, Any]) -> int:
+    """Run the tests with a candidate that lives elsewhere: only values cross."""
+    nonce, incoming = request["nonce"], _incoming()
+
+    def candidate(*arguments: Any, **named: Any) -> Any:
+        _tell(nonce, "call", encode((arguments, named)))
+        answer = json.loads(next(incoming))
+        if "value" in answer:
+            return decode(answer["value"])
+        kind, name, text = json.loads(answer["raised"])
+        known = getattr(builtins, kind, None)
+        own = name != kind or not (isinstance(known, type) and issubclass(known, Exception))
+        try:
+            error = CandidateError(f"{name}: {text}") if own and kind == "Exception" else known(text)  # type: ignore
+        except TypeError:  # such as UnicodeDecodeError, which wants five arguments
+            error = CandidateError(f"{name}: {text}")
+        raise error
+
+    candidate.__name__ = request["entry_point"].rpartition(".")[2]
+    names = _execute(request, lambda names: names.update({candidate.__name__: candidate}))
+    names[candidate.__name__] = candidate
+    names["check"](candidate)
+    _tell(nonce, "passed", "true")
+    return 0
+
+
+_MODES = {"run": _run, "call": _call, "serve": _serve, "tests": _tests}
+
