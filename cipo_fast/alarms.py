@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
+from cipo_fast.audit import own
 from cipo_fast.cipo.metrics import Metrics
 from cipo_fast.records import Anchor, Group, Rollout
 
 STREAMS = ("rollout", "correction")
-NAMES = ("no_variance", "truncated", "no_anchors", "no_change", "mismatch")
+NAMES = ("no_variance", "truncated", "no_anchors", "no_change", "mismatch", *own.CAUSES)
 
-ALL_WRONG = (
-    "the verifier compares the whole answer, stripped, with the row's: look for a float, units, \\r or markup in it",
-    "answers are longer than rollout.max_tokens",
-    "the prompt or chat template does not ask for the bare answer",
-    "the task is too hard for this model",
-)
+TOO_HARD = ("answers are longer than rollout.max_tokens", "the task is too hard for this model")
+ALL_WRONG = {
+    "exact": (
+        "the verifier compares the whole answer, stripped, with the row's: look for a float, units, \\r, markup in it",
+        "answers are longer than rollout.max_tokens",
+        "the prompt or chat template does not ask for the bare answer",
+        "the task is too hard for this model",
+    ),
+    "math": (
+        "the prompt does not ask for the final answer in \\boxed{}, or the model does not give it there",
+        "the rows' golds are of another form than is asked for (units, percent, choice letters: docs/verifiers.md)",
+        *TOO_HARD,
+    ),
+    "code": (
+        "the prompt does not ask for one complete program in a ``` block",
+        "the tests ask for another function, or another input and output, than the prompt does",
+        "sandbox.cpu_s or sandbox.memory_mib is too small for these tests",
+        *TOO_HARD,
+    ),
+    "user": (
+        "the function returns False for answers that it should accept: call it with the one shown here",
+        "the prompt does not ask for what the function wants",
+        *TOO_HARD,
+    ),
+}
 ALL_RIGHT = ("the problems are too easy for this model", "the prompt gives the answer away")
 NOTHING_VARIES = ("rollout.temperature is too low: a prompt's answers are alike", "problems are too easy or too hard")
-CAUSES = {
+CAUSES = own.CAUSES | {
     "truncated": (
         "the token that ends an answer is not among the model's end ids",
         "rollout.max_tokens is too small",
@@ -63,6 +84,7 @@ class Alarms:
             and _sum(metrics, "anchors/right", "anchors/wrong") == 0,
             "no_change": nothing_changed(metrics),
             "mismatch": mismatch(metrics) > self.outside,
+            **own.own_alarms(metrics, broken=max(0.5, 1 - (metrics.get("rollout/accuracy") or 0))),
         }
         flags: Metrics = {}
         lines = []
@@ -84,7 +106,7 @@ class Alarms:
         many = f"for {steps} steps" if steps > 1 else "in this step"
         if name == "no_variance":
             right = sum(r.reward > 0 for r in rollouts)
-            causes = {0: ALL_WRONG, len(rollouts): ALL_RIGHT}.get(right, NOTHING_VARIES)
+            causes = {0: all_wrong(rollouts), len(rollouts): ALL_RIGHT}.get(right, NOTHING_VARIES)
             if right == 0 and 2 * truncated > len(rollouts):
                 causes = (f"answers do not end: {truncated} of {len(rollouts)} are truncated", *causes)
             found = f"{right} of {len(rollouts)} answers are right{_sample(rollouts)}"
@@ -96,11 +118,43 @@ class Alarms:
             return f"0 of {wanted:.0f} anchors found {many}, nothing is corrected", CAUSES[name]
         if name == "no_change":
             return f"the updates change nothing {many}, grad norm {metrics.get('grad/norm')}", CAUSES[name]
+        if name in own.CAUSES:
+            return own_finding(name, many, metrics), CAUSES[name]
         what = (
             f"the trainer's probability of {mismatch(metrics):.1%} of the sampled tokens is not within 10% of the "
             f"engine's (sync.alarm_outside={self.outside:g})"
         )
         return what, CAUSES[name]
+
+
+def all_wrong(rollouts: Sequence[Rollout]) -> tuple[str, ...]:
+    """Likely causes, by the verifier that judged most of them; what it found no answer in first."""
+    verifier = Counter(r.problem.verifier for r in rollouts).most_common(1)[0][0]
+    causes = ALL_WRONG[verifier if verifier in ALL_WRONG else "user"]
+    verdicts = Counter(r.verdict for r in rollouts if not r.truncated)
+    counted = [
+        f"{verdicts[verdict]} of {len(rollouts)} answers {what} ({_why(rollouts, verdict)})"
+        for verdict, what in (("unparsable", "cannot be read"), ("timeout", "ran out of time"))
+        if verdicts[verdict]
+    ]
+    return (*counted, *causes)
+
+
+def _why(rollouts: Sequence[Rollout], verdict: str) -> str:
+    """What was said most of the answers with that verdict."""
+    said = Counter(r.why for r in rollouts if r.verdict == verdict and not r.truncated)
+    return f"mostly: {_short(said.most_common(1)[0][0])}"
+
+
+def own_finding(name: str, many: str, metrics: Metrics) -> str:
+    """What an alarm of audit/own.py saw."""
+    if name == "copies":
+        return f"{metrics['correction/verbatim_copy']:.0%} of corrections repeat their attempt {many}"
+    if name == "breaks_right":
+        return f"{metrics['correction/right_to_wrong']:.0%} of corrections of right attempts are wrong {many}"
+    values = (metrics.get(f"audit/{stream}_length_corr") for stream in ("reward", "correction"))
+    found = ", ".join("-" if value is None else f"{value:+.2f}" for value in values)
+    return f"reward goes with length {many} (correlation within a prompt's answers and within an anchor's: {found})"
 
 
 def nothing_varies(metrics: Metrics) -> bool:
@@ -124,7 +178,12 @@ def _sample(rollouts: Sequence[Rollout]) -> str:
     """One wrong answer beside the wanted one: mostly that is all a reader needs."""
     wrong = [r for r in rollouts if not r.reward]
     shown = next((r for r in wrong if not r.truncated), wrong[0] if wrong else None)
-    return "" if shown is None else f" (wanted {_short(shown.problem.answer)}, got {_short(shown.text)})"
+    if shown is None:
+        return ""
+    answer = shown.problem.row.get("answer")
+    wanted = f"wanted {_short(str(answer))}, " if answer else ""
+    said = f": {_short(shown.why)}" if shown.why else ""
+    return f" ({wanted}got {_short(shown.text)}{said})"
 
 
 def _short(text: str, limit: int = 60) -> str:

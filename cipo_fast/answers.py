@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cipo_fast.config import DataConfig
 from cipo_fast.errors import UserError
 from cipo_fast.verify.judging import check_row
 
@@ -67,31 +68,35 @@ def files_of(path: Path) -> tuple[list[Path], bool]:
     return [path], False
 
 
-def read_lines(files: list[Path], of_a_run: bool, verifier: str | None = None) -> Iterator[Line]:
-    """The lines in order, blank ones left out. `verifier` is that of rows which name none."""
+def read_lines(files: list[Path], of_a_run: bool, data: DataConfig | None = None) -> Iterator[Line]:
+    """The lines in order, blank ones left out. `data` has the verifier of rows that name none, and a math policy that
+    lies under theirs."""
     for path in files:
         try:
             with path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     line = line.removeprefix(_BOM) if number == 1 else line
                     if line.strip():
-                        yield read_line(line, f"{path}:{number}", of_a_run, verifier)
+                        yield read_line(line, f"{path}:{number}", of_a_run, data)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_line(line: bytes, where: str, of_a_run: bool = False, verifier: str | None = None) -> Line:
+def read_line(line: bytes, where: str, of_a_run: bool = False, data: DataConfig | None = None) -> Line:
     """Bytes that are not UTF-8 become U+FFFD, which is how such an answer is judged."""
     text = line.rstrip(b"\r\n").decode("utf-8", "replace")
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Line(where, text, {"line": text}, error=f"not JSON ({str(error)[:_SHOWN]})", size=len(line))
+        return Line(
+            where, text, {"line": text}, error=f"cannot be read as JSON ({str(error)[:_SHOWN]})", size=len(line)
+        )
     if not isinstance(record, dict):
         return Line(where, text, {"line": text}, error="not a JSON object", size=len(line))
     rollout = "text" in record and "response" not in record and (of_a_run or "policy_version" in record)
     try:
-        answers = _rollout(record, text, verifier) if rollout else [_answer(record, text, verifier)]
+        data = data or DataConfig()
+        answers = _rollout(record, text, data) if rollout else [_answer(record, text, data)]
     except UserError as error:
         return Line(where, text, record, error=str(error), size=len(line))
     return Line(where, text, record, answers, size=len(line))
@@ -105,16 +110,16 @@ def plain(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _answer(record: dict[str, Any], text: str, verifier: str | None) -> Answer:
+def _answer(record: dict[str, Any], text: str, data: DataConfig) -> Answer:
     row = {key: value for key, value in plain(record).items() if key != "response"}
-    return Answer(_checked(row, text, verifier), _text(record, "response"), before=_before(record))
+    return Answer(_checked(row, text, data), _text(record, "response"), before=_before(record))
 
 
-def _rollout(record: dict[str, Any], text: str, verifier: str | None) -> list[Answer]:
+def _rollout(record: dict[str, Any], text: str, data: DataConfig) -> list[Answer]:
     """The rollout, then its corrections. A run recorded before rows had a verifier judged by exact match."""
     given = record.get("row")
     row = given if isinstance(given, dict) else {k: v for k, v in plain(record).items() if k not in _ROLLOUT}
-    row = _checked(row, text, verifier or "exact")
+    row = _checked({"verifier": data.verifier or "exact", **row}, text, data)
     corrections = record.get("corrections") or []
     if not isinstance(corrections, list) or not all(isinstance(c, dict) for c in corrections):
         raise UserError("field 'corrections' is not a list of objects")
@@ -124,16 +129,21 @@ def _rollout(record: dict[str, Any], text: str, verifier: str | None) -> list[An
     return answers
 
 
-def _checked(row: dict[str, Any], text: str, verifier: str | None) -> dict[str, Any]:
+def _checked(row: dict[str, Any], text: str, data: DataConfig) -> dict[str, Any]:
     if row.get("verifier") is None:
-        if verifier is None:
+        if data.verifier is None:
             raise UserError("no field 'verifier': exact, math, code or path/to/file.py:function")
-        row = {**row, "verifier": verifier}
+        row = {**row, "verifier": data.verifier}
+    if row["verifier"] == "math" and data.math and isinstance(row.get("policy", {}), dict):
+        row = {**row, "policy": {**data.math, **row.get("policy", {})}}
     if not isinstance(row["verifier"], str):
         raise UserError("field 'verifier' is not text")
     if type(row.get("answer")) in (int, float):
         row = {**row, "answer": _as_typed(text)}
-    wrong = check_row(row)
+    try:
+        wrong = check_row(row)
+    except Exception as error:  # a row that nobody foresaw must not cost the others
+        wrong = f"the row cannot be read ({type(error).__name__}: {str(error)[:_SHOWN]})"
     if wrong:
         raise UserError(wrong)
     return row

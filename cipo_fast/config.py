@@ -231,7 +231,7 @@ class SandboxConfig(Section):
     """Where programs of the policy run. Limits are for one execution (one input, one call or one suite)."""
 
     tier: Literal["auto", "bubblewrap", "sandlock"] = "auto"
-    """Who isolates: bubblewrap (namespaces), else sandlock (Landlock and seccomp); auto: the first that works [ours]."""
+    """Who isolates: bubblewrap (namespaces), else sandlock (Landlock and seccomp); auto: the first to work [ours]."""
     unsafe_local: bool = False
     """Run programs as plain processes where neither works: they can read and write all that you can [ours]."""
     cpu_s: Annotated[float, Field(gt=0)] = 5.0

@@ -24,6 +24,7 @@ from cipo_fast.errors import UserError
 from cipo_fast.model import load_shape
 from cipo_fast.policy import cost_model, decoder_layers, refuse_shape
 from cipo_fast.tasks import check_data, rows_of_eval
+from cipo_fast.try_out import planned
 
 # Assumed, not measured: CUDA context, NCCL, CUDA graphs of a sleeping engine, fragmentation; Python and torch on a CPU.
 RESERVE = {"cuda": 5e9, "cpu": 0.5e9}
@@ -96,7 +97,7 @@ def describe(config: Config, shape: PretrainedConfig, devices: Devices | None = 
     except UserError as error:  # what a run would refuse, and all else that follows from the settings
         lengths.append(f"DOES NOT FIT: {error}")
     plan = Plan(fitted, size_of(shape), devices or Devices.of_this_machine(None))
-    sections = [_sizes(fitted) + lengths, *_memory(plan), _time(plan, shape)]
+    sections = [_sizes(fitted) + lengths, planned(fitted), *_memory(plan), _time(plan, shape)]
     return (
         config.to_yaml() + "\n" + "\n".join(f"# {line}" if line else "" for lines in sections for line in (*lines, ""))
     )

@@ -6,8 +6,8 @@ On its own: `python -m cipo_fast.evaluate model.path=FOLDER [configs/x.yaml ...]
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from cipo_fast.rollout import Sampling
 from cipo_fast.run_dir import check_writable
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting
 from cipo_fast.tasks import Dataset, load_held_out, quiet
+from cipo_fast.try_out import choose_sandbox
 from cipo_fast.view import Terminal, evaluation_table
 
 Evaluation = dict[str, float | None]
@@ -122,17 +123,30 @@ def run(args: Sequence[str]) -> None:
 
 def evaluate_model(config: Config, device: str) -> Evaluation:
     """`evaluate` of the weights in `model.path`, on the config's held-out problems, by the config's engine."""
+    with sampler_of(config, device) as (sampler, prompts, fitted):
+        return evaluate(sampler, prompts, CorrectionPrompts(sampler.chat, fitted.correction), fitted)
+
+
+@contextmanager
+def sampler_of(config: Config, device: str) -> Iterator[tuple[Sampler, list[Prompt], Config]]:
+    """A sampler from the weights in `model.path`, the prompts of the config's held-out problems, and the config as it
+    fits model and engine; ended with the context. A collective."""
     say = put if is_main() else quiet
     problems = load_held_out(config, say)
-    chat = Chat(load_tokenizer(config), config.data)
-    _, prompts = encode_dataset(Dataset([], problems), chat, config, say)
-    chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
-    model = load_model(config, "sdpa")
-    config = config.model_copy(deep=True)
-    config.rollout.max_tokens = min(config.rollout.max_tokens, config.eval.max_tokens)  # nothing longer is asked for
-    config = fit_to_model(config, model.config, say)
-    say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
-    with build_judges(config, say) as judges, closing(build_engine(config, model, chat, device, say)) as engine:
+    with ExitStack() as opened:
+        judges = opened.enter_context(build_judges(config, say))
+        choose_sandbox(judges, problems)
+        chat = Chat(load_tokenizer(config), config.data)
+        _, prompts = encode_dataset(Dataset([], problems), chat, config, say)
+        chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
+        model = load_model(config, "sdpa")
+        config = config.model_copy(deep=True)
+        config.rollout.max_tokens = min(
+            config.rollout.max_tokens, config.eval.max_tokens
+        )  # nothing longer is asked for
+        config = fit_to_model(config, model.config, say)
+        say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
+        engine = opened.enter_context(closing(build_engine(config, model, chat, device, say)))
         config = fit_to_engine(config, engine, say)
         prompts = fitting(prompts, config.data.max_prompt_tokens, "held-out problems", say)
 
@@ -141,8 +155,7 @@ def evaluate_model(config: Config, device: str) -> Evaluation:
 
         engine.publish = publish
         publish(0)
-        sampler = Sampler(engine, chat, config.seed, judges)
-        return evaluate(sampler, prompts, CorrectionPrompts(chat, config.correction), config)
+        yield Sampler(engine, chat, config.seed, judges), prompts, config
 
 
 if __name__ == "__main__":

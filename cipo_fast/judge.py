@@ -5,8 +5,9 @@
 
 In: one object a line with `response`, `verifier` (exact, math, code or path/to/file.py:function) and what that verifier
 reads: `answer`; or for code `tests` ([{"args": [...], "expected": ...}], with `entry_point`, or [{"stdin": ...,
-"stdout": ...}]), or `prompt`, `entry_point` and `test` (HumanEval's form). Settings are verify.*, sandbox.* and
-data.verifier, the verifier of lines that name none; a run is judged with the settings that it recorded, unless given.
+"stdout": ...}]), or `prompt`, `entry_point` and `test` (HumanEval's form). Settings are verify.*, sandbox.*,
+data.verifier (of lines that name none) and data.math (a policy under theirs); a run is judged with the verify.* and
+sandbox.* that it recorded, unless given.
 
 Out: the same lines in the same order, with `verdict` (right, wrong, unparsable, timeout), `why` and `seconds` added, in
 FILE.judged.jsonl beside FILE unless --out names another. An earlier `verdict` is kept as `verdict_before`; where a line
@@ -40,7 +41,7 @@ from typing import Any, BinaryIO
 
 from cipo_fast.answers import ADDED, BEFORE, Answer, Line, files_of, plain, read_line, read_lines
 from cipo_fast.config import OVERRIDE, Config, parse_args, read_config
-from cipo_fast.errors import TrainingStopped, UserError, command, note, put
+from cipo_fast.errors import Ending, UserError, command, note, put
 from cipo_fast.judge_view import Bar, Tally
 from cipo_fast.settings import expand
 from cipo_fast.verify import Judgement, VerifierFailure
@@ -52,8 +53,10 @@ MOST_NOTES = 20  # bad lines and failures told one by one
 Outcome = Judgement | VerifierFailure
 
 
-class NotJudged(TrainingStopped):
+class NotJudged(Ending):
     """Some answers could not be judged; all else is written."""
+
+    word, exit_code = "error", 1
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ def settings_of(path: Path, given: Sequence[str]) -> Config:
         if path.is_dir() and file.is_file():
             config = read_config(file)
             for section in ("verify", "sandbox"):
-                values = getattr(config, section).model_dump(mode="json", exclude_unset=True)
-                recorded += [f"{section}.{key}={json.dumps(value)}" for key, value in values.items()]
+                values = getattr(config, section).model_dump(mode="json", exclude_none=True)
+                recorded += [f"{section}.{key}={value}" for key, value in values.items()]
             break
     return parse_args([*recorded, *given])
 
@@ -138,7 +141,7 @@ def judge_files(files: list[Path], of_a_run: bool, options: Options, tally: Tall
     out, part = options.out, options.out.with_name(options.out.name + ".part")
     if not options.overwrite and out.exists():
         raise UserError(f"{out} exists: --overwrite writes it anew, --out names another")
-    lines = read_lines(files, of_a_run, getattr(options.config.data, "verifier", None))
+    lines = read_lines(files, of_a_run, options.config.data)
     if options.overwrite:
         part.unlink(missing_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)

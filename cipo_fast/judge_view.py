@@ -134,10 +134,10 @@ class Tally:
     def _verdict_table(self) -> Table:
         by_source = len({source for _, source, _ in self.verdicts}) > 1
         columns = [*VERDICTS, *(["not judged"] if self.failed else [])]
-        table = Table(title="verdicts", title_justify="left", title_style="bold")
-        table.add_column("verifier")
+        table = Table()
+        table.add_column("verifier", overflow="fold")
         if by_source:
-            table.add_column("source")
+            table.add_column("source", overflow="fold")
         for column in ("answers", *columns):
             table.add_column(column, justify="right")
         names = sorted({(verifier, source) for verifier, source, _ in self.verdicts})
@@ -150,8 +150,8 @@ class Tally:
 
     def _agreement_table(self) -> Table:
         now = [verdict for verdict in VERDICTS if any(pair[1] == verdict for pair in self.agreement)]
-        table = Table(title="as recorded (rows) and as judged now (columns)", title_justify="left", title_style="bold")
-        table.add_column("")
+        table = Table()
+        table.add_column("was, now")
         for column in now:
             table.add_column(column, justify="right")
         for before in sorted({pair[0] for pair in self.agreement}):

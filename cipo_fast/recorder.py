@@ -27,8 +27,7 @@ class Recorder:
         from after `resume_step`. `held_out`, what its tables are of, is written as rows for `data.eval`."""
         enter(self.config, opened, resume_step)
         if resume_step is None:
-            rows = ({"id": p.id, "messages": p.messages, "answer": p.answer} for p in held_out)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            text = "".join(json.dumps(_row(p), ensure_ascii=False) + "\n" for p in held_out)
             (self.dir / "held_out.jsonl").write_text(text, encoding="utf-8")
         self.metrics = (self.dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         if self.config.run.tensorboard:
@@ -86,13 +85,21 @@ class Recorder:
                 asked = {
                     "problem": group.problem.id,
                     "prompt": group.problem.messages[-1]["content"],
-                    "answer": group.problem.answer,
+                    "answer": group.problem.row.get("answer"),
                     "source": group.problem.source,
                     "row": group.problem.row,
                 }
                 for i, rollout in enumerate(group.rollouts):
                     record = {**asked, **_record(rollout), "corrections": corrections.get((g, i))}
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _row(problem: Problem) -> dict[str, Any]:
+    """As `data.eval` takes it. The row of a user's function is kept as it stood in its file."""
+    if problem.verifier == "exact":
+        return {"id": problem.id, "messages": problem.messages, "answer": problem.answer}
+    asked = {} if ".py:" in problem.verifier else {"messages": problem.messages}
+    return {**problem.row, "id": problem.id, **asked}
 
 
 def _record(rollout: Rollout) -> dict[str, Any]:

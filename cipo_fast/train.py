@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.alarms import Alarms
+from cipo_fast.audit.own import own_metrics
 from cipo_fast.chat import Chat, pinned_date
 from cipo_fast.checkpoint import CheckpointFailed, Checkpoints, Progress, export
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
@@ -54,7 +55,8 @@ from cipo_fast.run_dir import check_writable, opened
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, seed_for
 from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
-from cipo_fast.tasks import check_data, load_dataset
+from cipo_fast.tasks import check_data, epoch_rows, load_dataset
+from cipo_fast.try_out import choose_sandbox, refuse_exploits, with_good_golds
 from cipo_fast.updates import learn, update_metrics
 from cipo_fast.view import View, summary_table
 
@@ -242,6 +244,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, T
         "seed": config.seed,
         **batch_metrics(batch.groups, batch.anchors, batch.counts),
         **verdict_metrics(batch.groups, batch.anchors, len(batch.failures), run.sources),
+        **own_metrics(batch.groups, batch.anchors),
         "rollout/prefix_hit_rate": run.sampler.take_prefix_hit_rate() if stop is None else None,
         "replay/rho": batch.rho,
         "replay/retention": batch.replay.retention,
@@ -321,14 +324,17 @@ def sample(run: Run, step: int, replay: ReplayState) -> Batch:
 
 
 def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
-    """B prompts: every epoch is a permutation of its own, and a step's place in it follows from its number."""
-    b = config.rollout.prompts_per_step
+    """B prompts: every epoch is a permutation of its own, and a step's place in it follows from its number. Rows of a
+    weight other than 1 stand in an epoch more or less often (tasks/epochs.py)."""
+    b, weights = config.rollout.prompts_per_step, [prompt.problem.weight for prompt in prompts]
+    size = len(epoch_rows(weights, config.seed, 0))
     found: list[Prompt] = []
     for i in range((step - 1) * b, step * b):
-        epoch, place = divmod(i, len(prompts))
+        epoch, place = divmod(i, size)
         if not found or place == 0:
-            order = np.random.default_rng(seed_for(config.seed, epoch, "order")).permutation(len(prompts))
-        found.append(prompts[order[place]])
+            rows = epoch_rows(weights, config.seed, epoch)
+            order = np.random.default_rng(seed_for(config.seed, epoch, "order")).permutation(size)
+        found.append(prompts[rows[order[place]]])
     return found
 
 
@@ -340,6 +346,11 @@ def build(
 ) -> tuple[Run, Progress]:
     """Load, start the engine, shard, resume; everything that can be refused is refused here."""
     dataset = load_dataset(config, view.say)
+    judges = open_engine.enter_context(build_judges(config, view.say))
+    asked = [*dataset.train, *dataset.held_out]
+    if choose_sandbox(judges, asked):
+        refuse_exploits(judges, asked, view.say)
+    dataset = replace(dataset, train=with_good_golds(dataset.train, judges, view.say))
     chat = Chat(load_tokenizer(config), config.data)
     train_prompts, held_out = encode_dataset(dataset, chat, config, view.say)
     chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
@@ -366,7 +377,6 @@ def build(
     engine.publish = sync.republish
     if config.rollout.overlap:
         engine.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.run.rank_timeout_s))
-    judges = open_engine.enter_context(build_judges(config, view.say))
     sampler = Sampler(engine, chat, config.seed, judges, engine.group)
     reference = build_policy(reference_model, config, mesh) if reference_model is not None else None
     updates = config.train.steps * config.train.updates_per_step

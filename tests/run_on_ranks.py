@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cipo_fast.distributed import leave
 from cipo_fast.records import Completion
-from cipo_fast.rollout import Sampling
+from cipo_fast.rollout import Finished, Sampling
 from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.train import main
 
@@ -14,9 +14,15 @@ _generate = LocalEngine.generate
 
 
 def generate_by_prompt(
-    self: LocalEngine, prompts: Sequence[list[int]], n: int, sampling: Sampling, seed: int
+    self: LocalEngine,
+    prompts: Sequence[list[int]],
+    n: int,
+    sampling: Sampling,
+    seed: int,
+    finished: Finished | None = None,
 ) -> list[list[Completion]]:
-    """The local engine's, a prompt at a time, seeded by the prompt: any split of the prompts gives the same."""
+    """The local engine's, a prompt at a time, seeded by the prompt: any split of the prompts gives the same. Nobody
+    hears of answers before the last has ended."""
     return [_generate(self, [ids], n, sampling, zlib.crc32(repr(ids).encode()))[0] for ids in prompts]
 
 

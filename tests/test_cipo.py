@@ -8,7 +8,7 @@ import pytest
 from cipo_fast.chat import Chat
 from cipo_fast.cipo.advantages import correction_advantages, group_advantages, shape_rewards
 from cipo_fast.cipo.anchors import order_prompts, select_anchors
-from cipo_fast.cipo.metrics import batch_metrics, correction_gap
+from cipo_fast.cipo.metrics import batch_metrics, correction_gap, verdict_metrics
 from cipo_fast.cipo.objective import conversations, verified_corrections
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
@@ -129,6 +129,50 @@ def test_dr_grpo_divides_nothing() -> None:
 def test_no_corrections_no_advantages() -> None:
     for norm in ("literal", "raw_std", "pooled"):
         assert correction_advantages([], [], lambda_risk=1.0, risk_norm=norm, scale=True, eps=0.0) == []
+
+
+def of_a_matrix(rewards: np.ndarray, right: np.ndarray, norm: str, scale: bool) -> np.ndarray:
+    """The formulas for groups of one size, as matrices [groups, n]: what lists of groups must agree with to the bit."""
+
+    def standardised(values: np.ndarray, spread: np.ndarray) -> np.ndarray:
+        centred = values - values.mean(axis=1, keepdims=True)
+        if scale:
+            centred = centred / (spread.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+        return np.where((spread == spread[:, :1]).all(axis=1)[:, None], 0.0, centred)
+
+    shaped = rewards - 1.5 * (right[:, None] & (rewards == 0))
+    if norm == "pooled":
+        baseline = np.where(right, shaped.mean(), shaped.mean(axis=1))
+        return (shaped - baseline[:, None]) / ((shaped.std(ddof=1) + 1e-6) if scale else 1.0)
+    return standardised(shaped, shaped if norm == "literal" else rewards)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("norm", ["literal", "raw_std", "pooled"])
+@pytest.mark.parametrize("size", [2, 3, 8, 37])
+def test_equal_groups_have_the_advantages_of_a_matrix_to_the_bit(norm: str, size: int, scale: bool) -> None:
+    draw = np.random.default_rng(size)
+    rewards, right = (draw.random((25, size)) < 0.4).astype(np.float64), draw.random(25) < 0.5
+    kept = {"lambda_risk": 1.5, "risk_norm": norm, "scale": scale, "eps": 1e-6}
+    found = correction_advantages([*rewards], right.tolist(), **kept)
+    assert (np.stack(found) == of_a_matrix(rewards, right, norm, scale)).all()
+    plain = of_a_matrix(rewards, np.zeros(25, bool), "raw_std", scale)
+    assert (np.stack(group_advantages([*rewards], scale=scale, eps=1e-6)) == plain).all()
+
+
+@pytest.mark.parametrize("norm", ["literal", "raw_std", "pooled"])
+def test_ragged_groups_stand_by_themselves(norm: str) -> None:
+    """A group's advantages do not depend on how many the others have; one answer alone has none."""
+    rewards = [np.array([1.0, 0, 0]), np.array([1.0]), np.array([0.0, 1])]
+    kept = {"lambda_risk": 1.0, "risk_norm": norm, "scale": True, "eps": 1e-9}
+    found = correction_advantages(rewards, [False, False, True], **kept)
+    assert [len(group) for group in found] == [3, 1, 2]
+    assert np.isfinite(np.concatenate(found)).all()
+    assert found[1].tolist() == [0.0]
+    if norm != "pooled":
+        alone = correction_advantages(rewards[:1], [False], **kept)
+        assert (found[0] == alone[0]).all()
+        assert correction_advantages([np.array([0.0])], [True], **kept)[0].tolist() == [0.0]
 
 
 # --------------------------------------------------------------------------------------------------------- anchors
@@ -336,3 +380,75 @@ def test_metrics_by_hand() -> None:
     assert m["correction/gap"] == pytest.approx(3 / 4 - 2 / 3)  # two of the other three rollouts are right
     assert correction_gap(groups, anchors[1:]) is None
     assert batch_metrics(groups, [], None)["correction/retention"] is None
+
+
+def ragged(config: Config) -> tuple[list[Group], list[Anchor]]:
+    """`batch`, but a rollout of each prompt and some corrections could not be judged, and one prompt has one answer."""
+    groups, anchors = batch(config)
+    del groups[0].rollouts[2], groups[1].rollouts[3:]
+    groups.append(group([1.0], 2))
+    del anchors[0].corrections[1:], anchors[1].corrections[0]
+    return groups, anchors
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "sequences"])
+def test_what_could_not_be_judged_weighs_nothing(normalize: str) -> None:
+    config = load_config([], [f"loss.normalize={normalize}", "correction.loss=both", "loss.beta=0.1"])
+    groups, anchors = ragged(config)
+    found = conversations(groups, anchors, config)
+    rollouts = [c for c in found if c.stream == "rollout"]
+    assert len(rollouts) == 3 + 3 + 1
+    assert len(found) - len(rollouts) == 1 + 3
+    for stream in ("rollout", "correction"):  # the normalisers count what is left
+        members = [c for c in found if c.stream == stream]
+        assert sum(c.rl_weight * len(c.segments[-1].token_ids) for c in members) == pytest.approx(1.0)
+    assert rollouts[-1].advantage == 0  # alone in its group
+    assert all(np.isfinite(c.advantage) for c in found)
+
+
+def test_metrics_of_ragged_groups() -> None:
+    groups, anchors = ragged(load_config([], []))
+    m = batch_metrics(groups, anchors, None)
+    assert m["rollout/accuracy"] == 4 / 7
+    assert m["rollout/no_variance"] == 1 / 3
+    assert m["correction/wrong_to_right"] == 1.0
+    assert m["correction/retention"] == 1 / 3
+    assert m["correction/gap"] == pytest.approx(1.0 - 2 / 2)  # both other rollouts of the anchor's prompt are right
+    lonely = Anchor(groups[2].rollouts[0], 2, 0, [1], None, [rollout(0.0)])
+    lonely.rollout = replace(lonely.rollout, reward=0.0)
+    assert correction_gap(groups, [lonely]) is None  # there is no other to compare with
+    anchors, counts = select_anchors(groups, 6, 0.5, CorrectionConfig(), fits, rng())
+    assert counts.right + counts.wrong == 5  # at most 2 a prompt, and one prompt has one
+
+
+@pytest.mark.parametrize("reward", [0.5, -1.0, float("nan"), 2])
+def test_no_other_reward_than_0_and_1_gets_into_the_algorithm(reward: float) -> None:
+    config = load_config([], [])
+    groups, anchors = batch(config)
+    groups[1].rollouts[1].reward = reward
+    for enters in (
+        lambda: conversations(groups, anchors, config),
+        lambda: select_anchors(groups, 4, 0.5, CorrectionConfig(), fits, rng()),
+        lambda: batch_metrics(groups, anchors, None),
+    ):
+        with pytest.raises(RuntimeError, match="only 0 and 1 exist"):
+            enters()
+    groups, anchors = batch(config)
+    anchors[1].corrections[0].reward = reward
+    with pytest.raises(RuntimeError, match="only 0 and 1 exist"):
+        conversations(groups, anchors, config)
+
+
+def test_verdicts_and_sources_are_counted() -> None:
+    groups, anchors = batch(load_config([], []))
+    for r in groups[0].rollouts:
+        r.verdict = "right" if r.reward else "unparsable"
+        r.problem = replace(r.problem, source="a")
+    for r in (*groups[1].rollouts, *(c for a in anchors for c in a.corrections)):
+        r.verdict = "right" if r.reward else "wrong"
+    m = verdict_metrics(groups, anchors, 3, ["a", "test"])
+    assert (m["verify/right"], m["verify/unparsable"], m["verify/timeout"]) == (8 / 16, 2 / 16, 0.0)
+    assert m["verify/wrong"] == 6 / 16
+    assert m["verify/failed"] == 3
+    assert (m["source/a/accuracy"], m["source/test/accuracy"]) == (2 / 4, 1 / 4)
+    assert not [key for key in verdict_metrics(groups, anchors, 0, ["a"]) if key.startswith("source/")]

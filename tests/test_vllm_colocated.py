@@ -66,6 +66,16 @@ def top_p_threshold(p: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.where(before < top_p, ordered, torch.inf).amin(-1, keepdim=True)
 
 
+def test_answers_are_told_of_while_others_are_sampled(setup: Setup) -> None:
+    setup.check_told()
+    going_on = []
+    setup.engine.generate(
+        [*PROMPTS, PROMPTS[0]], 6, Sampling(1.0, 1.0, 100), 3,
+        lambda i, ids: going_on.append(setup.engine.llm.llm_engine.has_unfinished_requests()),
+    )  # fmt: skip
+    assert going_on[0]
+
+
 def test_greedy_is_transformers_greedy_and_a_seed_gives_the_same_again(setup: Setup) -> None:
     greedy = Sampling(0.0, 1.0, 12)
     mine, theirs = (e.generate(PROMPTS, 1, greedy, 0) for e in (setup.engine, setup.local))

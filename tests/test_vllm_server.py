@@ -84,6 +84,10 @@ def test_samples_are_from_the_distribution_of_the_request(setup: Setup) -> None:
     setup.check_distribution()
 
 
+def test_every_answer_is_told_of(setup: Setup) -> None:
+    setup.check_told()
+
+
 def test_a_sync_forgets_the_prefix_cache(setup: Setup) -> None:
     prompt = [9, 8, 7, 6] * 16  # two blocks of 32
     setup.engine.generate([prompt], 4, T1, 3)

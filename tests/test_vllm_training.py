@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,6 +134,28 @@ def test_overlap_samples_one_version_behind_and_says_so(tmp_path: Path, warm: Pa
     assert max(row["rollout/all_mismatch_outside"] for row in behind) > 0.01
     assert any(row["alarm/mismatch"] for row in behind)
     assert "mismatch: the trainer's probability" in done.stdout
+
+
+def test_overlap_leaves_out_what_nobody_could_judge(tmp_path: Path, warm: Path) -> None:
+    """Judged in the thread that samples ahead; there too, too many failures end the run, its state saved."""
+    folder = run_dir(tmp_path, warm)
+    made = [sys.executable, "-m", "cipo_fast.embedded", *BASE, f"run.dir={folder}"]
+    model = Path(subprocess.run(made, capture_output=True, text=True, timeout=200, check=True).stdout.strip())
+    data = ["embedded.yaml", f"model.path={model}", f"data.train={model / 'train.jsonl'}"]
+    data += [f"data.eval={model / 'held_out.jsonl'}", f"data.verifier={tmp_path / 'sums.py'}:right"]
+    sums = "def right(response, row):\n    {}\n    return response.strip() == row['answer']\n"
+    (tmp_path / "sums.py").write_text(sums.format("assert not response.strip().endswith('7')"))
+    done = run(folder, *data, *served("train.steps=3", "rollout.overlap=1", "verify.max_failed=1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sum(row["verify/failed"] for row in metrics(folder)) > 0
+    # At most 80 answers are judged in the evaluation before training, and 64 in a step: the second is sampled ahead.
+    seen = f"open({str(tmp_path / 'seen')!r}, 'a')"
+    counting = f"print('', file={seen}); assert {seen}.tell() < 150"
+    (tmp_path / "sums.py").write_text(sums.format(counting))
+    done = run(folder, *data, *served("train.steps=8", "rollout.overlap=1", "verify.max_failed=0"))
+    assert done.returncode == 1
+    assert "could not be judged (verify.max_failed=0)" in done.stderr
+    assert re.search(r"saved as \S*step-[1-7]", done.stderr)
 
 
 def test_overlap_on_two_ranks_outlives_its_server(tmp_path: Path, warm: Path) -> None:

@@ -75,6 +75,18 @@ class Setup:
             assert min(values) > FALSE_ALARMS, (temperature, top_p, values)
             assert logp_error(after, PROMPTS[3], answers, temperature, top_p) < 2e-5
 
+    def check_told(self) -> None:
+        """All answers that come to their end are told of, once, under their prompt's index, and no others."""
+        told: list[tuple[int, tuple[int, ...]]] = []
+        asked = (PROMPTS, 6, Sampling(1.0, 1.0, 100), 3)
+        found = self.supervised.generate(*asked, lambda i, ids: told.append((i, tuple(ids))))
+        ended = [(i, tuple(c.token_ids)) for i, answers in enumerate(found) for c in answers if not c.truncated]
+        assert sorted(told) == sorted(ended) != []
+        assert len(ended) < 24
+        assert [[len(c.token_ids) for c in answers] for answers in self.supervised.generate(*asked)] == [
+            [len(c.token_ids) for c in answers] for answers in found
+        ]  # listening changes nothing
+
     def generated_gap(self, prompts: list[list[int]], completions: list[list]) -> float:
         """Largest |log-prob of the engine - transformers'| over sampled tokens, in nats."""
         gaps = [

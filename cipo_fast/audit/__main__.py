@@ -31,13 +31,16 @@ from rich.text import Text
 from cipo_fast.audit.gaming import Report, Submitted, gaming
 from cipo_fast.audit.intervals import Estimate
 from cipo_fast.config import OVERRIDE, Config, parse_args
-from cipo_fast.errors import TrainingStopped, UserError, command, put, visible
+from cipo_fast.errors import Ending, UserError, command, put, visible
+from cipo_fast.judge_view import Bar
 from cipo_fast.settings import expand
 from cipo_fast.view import Terminal
 
 
-class Rewarded(TrainingStopped):
+class Rewarded(Ending):
     """A verifier pays for what is not right."""
+
+    word, exit_code = "failed", 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,10 +66,9 @@ def run(args: list[str]) -> None:
 
 def canaries_command(config: Config) -> None:
     from cipo_fast.audit.canaries import failures, run_canaries
-
     from cipo_fast.verify.pool import Judges
 
-    named = getattr(config.data, "verifier", None)
+    named = config.data.verifier
     verifiers = list(dict.fromkeys(["exact", "math", "code", *([named] if named else [])]))
     with Judges(config.verify, config.sandbox, say) as judges:
         outcomes = run_canaries(judges, verifiers, say)
@@ -92,10 +94,9 @@ def canaries_command(config: Config) -> None:
 
 
 def gaming_command(args: list[str]) -> None:
-    from cipo_fast.verify.sandbox import Sandbox
-
     from cipo_fast.audit.recorded import answers_of
     from cipo_fast.verify.pool import Judges
+    from cipo_fast.verify.sandbox import Sandbox
 
     most, rest = option(args, "--most", 2000)
     listed, rest = option(rest, "--list", 20)
@@ -106,14 +107,14 @@ def gaming_command(args: list[str]) -> None:
 
         answers = sampled_answers(config)
     else:
-        answers = answers_of(path, getattr(config.data, "verifier", None))
+        answers = answers_of(path, config.data)
     if len(answers) > most:
         say(f"{most} of {len(answers)} answers, spread evenly (--most)")
         answers = [answers[i * len(answers) // most] for i in range(most)]
     sandbox = Sandbox(config.sandbox)
     try:
-        with Judges(config.verify, config.sandbox, say) as judges:
-            report = gaming(answers, judges, sandbox, config.seed)
+        with Bar(len(answers), 0, "gaming") as bar, Judges(config.verify, config.sandbox, bar.say) as judges:
+            report = gaming(answers, judges, sandbox, config.seed, lambda count: bar.advance(count - bar.done, count))
     finally:
         sandbox.close()
     show_report(report, listed)

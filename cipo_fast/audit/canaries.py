@@ -9,24 +9,21 @@ import contextlib
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cipo_fast.verify import Judgement, VerifierFailure
+
+if TYPE_CHECKING:
+    from cipo_fast.verify.pool import Judges
 
 ENVIRONMENT = "CIPO_CANARY"  # a variable of the host that no program may see
 SECRET = "@SECRET@"  # in a response: the path of a file of the host that no program may read
 TOKEN = "@TOKEN@"  # ... and what stands in it
 BUILT_IN = ("exact", "math", "code")
-
-
-class Judges(Protocol):
-    """What canaries need of verify.pool.Judges."""
-
-    def submit(self, row: Mapping[str, Any], response: str) -> Future[Judgement]: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Canary:
 
     name: str
     verifier: str
-    row: Mapping[str, Any]
+    row: dict[str, Any]
     response: str
     tries: str
     honest: bool = False

@@ -15,27 +15,28 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from cipo_fast.verify.code import gold_response
-from cipo_fast.verify.code_tests import kind_of, problem_with, suite_text
-from cipo_fast.verify.program import Program, Unparsable, function_program, stdin_program
-from cipo_fast.verify.sandbox import Call, Sandbox
-
 from cipo_fast.audit.intervals import Estimate, bootstrap, mean, wilson
 from cipo_fast.audit.literals import literals_in_tests, literals_of
 from cipo_fast.audit.perturb import Renaming, fresh, fresh_stdin, renamings, suite_inputs
 from cipo_fast.verify import Judgement, VerifierFailure
+from cipo_fast.verify.code import gold_response
+from cipo_fast.verify.code_tests import kind_of, problem_with, suite_text
 from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.program import Program, Unparsable, function_program, stdin_program
+from cipo_fast.verify.sandbox import Call, Sandbox
 
 WANTED = 8  # inputs of a kind for each problem
-TRIED = 24  # ... of which some are refused by the solution
+TRIED = 16  # ... of which some are refused by the solution
 IN_FLIGHT = 64
 KINDS = ("renamed", "fresh")
+
+ASKED = ("prompt", "entry_point", "tests", "test", "test_list", "test_imports", "test_setup_code", "solution")
 
 Row = dict[str, Any]
 
@@ -115,12 +116,19 @@ class Report:
         return bootstrap(gaps, [t.problem for t in tested], mean)
 
 
-def gaming(answers: Iterable[Submitted], judges: Judges, sandbox: Sandbox, seed: int = 0) -> Report:
-    """Judge every answer on T and on Phi(T). Raises UserError where no sandbox works."""
+def gaming(
+    answers: Iterable[Submitted],
+    judges: Judges,
+    sandbox: Sandbox,
+    seed: int = 0,
+    looked_at: Callable[[int], None] = lambda count: None,
+) -> Report:
+    """Judge every answer on T and on Phi(T). `looked_at` hears of progress. Raises UserError where no sandbox works."""
     report = Report()
     problems: dict[str, Perturbed] = {}
     waiting: list[tuple[Submitted, str, dict[str, Future[Judgement]]]] = []
-    for answer in answers:
+    for count, answer in enumerate(answers):
+        looked_at(count)
         if answer.row.get("verifier") != "code" or problem_with(answer.row):
             report.no_program += 1
             continue
@@ -156,8 +164,8 @@ def collect(
 
 
 def problem_key(row: Row) -> str:
-    """Equal rows are one problem."""
-    return json.dumps(row, sort_keys=True, default=repr)
+    """Rows that ask and test the same are one problem, whatever else they hold."""
+    return json.dumps([row.get(key) for key in ASKED], sort_keys=True, default=repr)
 
 
 def program_of(row: Row, response: str) -> Program | None:
@@ -256,7 +264,7 @@ class Labeller:
         found = []
         for candidate in candidates:
             output = self.known.get(repr(candidate.input))
-            if repr(candidate.input) in seen or output is None or type(output) not in kinds:
+            if repr(candidate.input) in seen or type(output) not in kinds or not told(output):
                 continue
             if candidate.renaming is not None and not self.commutes(candidate, output):
                 continue
@@ -293,6 +301,14 @@ def row_of(row: Row, labelled: list[tuple[Any, Any]]) -> Row:
     if kind == "calls":
         return {**kept, "tests": [{"args": x, "expected": listed(y)} for x, y in labelled]}
     return {**kept, "test": suite_of(labelled)}
+
+
+def told(value: Any) -> bool:
+    """Whether an output is one, and can stand in a row as what it is."""
+    parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    texts = not isinstance(value, dict) or all(isinstance(key, str) for key in value)
+    known = isinstance(value, bool | int | float | str | list | tuple | dict)
+    return known and texts and all(part is None or told(part) for part in parts)
 
 
 def listed(value: Any) -> Any:

@@ -10,16 +10,17 @@ from typing import Any
 
 from cipo_fast.answers import Line, files_of, read_lines
 from cipo_fast.audit.gaming import Submitted
+from cipo_fast.config import DataConfig
 from cipo_fast.errors import UserError
 from cipo_fast.records import Anchor, Group, Problem, Rollout
 
 
-def answers_of(path: Path, verifier: str | None = None) -> list[Submitted]:
+def answers_of(path: Path, data: DataConfig) -> list[Submitted]:
     """All answers of a file or a run, corrections among them; lines that cannot be judged are left out. Raises
     UserError."""
     files, of_a_run = files_of(path)
     found = []
-    for line in read_lines(files, of_a_run, verifier):
+    for line in read_lines(files, of_a_run, data):
         for answer in line.answers:
             inside = "" if answer.index is None else f" corrections[{answer.index}]"
             found.append(Submitted(answer.row, answer.response, line.where + inside, _step(line)))

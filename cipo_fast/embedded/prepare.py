@@ -86,7 +86,8 @@ def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
 def imitable(problems: list[Problem]) -> list[Problem]:
     """The problems whose rows have an answer, to be given word for word, whatever verifies it later. Raises
     UserError."""
-    found = [replace(p, verifier="exact", fields={}) for p in problems if p.answer]
+    answers = [(p, p.answer or p.fields.get("answer")) for p in problems]  # a user's function has all of its row there
+    found = [replace(p, answer=a, verifier="exact", fields={}) for p, a in answers if a and isinstance(a, str)]
     if not found:
         raise UserError("model.path=embedded: its first steps imitate answers, and no row of data.train has one")
     return found

@@ -131,6 +131,6 @@ def plain(value: Any, where: str, name: str) -> Any:
         return [plain(item, where, name) for item in value]
     if isinstance(value, dict):
         return {whole_text(key, where, name): plain(item, where, name) for key, item in value.items()}
-    if value is None or isinstance(value, bool | float):
+    if value is None or isinstance(value, bool | int | float):
         return value
     raise UserError(f"{where}: field {name!r} holds {type(value).__name__}, which JSON has not")

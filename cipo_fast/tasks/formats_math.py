@@ -85,13 +85,14 @@ def read_olympiad(record: Record, where: str, data: DataConfig) -> Draft:
         raise Unusable("it needs an image")
     if "final_answer" in record and not record["final_answer"]:
         raise Unusable("a proof is asked for: there is no final answer to compare with")
-    golds = [answer_text(gold, where, "final_answer") for gold in list_field(record, where, "final_answer")]
-    several = record.get("is_multiple_answer") is True or len(golds) > 1
-    gold = ", ".join(_bare(gold) for gold in golds)
+    golds = [_bare(answer_text(gold, where, "final_answer")) for gold in list_field(record, where, "final_answer")]
+    if record.get("is_multiple_answer") is True:
+        golds = [part for gold in golds for part in _parts(gold)]
+    several = len(golds) > 1
     question = text_field(record, where, "question")
     if record.get("context") is not None:
         question = f"{as_text(record['context'], where, 'context')}\n\n{question}"
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"answers": golds} if several else {}
     if record.get("answer_type") is not None:
         fields["answer_type"] = as_text(record["answer_type"], where, "answer_type")
     unit = record.get("unit")
@@ -102,7 +103,7 @@ def read_olympiad(record: Record, where: str, data: DataConfig) -> Draft:
         question += "\n\nThere are several answers: give all of them in one box, separated by commas."
     if record.get("error"):
         fields["error"] = _tolerance(record["error"], where)
-    return Draft(user_turn(question), "math", gold, fields, id=identity(record, where, *IDS))
+    return Draft(user_turn(question), "math", ", ".join(golds), fields, id=identity(record, where, *IDS))
 
 
 def read_dapo(record: Record, where: str, data: DataConfig) -> Draft:
@@ -201,6 +202,18 @@ def _clean(gold: str) -> str:
 def _bare(gold: str) -> str:
     """An OlympiadBench gold without its dollars and full stop."""
     return _clean(gold) if isinstance(gold, Number) else gold.replace("$", "").strip().rstrip(".").strip()
+
+
+def _parts(gold: str) -> list[str]:
+    """An answer of several, `1, (2,3)`, at the commas outside of all brackets."""
+    parts, depth = [""], 0
+    for char in gold:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()] or [gold]
 
 
 def _tolerance(value: Any, where: str) -> float:

@@ -109,6 +109,6 @@ def _split(name: str, splits: list[str], wanted: str | None, role: Role) -> str:
         found = splits
     if not found:
         base = ":".join(name.split(":")[:2])
-        lacks = f"no split {wanted!r}" if wanted else "which split?"
-        raise UserError(f"{name}: {lacks} It has {', '.join(splits) or 'none'}: {base}:CONFIG:SPLIT")
+        lacks = f"no split {wanted!r}" if wanted else "name a split"
+        raise UserError(f"{name}: {lacks}; it has {', '.join(splits) or 'none'}: {base}:CONFIG:SPLIT")
     return found[0]

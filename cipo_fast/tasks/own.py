@@ -25,7 +25,7 @@ SHOWN = (
 )
 READ = {  # what a verifier reads of a row beside its answer
     "exact": (),
-    "math": ("policy", "answer_type", "unit", "error"),
+    "math": ("policy", "answers", "answer_type", "unit", "error"),
     "code": ("tests", "entry_point", "test", "solution", "canonical_solution"),
 }
 # Data sources that verl scores as math.
@@ -97,6 +97,8 @@ def _answer(record: Record, where: str) -> str:
         if not isinstance(style, str) or not style.startswith("rule"):
             raise UserError(f"{where}: field 'reward_model.style' is {style!r}: only 'rule' can be verified")
         given["reward_model.ground_truth"] = model["ground_truth"]
+    if not given and isinstance(record.get("answers"), list) and record["answers"]:
+        return ", ".join(answer_text(answer, where, "answers") for answer in record["answers"])
     if not given:
         raise UserError(
             f"{where}: field 'answer' is missing (or 'solution', 'ground_truth', 'reward_model.ground_truth')"

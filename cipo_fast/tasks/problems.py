@@ -145,7 +145,7 @@ class _Reader:
             self.say(f"{self.source}: in {len(found)} of {n} rows {note} (first: {found[0]})")
         if self.repeated:
             self.say(
-                f"{self.source}: {self.repeated:,} of {self.rows:,} rows repeat an earlier question and answer: dropped"
+                f"{self.source}: {self.repeated:,} of {self.rows:,} rows repeat earlier ones: dropped"
             )
         for reason, found in self.dropped.items():
             places = ", ".join(place.removeprefix(f"{self.source}:").strip() for place in found[:5])

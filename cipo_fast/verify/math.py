@@ -21,6 +21,11 @@ from cipo_fast.verify.math_text import Refused, canonical, prepared, words
 from cipo_fast.verify.verdict import Judgement
 
 Row = Mapping[str, Any]
+# What algebra raises on some texts: the answer's fault. Anything else (a missing library, say) is ours and goes on.
+_OF_ANSWERS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NotImplementedError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
 
 
 def at_once(row: Row, response: str) -> Judgement | None:
@@ -54,11 +59,31 @@ def judge(row: Row, response: str) -> Judgement:
         policy = policy_of(row)
         answer = final_answer(response, policy.answer_line).text or ""
         try:
-            same = agree(golds(row), prepared(answer), policy, row)
+            same = agree(golds(row), prepared(answer), policy, row, row_error(row))
             judged = Judgement("right" if same else "wrong", _said(answer, gold_text(row)))
         except Refused as error:
-            judged = Judgement("unparsable", str(error))
+            judged = Judgement("wrong", f"{_short(answer)}: {error}")
+        except _OF_ANSWERS as error:
+            judged = Judgement("wrong", f"{_short(answer)}: cannot be compared ({type(error).__name__})")
     return Judgement(judged.verdict, judged.why, time.perf_counter() - started)
+
+
+def check_gold(row: Row) -> str | None:
+    """Why a row's gold cannot be judged, in one line, or None. The gold is classified and compared with itself by its
+    class's comparator: that two strings are the same counts for nothing here. A worker's work."""
+    try:
+        policy = policy_of(row)
+    except ValueError as error:
+        return str(error)
+    texts = golds(row)
+    if not all(text.strip() for text in texts):
+        return "the gold is empty"
+    from cipo_fast.verify.math_compare import check
+
+    try:
+        return check(texts, policy, row, row_error(row))
+    except Refused as error:
+        return f"the gold {_short(gold_text(row))} cannot be judged: {error}"
 
 
 def gold_response(row: Row) -> str:

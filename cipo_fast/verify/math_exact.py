@@ -24,7 +24,9 @@ class Number:
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
 _UNSIGNED = rf"(?P<whole>{_DIGITS})?(?:\.(?P<part>\d*))?"
-_POWER = r"(?:[eE](?P<e>[+-]?\d{1,5})|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{\s*(?P<b>[+-]?\s*\d{1,5})\s*\}|(?P<c>\d)))"
+_POWER = (
+    r"(?:[eE](?P<e>[+-]?\d{1,5})|\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{\s*(?P<b>[+-]?\s*\d{1,5})\s*\}|(?P<c>\d)))"
+)
 _DECIMAL = re.compile(rf"(?P<sign>[+-]?)\s*{_UNSIGNED}{_POWER}?\s*(?P<percent>\\?%)?", re.ASCII)
 _TEN = re.compile(r"(?P<sign>[+-]?)\s*10\s*\^\s*(?:\{\s*(?P<b>[+-]?\s*\d{1,5})\s*\}|(?P<c>\d))", re.ASCII)
 _PART = r"(?:\{\s*(?P<{0}a>[+-]?\d+)\s*\}|\s*(?P<{0}b>\d))"

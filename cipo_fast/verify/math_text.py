@@ -77,7 +77,6 @@ def _trimmed(text: str) -> str:
     return text.rstrip(_EDGES).lstrip(" ,;:")
 
 
-
 @lru_cache(maxsize=4096)
 def prepared(raw: str) -> str:
     """An answer in one spelling: no spacing commands, no delimiters' sizes, no dollars around, one name a command.

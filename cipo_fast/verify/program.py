@@ -2,10 +2,10 @@
 
 Policy. Only what follows the last `</think>` counts; an unclosed `<think>` is no answer. Of the closed fenced blocks
 that are tagged python (py, python3) or not at all, and that parse, the last that defines the entry point is the
-program. Without an entry point it is the last that is no usage example: a block of bare values, or one that uses what only an
-earlier block defines. Blocks are never joined. Without a fence the whole text is the program if it parses. Where the
-prompt is code (HumanEval), a function body completes it, and a whole program stands below the prompt's imports and
-helpers.
+program. Without an entry point it is the last that is no usage example: a block of bare values, or one that uses what
+only an earlier block defines. Blocks are never joined. Without a fence the whole text is the program if it parses.
+Where the prompt is code (HumanEval), a function body completes it, and a whole program stands below the prompt's
+imports and helpers.
 """
 
 from __future__ import annotations

@@ -68,7 +68,11 @@ _LAYERS = {
 # What Landlock leaves open; the supervisor counts processes instead of the kernel.
 _GAPS = {
     "bubblewrap": [],
-    "sandlock": ["processes and all files together are counted every 10 ms only", "no namespaces"],
+    "sandlock": [
+        "processes are counted every 10 ms",
+        "only single files have a largest size",
+        "shared memory of multiprocessing is refused",
+    ],
 }
 
 

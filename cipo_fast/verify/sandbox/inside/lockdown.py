@@ -132,8 +132,9 @@ def drop_capabilities() -> None:
     no_new_privileges()
 
 
-def limit(limits: dict[str, Any], count_processes: bool) -> None:
-    """Resource limits of the calling process and all it starts. The supervisor keeps finer ones."""
+def limit(limits: dict[str, Any], tasks: int) -> None:
+    """Resource limits of the calling process and all it starts; `tasks`: most processes and threads of its uid in its
+    user namespace, 0: any number. The supervisor keeps finer limits."""
     seconds = math.ceil(limits["cpu_s"]) + 1
     base = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115 (closed at once)
     memory = base + (limits["memory_mib"] << 20)
@@ -143,8 +144,8 @@ def limit(limits: dict[str, Any], count_processes: bool) -> None:
         resource.RLIMIT_NOFILE: 256, resource.RLIMIT_CORE: 0, resource.RLIMIT_MEMLOCK: 64 << 10,
         resource.RLIMIT_MSGQUEUE: 0, resource.RLIMIT_SIGPENDING: 256,
     }  # fmt: skip
-    if count_processes:
-        wanted[resource.RLIMIT_NPROC] = limits["processes"] + 1  # the supervisor counts
+    if tasks:
+        wanted[resource.RLIMIT_NPROC] = tasks
     for which, value in wanted.items():
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -62,11 +62,12 @@ def _confine(request: dict[str, Any], isolation: str) -> None:
         from . import landlock
 
         landlock.confine(request["folder"])
-    lockdown.limit(request["limits"], count_processes=isolation == "namespaces")
+    lockdown.limit(request["limits"], request["tasks"])
     lockdown.no_new_privileges()
     if isolation != "none":
         lockdown.refuse_calls()
     lockdown.dumpable(True)
+    threading.stack_size(16 << 20)  # otherwise the main thread's, which is large, is set aside for each
 
 
 def _streams() -> None:

@@ -22,6 +22,7 @@ from .wire import Frames, TooLong, frame
 
 TICK_MS = 10
 _CHUNK = 1 << 16
+_ROOM = 256  # tasks beside those there were, for all executions of a uid: where the kernel cannot count each alone
 MAX_TOLD = 64 << 20  # all messages of one execution
 
 
@@ -29,8 +30,9 @@ class Cancelled(Exception):
     """Our side is no longer interested."""
 
 
-def supervise(channel: socket.socket, isolation: str, uid: int, scratch: str) -> None:
-    """Read one request from `channel`, run it, write messages and the last report. Never raises Cancelled."""
+def supervise(channel: socket.socket, isolation: str, uid: int, scratch: str, others: int) -> None:
+    """Read one request from `channel`, run it, write messages and the last report. `others`: tasks that the uid had
+    already. Never raises Cancelled."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     namespaces = isolation == "namespaces"
     frames = Frames(longest=256 << 20)
@@ -39,10 +41,11 @@ def supervise(channel: socket.socket, isolation: str, uid: int, scratch: str) ->
         request = json.loads(waiting[0])
         if namespaces:
             lockdown.furnish(uid, uid, request["limits"]["file_mib"] << 20)
-            request["folder"] = "/tmp"
+            request |= {"folder": "/tmp", "tasks": request["limits"]["processes"] + 1}  # the supervisor is one
         else:
             lockdown.reap_descendants()
-            request["folder"] = tempfile.mkdtemp(dir=scratch)
+            tasks = others + _ROOM if isolation == "landlock" else 0
+            request |= {"folder": tempfile.mkdtemp(dir=scratch), "tasks": tasks}
         lockdown.dumpable(False)
         try:
             Execution(channel, frames, request, isolation).run(waiting[1:])
@@ -221,10 +224,11 @@ class Execution:
             processes.kill_all(self.isolation == "namespaces")
             try:
                 pid, ended = os.waitpid(-1, 0)
+                while pid:
+                    found = ended if pid == self.pid else found
+                    pid, ended = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return found
-            if pid == self.pid:
-                found = ended
 
     def _drain(self) -> None:
         for descriptor in (self.tell, self.stdout, self.stderr):

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from . import lockdown, supervisor, usual
+from . import lockdown, processes, supervisor, usual
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -62,6 +62,7 @@ def _restart_with_stack(settings: dict[str, Any]) -> bool:
 class Zygote:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.isolation, self.uid, self.scratch = settings["isolation"], os.getuid(), settings["scratch"]
+        self.others = processes.of_uid(self.uid)
         self.control = socket.socket(fileno=settings["control"])
         self.control.set_inheritable(False)
         self.running: dict[str, int] = {}  # execution -> its supervisor's pid
@@ -125,7 +126,7 @@ class Zygote:
                 for descriptor in (self.control.fileno(), self.wake, self.woken):
                     os.close(descriptor)
                 with socket.socket(fileno=channel) as ours:
-                    supervisor.supervise(ours, self.isolation, self.uid, self.scratch)
+                    supervisor.supervise(ours, self.isolation, self.uid, self.scratch, self.others)
             except BaseException:
                 with contextlib.suppress(BaseException):
                     sys.excepthook(*sys.exc_info())
