@@ -21,9 +21,12 @@ from cipo_fast.verify.pool import Judges
 def build_judges(config: Config, say: Say) -> Judges:
     """This rank's judges: a node's workers are shared among its ranks."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    workers = config.verify.workers or os.cpu_count() or 1
-    verify = config.verify.model_copy(update={"workers": max(1, workers // ranks)})
+    verify = config.verify.model_copy(update={"workers": max(1, workers_of_node(config) // ranks)})
     return Judges(verify, config.sandbox, say)
+
+
+def workers_of_node(config: Config) -> int:
+    return config.verify.workers or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cipo_fast.errors import UserError
 from cipo_fast.marking import Marking
 from cipo_fast.records import Anchor, Group, Problem, Rollout
 from cipo_fast.rollout import Engine, Sampling
-from cipo_fast.tasks import Dataset, Say, quiet
+from cipo_fast.tasks import Dataset, Say, epoch_rows, quiet
 from cipo_fast.verify.judging import at_once
 from cipo_fast.verify.pool import Judges
 
@@ -105,6 +105,21 @@ def encode_dataset(dataset: Dataset, chat: Chat, config: Config, say: Say) -> tu
         count_unreachable(kept, chat, what, limit, say)
     CorrectionPrompts(chat, config.correction)
     return found[0], found[1]
+
+
+def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
+    """B prompts: every epoch is a permutation of its own, and a step's place in it follows from its number. Rows of a
+    weight other than 1 stand in an epoch more or less often (tasks/epochs.py)."""
+    b, weights = config.rollout.prompts_per_step, [prompt.problem.weight for prompt in prompts]
+    size = len(epoch_rows(weights, config.seed, 0))
+    found: list[Prompt] = []
+    for i in range((step - 1) * b, step * b):
+        epoch, place = divmod(i, size)
+        if not found or place == 0:
+            rows = epoch_rows(weights, config.seed, epoch)
+            order = np.random.default_rng(seed_for(config.seed, epoch, "order")).permutation(size)
+        found.append(prompts[rows[order[place]]])
+    return found
 
 
 @dataclass

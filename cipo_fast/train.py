@@ -52,10 +52,10 @@ from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.run_dir import check_writable, opened
-from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, seed_for
+from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, prompts_of_step, seed_for
 from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
-from cipo_fast.tasks import check_data, epoch_rows, load_dataset
+from cipo_fast.tasks import check_data, load_dataset
 from cipo_fast.try_out import choose_sandbox, refuse_exploits, with_good_golds
 from cipo_fast.updates import learn, update_metrics
 from cipo_fast.view import View, summary_table
@@ -321,21 +321,6 @@ def sample(run: Run, step: int, replay: ReplayState) -> Batch:
     anchors = [anchor for anchor in chosen if anchor.corrections]
     kept = [r.reward for anchor in anchors if anchor.right for r in anchor.corrections]
     return Batch(groups, anchors, counts, replay.rho, update_replay(replay, kept, config.replay), failures)
-
-
-def prompts_of_step(prompts: list[Prompt], config: Config, step: int) -> list[Prompt]:
-    """B prompts: every epoch is a permutation of its own, and a step's place in it follows from its number. Rows of a
-    weight other than 1 stand in an epoch more or less often (tasks/epochs.py)."""
-    b, weights = config.rollout.prompts_per_step, [prompt.problem.weight for prompt in prompts]
-    size = len(epoch_rows(weights, config.seed, 0))
-    found: list[Prompt] = []
-    for i in range((step - 1) * b, step * b):
-        epoch, place = divmod(i, size)
-        if not found or place == 0:
-            rows = epoch_rows(weights, config.seed, epoch)
-            order = np.random.default_rng(seed_for(config.seed, epoch, "order")).permutation(size)
-        found.append(prompts[rows[order[place]]])
-    return found
 
 
 # ----------------------------------------------------------------------------------------------- before and after

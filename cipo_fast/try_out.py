@@ -3,7 +3,6 @@ take its own gold?"""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from cipo_fast.config import Config
 from cipo_fast.distributed import from_main, on_main, together
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.golds import without_bad_golds
+from cipo_fast.marking import workers_of_node
 from cipo_fast.records import Problem
 from cipo_fast.tasks import Say, load_dataset
 from cipo_fast.verify.pool import Judges
@@ -26,10 +26,8 @@ def planned(config: Config) -> list[str]:
     named = ", ".join(verifiers) or "what the rows name or their form implies (data.verifier names one for all)"
     lines = [f"answers are judged by {named}"]
     if set(verifiers) != {"exact"}:
-        workers = v.workers or os.cpu_count() or 1
-        lines.append(
-            f"{workers} at once on a node, {v.timeout_s:g} s and {v.memory_mib} MiB each; code has its sandbox's"
-        )
+        limits = f"{v.timeout_s:g} s and {v.memory_mib} MiB each"
+        lines.append(f"{workers_of_node(config)} at once on a node, {limits}; programs have their sandbox's")
     if verifiers and not any(name.startswith("code") for name in verifiers):
         return lines
     try:

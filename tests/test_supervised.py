@@ -36,6 +36,8 @@ class Fails:
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int, finished: Finished | None = None
     ) -> list[list[Completion]]:
+        if finished is not None:
+            finished(0, [seed])  # before it fails, if it does
         self._call("generate")
         return [[Completion([seed], [0.0], False, self.policy_version)] * n for _ in prompts]
 
@@ -78,6 +80,14 @@ def test_a_request_that_fails_is_asked_again_of_a_fresh_engine_with_the_same_wei
     assert completions[0].policy_version == 5
     assert inner.calls == ["sync", "generate", "restart", "sync", "generate"]
     assert said == ["engine lost: gone; restarting it with the current weights"]
+
+
+def test_answers_are_told_of_through_a_repair(mesh: DeviceMesh) -> None:
+    """And again: who listens knows an answer by its prompt and ids (marking.py)."""
+    engine, _, _ = engine_of(Fails(generate=[EngineFailure("gone")]))
+    told: list[tuple[int, list[int]]] = []
+    engine.generate([[1]], 1, SAMPLING, 7, lambda i, ids: told.append((i, ids)))
+    assert told == [(0, [7]), (0, [7])]
 
 
 def test_a_sync_that_fails_is_published_again_and_always_gathered_to_its_end(mesh: DeviceMesh) -> None:

@@ -490,7 +490,9 @@ def test_evaluate_alone_gives_the_runs_own_figures(
     own = ["data.max_prompt_tokens=64", "eval.max_tokens=12", "correction.followup=check", *problems_of(folder)]
     assert evaluate_main([*SMALL, f"model.path={folder / 'model'}", *own]) == 0
     printed = capsys.readouterr().out
-    for key, label in (LABELS | {"pass_at_2": "pass@2"}).items():
+    labels = LABELS | {"pass_at_2": "pass@2"}
+    assert len(after) == 6
+    for key, label in ((key, labels[key]) for key in after):
         shown = "-" if after[key] is None else f"{after[key]:.3f}"
         assert printed.split(label)[1].splitlines()[0].split("│")[1].strip() == shown, label
     with_other_eos(folder / "model", "<|pad|>")  # as a base model's: the template's end of turn ends answers, too

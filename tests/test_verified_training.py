@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cipo_fast.config import DataConfig, SandboxConfig, VerifyConfig, configs_di
 from cipo_fast.distributed import process_group
 from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.embedded.prepare import prepare
+from cipo_fast.errors import TrainingStopped
 from cipo_fast.evaluate import main as evaluate_main
 from cipo_fast.marking import Marking
 from cipo_fast.records import Completion, Problem
@@ -26,6 +28,7 @@ from cipo_fast.rollout import Sampling
 from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.sampling import Prompt, Sampler
 from cipo_fast.train import main
+from cipo_fast.try_out import refuse_exploits
 from cipo_fast.verify import Judgement, VerifierFailure
 from cipo_fast.verify.pool import Judges
 
@@ -166,6 +169,62 @@ def test_sources_have_accuracies_of_their_own(tmp_path: Path, model: Path) -> No
     for row, step in zip(rows, (asked[:64], asked[64:]), strict=True):
         parts = [(row[f"source/{name}/accuracy"] or 0) * step.count(name) for name in ("odd", "even")]
         assert sum(parts) / len(step) == pytest.approx(row["rollout/accuracy"])
+
+
+CODE = [
+    {"entry_point": "f", "tests": [{"args": [i], "expected": i + 1}], "solution": "def f(n):\n    return n + 1"}
+    for i in range(12)
+]
+
+
+@pytest.mark.slow
+def test_programs_run_in_the_sandbox_and_bad_golds_are_dropped(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The toy writes no program, but it is asked for some: the sandbox is said, exploits are tried, golds are run."""
+    rows = [{**row, "id": f"row-{i}", "prompt": f"add {i}+1"} for i, row in enumerate(CODE)]
+    rows[3]["solution"] = "def f(n):\n    return n"
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.train={tmp_path / 'code.jsonl'}", "data.eval=null", "data.instruction=none", "train.steps=1"]
+    assert main(settings(model, tmp_path / "run", *data)) == 0
+    said = capsys.readouterr().out
+    assert "sandbox: " in said
+    assert "canaries: " in said
+    assert ", 0 failed" in said
+    assert f"1 of 11 golds do not verify, their rows are dropped: {tmp_path / 'code.jsonl'}:4 (wrong" in said
+    records = rollouts(tmp_path / "run")
+    assert {record["row"]["verifier"] for record in records} == {"code"}
+    assert "row-3" not in {record["problem"] for record in records}
+    assert {record["verdict"] for record in records} <= {"unparsable", "wrong"}
+    assert main([*settings(model, tmp_path / "dry", *data), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "# answers are judged by code" in said
+    assert "# an execution has 5 s of CPU time, 15 s by the clock, 1024 MiB" in said
+
+
+def test_a_paid_exploit_ends_the_run_before_it_begins(mesh: object) -> None:
+    class Gullible:
+        def submit(self, row: dict[str, Any], response: str) -> Future[Judgement]:
+            found: Future[Judgement] = Future()
+            found.set_result(Judgement("right"))
+            return found
+
+    said: list[str] = []
+    with pytest.raises(TrainingStopped, match=r"canaries failed \(.*: what the verifiers pay for would be learned"):
+        refuse_exploits(Gullible(), [replace(problem("a"), verifier="code")], said.append)  # type: ignore[arg-type]
+    assert any("earned a reward" in line for line in said)
+
+
+def test_a_verifier_that_is_not_there_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verifier(tmp_path)
+    for name, what in ((f"{tmp_path}/none.py:right", "none.py"), (f"{tmp_path}/sums.py:left", "left")):
+        assert main([*settings(model, tmp_path / "run", f"data.verifier={name}"), "model.path=/nowhere"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ")
+        assert what in line
+        assert "/nowhere" not in line
 
 
 def test_two_ranks_judge_their_own_shares(tmp_path: Path, model: Path) -> None:

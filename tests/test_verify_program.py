@@ -1,10 +1,11 @@
 """The program of a response: which block, which name, a completion of the prompt, and what is none."""
 
 import ast
+from typing import Any
 
 import pytest
 
-from cipo_fast.verify.program import Unparsable, fenced, function_program, stdin_program
+from cipo_fast.verify.program import Program, Unparsable, fenced, function_program, stdin_program
 
 PROMPT = (
     "import math\nfrom typing import List\n\n\n"
@@ -13,11 +14,14 @@ PROMPT = (
 )
 
 
-def value(program: object, *args: object) -> object:
+def value(program: Program, *args: object) -> object:
     """What the program's entry point gives: these are programs of this file alone."""
-    names: dict[str, object] = {}
-    exec(program.text, names)  # type: ignore[attr-defined]
-    return names[program.entry_point](*args)  # type: ignore[attr-defined, operator]
+    names: dict[str, Any] = {"__name__": "__main__", "List": list}
+    exec(program.text, names)
+    assert program.entry_point is not None
+    home = names if program.entry_point in names else names["Solution"]().__class__.__dict__
+    own = [names["Solution"]()] if home is not names else []
+    return home[program.entry_point](*own, *args)
 
 
 RESPONSES = {
@@ -38,6 +42,7 @@ RESPONSES = {
     "then unclosed": "```python\ndef f(a): return 2 * a\n```\n```python\ndef f(a): return 3",
     "other language": "```cpp\nint f(int a);\n```\n```python\ndef f(a): return 2 * a\n```",
     "in a list": "1. So\n   ```python\n   def f(a):\n       return 2 * a\n   ```\n",
+    "all indented": "```python\n    def f(a):\n        return 2 * a\n```",
     "after thinking": "<think>```python\ndef f(a): return 0\n```</think>\n```python\ndef f(a): return 2 * a\n```",
     "thinking from the prompt": "hm```python\ndef f(a): return 0\n```</think>```python\ndef f(a): return 2 * a\n```\n",
     "two thoughts": "<think>a</think>b<think>c</think>\n```python\ndef f(a): return 2 * a\n```",

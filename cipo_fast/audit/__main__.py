@@ -36,6 +36,8 @@ from cipo_fast.judge_view import Bar
 from cipo_fast.settings import expand
 from cipo_fast.view import Terminal
 
+BUILT_IN = ("exact", "math", "code")
+
 
 class Rewarded(Ending):
     """A verifier pays for what is not right."""
@@ -69,7 +71,7 @@ def canaries_command(config: Config) -> None:
     from cipo_fast.verify.pool import Judges
 
     named = config.data.verifier
-    verifiers = list(dict.fromkeys(["exact", "math", "code", *([named] if named else [])]))
+    verifiers = list(dict.fromkeys([*BUILT_IN, *([named] if named else [])]))
     with Judges(config.verify, config.sandbox, say) as judges:
         outcomes = run_canaries(judges, verifiers, say)
     table = Table(title="canaries", title_justify="left", title_style="bold")

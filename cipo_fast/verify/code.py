@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import reprlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -41,7 +41,10 @@ def judge(row: Mapping[str, Any], response: str, sandbox: Sandbox) -> Judgement:
         why = str(reason)
     else:
         run = {"stdin": _stdin, "calls": _calls, "suite": _suite}[kind]
-        verdict, why = run(row, program, sandbox)
+        try:
+            verdict, why = run(row, program, sandbox)
+        except _OutOfTime as late:
+            verdict, why = "timeout", str(late)
     return Judgement(verdict, _line(why), time.monotonic() - started)
 
 
@@ -59,7 +62,7 @@ def gold_response(row: Mapping[str, Any]) -> str | None:
 def _calls(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[Verdict, str]:
     tests = row["tests"]
     calls = [Call(args=test["args"], kwargs=test.get("kwargs") or {}) for test in tests]
-    with closing(_all(sandbox.call(program.text, program.entry_point, calls), len(tests))) as results:
+    with closing(_all(sandbox.call(program.text, program.entry_point, calls), sandbox, len(tests))) as results:
         for number, (test, result) in enumerate(zip(tests, results, strict=True), 1):
             if result.outcome != "ok":
                 return _failed(result, number)
@@ -70,7 +73,8 @@ def _calls(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[
 
 def _stdin(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[Verdict, str]:
     tests = row["tests"]
-    with closing(_all(sandbox.run(program.text, [test["stdin"] for test in tests]), len(tests))) as results:
+    stdins = [test["stdin"] for test in tests]
+    with closing(_all(sandbox.run(program.text, stdins), sandbox, len(tests))) as results:
         for number, (test, result) in enumerate(zip(tests, results, strict=True), 1):
             if result.outcome != "ok":  # also where the output is the expected one
                 return _failed(result, number)
@@ -86,13 +90,21 @@ def _suite(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[
     return ("right", "passed its suite") if result.outcome == "ok" else _failed(result, None)
 
 
-def _all(results: Iterator[Result], count: int) -> Iterator[Result]:
-    """The sandbox's results, which must be as many as were asked for: a missing one would be a test passed."""
-    given = 0
+class _OutOfTime(Exception):
+    """The tests of one answer took more than `sandbox.answer_s` together."""
+
+
+def _all(results: Iterator[Result], sandbox: Sandbox, count: int) -> Generator[Result, None, None]:
+    """The sandbox's results, which must be as many as were asked for: a missing one would be a test passed. Raises
+    _OutOfTime instead of starting one too late."""
+    given, limit = 0, sandbox.config.answer_s
+    deadline = time.monotonic() + limit
     try:
         for result in results:
             given += 1
             yield result
+            if given < count and time.monotonic() > deadline:
+                raise _OutOfTime(f"more than {limit:g} s for {given} of {count} tests")
     finally:
         close = getattr(results, "close", None)
         if close:

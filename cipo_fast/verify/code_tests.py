@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from cipo_fast.verify.program import prompt_preamble
@@ -63,17 +65,11 @@ def _problem_with_suite(row: Mapping[str, Any]) -> str | None:
     text = suite_text(row)
     if text is None:
         return "`test` (or `test_list`) is neither text nor a list of texts"
-    try:
-        tree = _tree(text)
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        return f"`test` is no Python: {error}"
-    nodes = list(ast.walk(tree))
-    if not any(isinstance(node, ast.Assert | ast.Raise | ast.Call) for node in nodes):
-        return "`test` asserts nothing: any program would pass"
-    subject = "candidate" if _defines_check(tree) else row["entry_point"]
-    if not any(isinstance(node, ast.Name) and node.id in (subject, row["entry_point"]) for node in nodes):
-        return f"`test` never uses {subject}"
-    return None
+    facts = _facts(text)
+    if facts.problem:
+        return facts.problem
+    names = {"candidate", row["entry_point"]} if facts.defines_check else {row["entry_point"]}
+    return None if names & facts.names else f"`test` never uses {row['entry_point']}"
 
 
 def _is_name(name: Any) -> bool:
@@ -103,7 +99,7 @@ def suite(row: Mapping[str, Any]) -> str:
     text, entry_point = suite_text(row), row["entry_point"]
     assert text is not None
     helpers = prompt_preamble(row.get("prompt") or "", entry_point) or ""
-    tree = _tree(text)
+    facts = _facts(text)
     lines = [
         "def check(candidate):",
         "    names = {'__name__': 'tests'}",
@@ -112,19 +108,35 @@ def suite(row: Mapping[str, Any]) -> str:
         "    names['candidate'] = candidate",
         f"    exec(compile({text!r}, '<tests>', 'exec'), names)",
     ]
-    if _defines_check(tree) and not _calls_check(tree):
+    if facts.defines_check and not facts.calls_check:
         lines.append("    names['check'](candidate)")
     return "\n".join(lines) + "\n"
 
 
-def _tree(text: str) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ast.parse(text)
+@dataclass(frozen=True)
+class _Facts:
+    """What the text of a suite is: `problem` says why it is none."""
+
+    problem: str | None = None
+    defines_check: bool = False
+    calls_check: bool = False
+    names: frozenset[str] = frozenset()
 
 
-def _defines_check(tree: ast.Module) -> bool:
-    return any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body)
+@lru_cache(maxsize=64)  # a group of answers asks for the same text, which can have a megabyte
+def _facts(text: str) -> _Facts:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        return _Facts(f"`test` is no Python: {error}")
+    nodes = list(ast.walk(tree))
+    if not any(isinstance(node, ast.Assert | ast.Raise | ast.Call) for node in nodes):
+        return _Facts("`test` asserts nothing: any program would pass")
+    defines = any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body)
+    names = frozenset(node.id for node in nodes if isinstance(node, ast.Name))
+    return _Facts(None, defines, _calls_check(tree), names)
 
 
 def _calls_check(tree: ast.Module) -> bool:

@@ -68,6 +68,24 @@ def judge(row: Row, response: str) -> Judgement:
     return Judgement(judged.verdict, judged.why, time.perf_counter() - started)
 
 
+def check_row(row: Row) -> str | None:
+    """What is missing of a row, or wrong in its policy, in one line, or None. Reads no mathematics: cheap anywhere."""
+    several = row.get("answers")
+    if several is None and row.get("answer") is None:
+        return "no field `answer`"
+    parts = several if isinstance(several, list) and several else [row.get("answer")]
+    if not all(isinstance(part, str) for part in parts):
+        return "`answers` is not a list of texts" if several is not None else "`answer` is not text"
+    if not all(part.strip() for part in parts):
+        return "`answer` is empty"
+    try:
+        policy_of(row)
+        row_error(row)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def check_gold(row: Row) -> str | None:
     """Why a row's gold cannot be judged, in one line, or None. The gold is classified and compared with itself by its
     class's comparator: that two strings are the same counts for nothing here. A worker's work."""

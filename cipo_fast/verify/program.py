@@ -22,12 +22,8 @@ MAX_PROGRAM = 200_000  # characters: parsing takes about 1 s and 200 MB at worst
 MAX_BLOCKS = 100  # the last ones
 PYTHON = {"", "python", "py", "python3", "py3"}
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([^\n`]*)$")
-# What LeetCode has imported for every answer. Only programs that answer in its style get it.
-LEETCODE = (
-    "import bisect, collections, functools, heapq, itertools, math, operator, random, re, string\n"
-    "from bisect import *\nfrom collections import *\nfrom functools import *\nfrom heapq import *\n"
-    "from itertools import *\nfrom math import *\nfrom typing import *\nfrom operator import *\n"
-)
+# A function is called, so its program is no script: what stands under `if __name__ == "__main__"` is not run.
+NO_SCRIPT = '__name__ = "program"; __import__("sys").modules["program"] = __import__("sys").modules["__main__"]'
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -70,11 +66,11 @@ def function_program(response: str, entry_point: str | None, prompt: str = "") -
     preamble = prompt_preamble(prompt, entry_point)
     if defining:
         block = defining[-1]
-        return _program(block.text if preamble is None else _below(preamble, block.text), block.tree, entry_point)
+        return Program(_below(f"{NO_SCRIPT}\n{preamble or ''}", block.text), entry_point)
     if preamble is not None:
         completed = _completed(text, prompt, entry_point)
         if completed is not None:
-            return Program(completed, entry_point)
+            return Program(_below(NO_SCRIPT, completed), entry_point)
     acting = [block for block in blocks if _acts(block.tree)]
     if not acting:
         raise Unparsable(reason or "no program: values, names or comments alone")
@@ -120,6 +116,9 @@ def _blocks(text: str) -> tuple[list[_Block], str]:
     blocks, reason = [], ""
     for content in texts[-MAX_BLOCKS:]:
         tree, why = _tree(content)
+        if tree is None and content[:1].isspace():  # all of it may be indented
+            content = textwrap.dedent(content)
+            tree, why = _tree(content)
         if tree is None:
             reason = why
         else:
@@ -274,14 +273,7 @@ def _nameless(blocks: list[_Block], reason: str) -> Program:
     left = [name for name in functions if name not in used]
     if len(left) != 1:
         raise Unparsable(f"{len(functions)} functions in the program, and the row names no entry_point")
-    return _program(block.text, block.tree, left[0])
-
-
-def _program(text: str, tree: ast.Module, entry_point: str) -> Program:
-    """A method of `class Solution` is reached by its name alone, on a new object, below what LeetCode imports."""
-    if _home(tree, entry_point) != "Solution":
-        return Program(text, entry_point)
-    return Program(f"{_below(LEETCODE, text)}\n\n{entry_point} = Solution().{entry_point}\n", entry_point)
+    return Program(_below(NO_SCRIPT, block.text), left[0])
 
 
 def _below(preamble: str, text: str) -> str:

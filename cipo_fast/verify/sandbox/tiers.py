@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["bubblewrap", "sandlock", "none"]
 NOBODY = 65534
@@ -20,7 +20,7 @@ _INSIDE = "/sandbox"
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 # OpenBLAS starts a thread a core otherwise, and each of them counts as a process.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONUTF8": "1"}
-_ENVIRONMENT |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_ENVIRONMENT |= {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 @dataclass(frozen=True)
