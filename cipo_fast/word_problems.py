@@ -47,11 +47,15 @@ SHOWN = ((give, "Mia", "nuts", (9, 2)), (buy, "Tom", "cups", (5, 8)))
 def shown() -> list[dict[str, str]]:
     turns = []
     for kind, name, things, numbers in SHOWN:
-        drawn = iter(numbers)
-        asked, term, result = kind(lambda low, high, drawn=drawn: next(drawn), name, things)
+        asked, term, result = kind(_given(numbers), name, things)
         turns += [{"role": "user", "content": asked}]
         turns += [{"role": "assistant", "content": f"{term} = \\boxed{{{result}}}"}]
     return turns
+
+
+def _given(numbers: Sequence[int]) -> Draw:
+    left = iter(numbers)
+    return lambda low, high: next(left)
 
 
 def word_problems(n: int, seed: int) -> list[dict[str, Any]]:
