@@ -79,17 +79,21 @@ def workspace(out: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out} is being made by another process: wait for it") from None
-        for left in folder.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        free = shutil.disk_usage(folder).free
-        if free < NEEDED:
-            raise UserError(
-                f"{out}: {free >> 20} MiB are free there, {NEEDED >> 20} are needed: name a folder with --out"
-            )
-        yield folder
+        try:
+            for left in folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _refuse_full(folder, out)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _refuse_full(folder: Path, out: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED:
+        raise UserError(f"{out}: {free >> 20} MiB are free there, {NEEDED >> 20} are needed: name a folder with --out")
 
 
 # ---------------------------------------------------------------------------------------------------------- the file

@@ -72,9 +72,10 @@ def test_every_command_of_a_header_is_taken(name: str, tmp_path: Path, monkeypat
         config = load_config([name], settings)
         assert config.data.verifier == verifier
         more = placed(SHAPES[name], config.model.path, tmp_path)
-        planned = args if "--dry-run" in args else [*args, "--dry-run", "--world", "1", "--device-memory", "80"]
+        planned = args if "--dry-run" in args else [*args, "--dry-run", "--world", "8", "--device-memory", "80"]
         printed = dry_run([*planned, *more], embedded_config)
         assert "#   fits: " in printed
+        assert "DOES NOT FIT" not in printed
 
 
 @pytest.mark.parametrize("name", ["qwen3_4b_math.yaml", "seed_coder_8b_code.yaml"])
