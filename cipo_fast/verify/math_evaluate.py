@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import partial
 
 from mpmath import mp, mpc, mpf
 
@@ -219,7 +220,7 @@ def same(a: Node, b: Node) -> bool:
             continue
         if values[0] is None or values[1] is None:
             return False
-        if not equal(values[0], values[1], lambda digits, env=env: (_again(a, env, digits), _again(b, env, digits))):
+        if not equal(values[0], values[1], partial(_both, a, b, env)):
             return False
         agreed += 1
     return agreed > (1 if symbols(a) | symbols(b) else 0)
@@ -239,8 +240,8 @@ def _value_or_none(node: Node, env: Mapping[str, Value]) -> Value:
         return None
 
 
-def _again(node: Node, env: Mapping[str, Value], digits: int) -> Value:
-    return real(evaluate(node, env, digits))
+def _both(a: Node, b: Node, env: Mapping[str, Value], digits: int) -> tuple[Value, Value]:
+    return real(evaluate(a, env, digits)), real(evaluate(b, env, digits))
 
 
 def equal(a: Value, b: Value, again: Callable[[int], tuple[Value, Value]] | None = None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fractions import Fraction
 from itertools import pairwise
 
 from cipo_fast.verify import math_region as regions
@@ -53,7 +52,7 @@ def _consistent(a: Node, b: Node, sign: str) -> bool:
         low, high = regions.bound(a), regions.bound(b)
     except Refused:
         return False
-    return bool(abs(low - high) <= abs(high) * Fraction(1, 50))
+    return bool(abs(low - high) <= abs(high) / 50)
 
 
 def _equation(text: str, left: Shape, right: Shape) -> Shape:
