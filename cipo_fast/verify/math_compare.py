@@ -112,6 +112,8 @@ def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if answer.kind == "ratio":
         return terms.policy.ratio == "fraction" and len(answer.items) == 2 and _as_fraction(answer, gold)
     if answer.kind == "opaque" or answer.kind == "words":
+        if answer.kind == "words" and gold.text.isalpha() and answer.text == gold.text.casefold():
+            return True  # II and \\text{II}
         named = labelled(answer.text)
         if named and terms.policy.choices == "with_text" and answer.kind == "opaque":
             return _agree(gold, read(prepared(named[1])), terms)

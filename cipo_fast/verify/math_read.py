@@ -43,7 +43,9 @@ _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus|backslash)(?![A-Za-z])")
 _SUCH_THAT = re.compile(r"\\mid(?![A-Za-z])|\||:")
 _REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|\\text\{\s*(?:all real numbers|all reals|reals|R)\s*\}|all real numbers")
 _EMPTY = re.compile(r"\\emptyset|\\\{\s*\\\}|\\text\{\s*(?:empty set|the empty set)\s*\}")
-_WORD_ONLY = re.compile(r"[A-Za-z][A-Za-z .'\-]*")
+_WORD_ONLY = re.compile(r"[A-Za-z][A-Za-z0-9 .,'\-]*")
+_FUNCTION_WORDS = re.compile(r"(?:np\.|math\.)?(?:sqrt|sinh|cosh|tanh|arc|atan|asin|acos|binom)")
+_LISTED_WORDS = re.compile(r"\\text\{([^{}]*,[^{}]*)\}")  # \text{(B), (D)}
 _MOST_ITEMS = 200
 
 
@@ -104,6 +106,8 @@ def _spoken(text: str, wanted: str | None) -> Shape | None:
         return None
     if _SEPARATOR.search(plain) and len(plain.split()) > 2:
         return Shape("words", str(words(text)))
+    if _FUNCTION_WORDS.match(plain) or ("," in plain and "\\text" not in text):
+        return None
     longest = max(len(word) for word in re.findall(r"[A-Za-z]+", plain))
     if ("\\text" in text and longest > 1) or longest > 3 or plain.lower() in ("yes", "no"):
         return Shape("words", str(words(text)))
@@ -124,7 +128,7 @@ def _matrix(text: str, wanted: str | None) -> Shape | None:
 
 
 def _item(text: str, wanted: str | None = None) -> Shape:
-    return read(unwrapped(text.strip(" .")), wanted)
+    return read(unwrapped(text.strip().rstrip(".")), wanted)
 
 
 def split(text: str, pattern: re.Pattern[str]) -> list[str]:
@@ -147,7 +151,8 @@ def split(text: str, pattern: re.Pattern[str]) -> list[str]:
 
 def _several(text: str, wanted: str | None) -> Shape | None:
     """a, b and c: a list, or one region where all are inequalities."""
-    pieces = split(text, _SEPARATOR)
+    worded = _LISTED_WORDS.fullmatch(text)
+    pieces = split(worded[1] if worded else text, _SEPARATOR)
     if len(pieces) == 1:
         return None
     texts = [piece.strip() for piece in pieces[::2]]
