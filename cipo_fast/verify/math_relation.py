@@ -49,10 +49,12 @@ def _consistent(a: Node, b: Node, sign: str) -> bool:
     if sign == "=":
         return same(a, b)
     try:
-        low, high = regions.bound(a), regions.bound(b)
+        one: regions.Bound = regions.bound(a)
+        other: regions.Bound = regions.bound(b)
     except Refused:
         return False
-    return bool(abs(low - high) <= abs(high) / 50)
+    apart = one - other if one > other else other - one
+    return apart * 50 <= (other if other > 0 else -other)
 
 
 def _equation(text: str, left: Shape, right: Shape) -> Shape:
