@@ -102,7 +102,8 @@ RESPONSES = [
     (r"} { \boxed{12} } {", "right"),
     (r"\{ \boxed{12} \}", "right"),
     (r"\boxed{\frac{24}{2}}", "right"),
-    (r"\boxed{12\}}", "unparsable"),
+    (r"\boxed{12\}}", "wrong"),
+    (r"\boxed{12\}", "unparsable"),
     ("\\boxed{12}\x00", "right"),
     ("\\boxed{12\x00}", "wrong"),
     (r"\boxed{12} \boxed{", "right"),  # an unclosed box is no answer: the last closed one is

@@ -9,6 +9,7 @@ be killed: it may take any time.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from fractions import Fraction
@@ -21,6 +22,7 @@ from cipo_fast.verify.math_text import Refused, canonical, prepared, words
 from cipo_fast.verify.verdict import Judgement
 
 Row = Mapping[str, Any]
+_WORDS = re.compile(r"\\text\{\s*[A-Za-z]{2}[A-Za-z .'\-]*\}")
 # What algebra raises on some texts: the answer's fault. Anything else (a missing library, say) is ours and goes on.
 _OF_ANSWERS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NotImplementedError, RecursionError,
@@ -144,10 +146,8 @@ def _plainly(gold: str, answer: str, row: Row, policy: MathPolicy) -> bool | Non
         return _chosen(letter, answer, policy)
     if gold and canonical(gold) == canonical(answer):
         return True
-    spoken = words(gold)
-    if spoken is not None and len(spoken) > 1 and spoken.replace(" ", "").isalpha() and "\\text" in gold:
-        heard = words(answer)
-        return heard == spoken
+    if _WORDS.fullmatch(gold):
+        return words(answer) == words(gold)
     if gold_number is not None and not any(char.isdigit() for char in answer) and words(answer) is not None:
         return None if len(answer) < 4 else False  # words are no number
     return None

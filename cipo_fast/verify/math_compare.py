@@ -10,14 +10,16 @@ from typing import Any
 from mpmath import mpc
 
 from cipo_fast.verify import math_region as regions
-from cipo_fast.verify.math_evaluate import Undefined, constant, equal, evaluate, points, same, symbols
+from cipo_fast.verify.math_evaluate import constant, equal, evaluate, points, same, symbols
 from cipo_fast.verify.math_exact import Number, labelled, near, numbers_agree
 from cipo_fast.verify.math_fallback import math_verify_agrees
 from cipo_fast.verify.math_parse import Node
 from cipo_fast.verify.math_policy import MathPolicy
-from cipo_fast.verify.math_shape import Shape, as_region, read
+from cipo_fast.verify.math_read import read
+from cipo_fast.verify.math_shape import Shape, as_region
 from cipo_fast.verify.math_text import prepared
 from cipo_fast.verify.math_units import unit_of
+from cipo_fast.verify.math_values import Undefined
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def agree(golds: list[str], answer: str, policy: MathPolicy, row: Mapping[str, A
     given = read(answer, _unit(gold))
     if _agree(gold, given, terms):
         return True
-    if "opaque" in (gold.kind, given.kind) and len(golds) == 1:
+    if gold.kind == "opaque" and len(golds) == 1:
         return math_verify_agrees(prepared(golds[0]), answer)
     return False
 
@@ -110,6 +112,8 @@ def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if answer.kind == "ratio":
         return terms.policy.ratio == "fraction" and len(answer.items) == 2 and _as_fraction(answer, gold)
     if answer.kind == "opaque" or answer.kind == "words":
+        if answer.kind == "words" and gold.text.isalpha() and answer.text == gold.text.casefold():
+            return True  # II and \\text{II}
         named = labelled(answer.text)
         if named and terms.policy.choices == "with_text" and answer.kind == "opaque":
             return _agree(gold, read(prepared(named[1])), terms)

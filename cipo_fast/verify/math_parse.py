@@ -37,7 +37,27 @@ _GREEK = set(
 _ACCENTS = {"dot", "ddot", "hat", "vec", "overline", "bar", "tilde", "mathbb", "mathcal", "mathscr", "mathfrak"}
 _ACCENTS |= {"widehat", "underline", "overrightarrow", "widetilde"}
 _SHAPES = {"angle": "∠", "triangle": "△", "measuredangle": "∠", "arc": "⌒"}
-_ENDS = {"", ")", "]", "}", r"\}", ",", ";", "+", "-", "=", "<", ">", r"\pm", r"\mp", r"\rfloor", r"\rceil", "|", r"\|"}
+_ENDS = {
+    "",
+    r"\choose",
+    ")",
+    "]",
+    "}",
+    r"\}",
+    ",",
+    ";",
+    "+",
+    "-",
+    "=",
+    "<",
+    ">",
+    r"\pm",
+    r"\mp",
+    r"\rfloor",
+    r"\rceil",
+    "|",
+    r"\|",
+}
 _CALLED = set("fgFG")
 _LONGEST_TREE = 2_500  # tokens
 

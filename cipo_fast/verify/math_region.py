@@ -101,7 +101,8 @@ def intersection(a: Region, b: Region) -> Region:
 
 def complement(region: Region) -> Region:
     found: Region = ()
-    low, low_in = -math.inf, False
+    low: Bound = -math.inf
+    low_in = False
     for piece in union(region):
         found += interval(low, piece.low, low_in, not piece.low_in)
         low, low_in = piece.high, not piece.high_in

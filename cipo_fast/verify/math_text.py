@@ -9,6 +9,7 @@ import re
 from functools import lru_cache
 
 LONGEST, DEEPEST = 4_000, 64
+_LONGEST_RAW = 5 * LONGEST  # with redundant parentheses and spacing commands
 
 
 class Refused(Exception):
@@ -87,7 +88,7 @@ def prepared(raw: str) -> str:
     text = raw.strip()
     if _PLAIN.fullmatch(text) and len(text) <= LONGEST:
         return text
-    if len(text) > LONGEST:
+    if len(text) > _LONGEST_RAW:
         raise Refused(f"longer than {LONGEST} characters")
     text = _THOUSANDS.sub("", text.translate(_TRANSLATION))
     text = _without_dollars(text)
@@ -95,6 +96,8 @@ def prepared(raw: str) -> str:
     for pattern, plain in _RENAMED:
         text = pattern.sub(plain, text)
     text = unwrapped(_trimmed(text))
+    if len(text) > LONGEST:
+        raise Refused(f"longer than {LONGEST} characters")
     if depth(text) > DEEPEST:
         raise Refused(f"brackets nest deeper than {DEEPEST}")
     return text
