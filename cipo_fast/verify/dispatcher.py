@@ -197,9 +197,16 @@ class Dispatcher:
             pass
         starting = sum(not w.ready and not w.ending and w.meant_for is None for w in self._workers.values())
         while starting < len(self._waiting) and len(self._workers) < self._most:
-            if sum(worker.counts for worker in self._workers.values()) >= self._limit or not self._start(None):
+            if self._full or not self._start(None):
                 break
             starting += 1
+
+    @property
+    def _full(self) -> bool:
+        """No more workers now: those that are not slow are as many as they should be, and as many again as are slow, so
+        that answers that hang are found in a few rounds, twice as many in each."""
+        slow = sum(worker.slow and not worker.ending for worker in self._workers.values())
+        return sum(worker.counts for worker in self._workers.values()) >= self._limit + slow
 
     def _start(self, item: Item | None) -> bool:
         """A worker; `item` waits for it. False where none could be started, and the item has failed or waits again."""

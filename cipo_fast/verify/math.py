@@ -75,7 +75,7 @@ def check_row(row: Row) -> str | None:
     several = row.get("answers")
     if several is None and row.get("answer") is None:
         return "no field `answer`"
-    parts = several if isinstance(several, list) and several else [row.get("answer")]
+    parts: list[Any] = several if isinstance(several, list) and several else [row.get("answer")]
     if not all(isinstance(part, str) for part in parts):
         return "`answers` is not a list of texts" if several is not None else "`answer` is not text"
     if not all(part.strip() for part in parts):
