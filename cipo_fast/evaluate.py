@@ -26,7 +26,7 @@ from cipo_fast.rollout import Sampling
 from cipo_fast.run_dir import check_writable
 from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting
 from cipo_fast.tasks import Dataset, load_held_out, quiet
-from cipo_fast.try_out import choose_sandbox
+from cipo_fast.try_out import prepare_judges
 from cipo_fast.view import Terminal, evaluation_table
 
 Evaluation = dict[str, float | None]
@@ -135,7 +135,7 @@ def sampler_of(config: Config, device: str) -> Iterator[tuple[Sampler, list[Prom
     problems = load_held_out(config, say)
     with ExitStack() as opened:
         judges = opened.enter_context(build_judges(config, say))
-        choose_sandbox(judges, problems)
+        prepare_judges(judges, problems)
         chat = Chat(load_tokenizer(config), config.data)
         _, prompts = encode_dataset(Dataset([], problems), chat, config, say)
         chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)

@@ -56,7 +56,7 @@ from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, prompts
 from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import check_data, load_dataset
-from cipo_fast.try_out import choose_sandbox, refuse_exploits, with_good_golds
+from cipo_fast.try_out import prepare_judges, refuse_exploits, with_good_golds
 from cipo_fast.updates import learn, update_metrics
 from cipo_fast.view import View, summary_table
 
@@ -333,7 +333,7 @@ def build(
     dataset = load_dataset(config, view.say)
     judges = open_engine.enter_context(build_judges(config, view.say))
     asked = [*dataset.train, *dataset.held_out]
-    if choose_sandbox(judges, asked):
+    if prepare_judges(judges, asked):
         refuse_exploits(judges, asked, view.say)
     dataset = replace(dataset, train=with_good_golds(dataset.train, judges, view.say))
     chat = Chat(load_tokenizer(config), config.data)

@@ -60,13 +60,14 @@ def _verifiers(config: Config) -> list[str]:
     return [name if len(counts) == 1 else f"{name} ({n:,} rows)" for name, n in counts.most_common()]
 
 
-def choose_sandbox(judges: Judges, problems: Iterable[Problem]) -> bool:
-    """Whether the problems have programs to run; the judges then choose and say their sandbox. Raises UserError where
-    none works. A collective."""
-    programs = any(problem.verifier == "code" for problem in problems)
-    if programs:
+def prepare_judges(judges: Judges, problems: Iterable[Problem]) -> bool:
+    """Import the user's own verifiers of these problems, and choose and say the sandbox where there are programs to
+    run: whether there are. Raises UserError where a verifier does not load or no sandbox works. A collective."""
+    verifiers = sorted({problem.verifier for problem in problems})
+    together(lambda: judges.load(verifiers))
+    if "code" in verifiers:
         together(judges.choose_tier)
-    return programs
+    return "code" in verifiers
 
 
 def refuse_exploits(judges: Judges, problems: Iterable[Problem], say: Say) -> None:
