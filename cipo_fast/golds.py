@@ -15,7 +15,7 @@ from cipo_fast.records import Problem
 from cipo_fast.verify import Judgement, VerifierFailure, judging
 
 if TYPE_CHECKING:
-    from cipo_fast.verify.pool import Judges
+    from cipo_fast.verify.workers.pool import Judges
 
 Say = Callable[[str], None]
 AHEAD = 512  # golds that workers have at once: more would only fill memory

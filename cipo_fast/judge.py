@@ -45,7 +45,7 @@ from cipo_fast.errors import Ending, UserError, command, note, put
 from cipo_fast.judge_view import Bar, Tally
 from cipo_fast.settings import expand
 from cipo_fast.verify import Judgement, VerifierFailure
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 MOST_LINES, MOST_BYTES = 256, 2**26  # read and not yet written
 MOST_NOTES = 20  # bad lines and failures told one by one

@@ -15,7 +15,7 @@ from cipo_fast.errors import TrainingStopped
 from cipo_fast.records import Anchor, Completion, Group, Problem, Rollout
 from cipo_fast.tasks import Say
 from cipo_fast.verify import Judgement, VerifierFailure
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 
 def build_judges(config: Config, say: Say) -> Judges:

@@ -19,7 +19,7 @@ from cipo_fast.records import Anchor, Group, Problem, Rollout
 from cipo_fast.rollout import Engine, Sampling
 from cipo_fast.tasks import Dataset, Say, epoch_rows, quiet
 from cipo_fast.verify.judging import at_once
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 
 def seed_for(seed: int, step: int, purpose: str, rank: int = 0) -> int:

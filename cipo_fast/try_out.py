@@ -14,7 +14,7 @@ from cipo_fast.golds import without_bad_golds
 from cipo_fast.marking import workers_of_node
 from cipo_fast.records import Problem
 from cipo_fast.tasks import Say, load_dataset
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 SMALL = 2**26  # bytes of training data that a dry run reads
 

@@ -21,8 +21,8 @@ from cipo_fast.cipo.metrics import batch_metrics
 from cipo_fast.config import SandboxConfig, VerifyConfig
 from cipo_fast.records import Anchor, Group, Problem, Rollout
 from cipo_fast.train import main as train
-from cipo_fast.verify.pool import Judges
 from cipo_fast.verify.sandbox import Sandbox
+from cipo_fast.verify.workers.pool import Judges
 
 # Warm enough that some answers come to an end.
 TINY = [

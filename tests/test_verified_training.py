@@ -30,7 +30,7 @@ from cipo_fast.sampling import Prompt, Sampler
 from cipo_fast.train import main
 from cipo_fast.try_out import refuse_exploits
 from cipo_fast.verify import Judgement, VerifierFailure
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 TOKENIZER = embedded_tokenizer()
 CHAT = Chat(TOKENIZER, DataConfig())

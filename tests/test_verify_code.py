@@ -7,7 +7,7 @@ import pytest
 
 from cipo_fast.config import SandboxConfig
 from cipo_fast.verify import VerifierFailure, code
-from cipo_fast.verify.program import fenced
+from cipo_fast.verify.code.program import fenced
 from cipo_fast.verify.sandbox import Result, Sandbox
 
 

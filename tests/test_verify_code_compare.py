@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cipo_fast.verify.code_compare import same_output, same_value
+from cipo_fast.verify.code.compare import same_output, same_value
 
 SAME = [
     (1, 1),

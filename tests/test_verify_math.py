@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cipo_fast.verify.extract import final_answer
 from cipo_fast.verify.math import at_once, check_gold, gold_response, judge
-from cipo_fast.verify.math_policy import MathPolicy, policy_of
+from cipo_fast.verify.math.extract import final_answer
+from cipo_fast.verify.math.policy import MathPolicy, policy_of
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "math_pairs.jsonl").read_text().splitlines()]
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from cipo_fast.config import SandboxConfig, VerifyConfig
-from cipo_fast.verify import Judgement, VerifierFailure, dispatcher, judging
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify import Judgement, VerifierFailure, judging
+from cipo_fast.verify.workers import dispatcher
+from cipo_fast.verify.workers.pool import Judges
 
 VERIFIER = """
 import json, os, signal, sys, time
@@ -231,7 +232,7 @@ def test_a_nursery_killed_from_outside_is_replaced(judges: Judges, row: dict[str
 
 def test_a_stopped_nursery_is_replaced(judges: Judges, row: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It neither answers nor dies: the batch goes on without it."""
-    monkeypatch.setattr("cipo_fast.verify.home.REPLY_S", 1.0)
+    monkeypatch.setattr("cipo_fast.verify.workers.home.REPLY_S", 1.0)
     assert verdict(judges, row, "yes").verdict == "right"
     nursery = nursery_of(os.getpid())
     os.kill(nursery, signal.SIGSTOP)
@@ -327,7 +328,7 @@ def test_several_threads_and_two_pools(row: dict[str, str]) -> None:
 
 def test_no_worker_can_be_started(row: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python that ends at once: three tries, then the line that it said."""
-    monkeypatch.setattr("cipo_fast.verify.home._START", "raise SystemExit('no room')")
+    monkeypatch.setattr("cipo_fast.verify.workers.home._START", "raise SystemExit('no room')")
     with judges_with() as judges:
         assert "no room" in failure(judges.submit(row, "yes"))
         monkeypatch.undo()
@@ -338,7 +339,7 @@ SCRIPT = """
 import sys, time
 import torch
 from cipo_fast.config import SandboxConfig, VerifyConfig
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 print("imported", flush=True)
 judges = Judges(VerifyConfig(workers=2, timeout_s=1000), SandboxConfig())

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cipo_fast.verify.program import Program, Unparsable, fenced, function_program, stdin_program
+from cipo_fast.verify.code.program import Program, Unparsable, fenced, function_program, stdin_program
 
 PROMPT = (
     "import math\nfrom typing import List\n\n\n"

@@ -8,7 +8,7 @@ import pytest
 from cipo_fast.config import SandboxConfig, VerifyConfig
 from cipo_fast.errors import UserError
 from cipo_fast.verify import Judgement, VerifierFailure, judging, user
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 ROW = {"prompt": "1 + 1?", "answer": "2", "level": 3}
 CONVERSATION = {"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2", "level": 3}

@@ -68,7 +68,7 @@ def run(args: list[str]) -> None:
 
 def canaries_command(config: Config) -> None:
     from cipo_fast.audit.canaries import failures, run_canaries
-    from cipo_fast.verify.pool import Judges
+    from cipo_fast.verify.workers.pool import Judges
 
     named = config.data.verifier
     verifiers = list(dict.fromkeys([*BUILT_IN, *([named] if named else [])]))
@@ -97,8 +97,8 @@ def canaries_command(config: Config) -> None:
 
 def gaming_command(args: list[str]) -> None:
     from cipo_fast.audit.recorded import answers_of
-    from cipo_fast.verify.pool import Judges
     from cipo_fast.verify.sandbox import Sandbox
+    from cipo_fast.verify.workers.pool import Judges
 
     most, rest = option(args, "--most", 2000)
     listed, rest = option(rest, "--list", 20)

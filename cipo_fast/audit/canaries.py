@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cipo_fast.verify import Judgement, VerifierFailure
 
 if TYPE_CHECKING:
-    from cipo_fast.verify.pool import Judges
+    from cipo_fast.verify.workers.pool import Judges
 
 ENVIRONMENT = "CIPO_CANARY"  # a variable of the host that no program may see
 SECRET = "@SECRET@"  # in a response: the path of a file of the host that no program may read

@@ -26,10 +26,10 @@ from cipo_fast.audit.literals import literals_in_tests, literals_of
 from cipo_fast.audit.perturb import Renaming, fresh, fresh_stdin, renamings, suite_inputs
 from cipo_fast.verify import Judgement, VerifierFailure
 from cipo_fast.verify.code import gold_response
-from cipo_fast.verify.code_tests import kind_of, problem_with, suite_text
-from cipo_fast.verify.pool import Judges
-from cipo_fast.verify.program import Program, Unparsable, function_program, stdin_program
+from cipo_fast.verify.code.program import Program, Unparsable, function_program, stdin_program
+from cipo_fast.verify.code.tests import kind_of, problem_with, suite_text
 from cipo_fast.verify.sandbox import Call, Sandbox
+from cipo_fast.verify.workers.pool import Judges
 
 WANTED = 8  # inputs of a kind for each problem
 TRIED = 16  # ... of which some are refused by the solution

@@ -29,7 +29,7 @@ from cipo_fast.rollout import Sampling
 from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.rollout.supervised import SupervisedEngine
 from cipo_fast.sampling import Prompt, Sampler, seed_for
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 CHECK_EVERY = 10
 CHECK_PROBLEMS = 256

@@ -19,7 +19,7 @@ from cipo_fast.settings import HUB_DATA
 from cipo_fast.tasks.formats import INSTRUCTION
 from cipo_fast.tasks.problems import Say, read_all
 from cipo_fast.tasks.sources import Role, Source
-from cipo_fast.verify.pool import Judges
+from cipo_fast.verify.workers.pool import Judges
 
 NAMED = 20  # rows that a line names
 LIST = 1000  # golds that are listed

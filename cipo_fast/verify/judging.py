@@ -67,7 +67,7 @@ def check_row(row: Row) -> str | None:
 
 def _check_math(row: Row) -> str | None:
     from cipo_fast.verify import math
-    from cipo_fast.verify.math_policy import policy_of
+    from cipo_fast.verify.math.policy import policy_of
 
     if row.get("answer") is None and not row.get("answers"):
         return "answer is missing"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from cipo_fast.verify.program import prompt_preamble
+from cipo_fast.verify.code.program import prompt_preamble
 
 Kind = Literal["calls", "stdin", "suite"]
 

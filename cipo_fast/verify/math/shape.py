@@ -1,14 +1,14 @@
-"""The class of an answer, and what was read of it: math_read.py reads texts into shapes, math_compare.py compares."""
+"""The class of an answer, and what was read of it: read.py reads texts into shapes, compare.py compares."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cipo_fast.verify import math_region as regions
-from cipo_fast.verify.math_exact import Number
-from cipo_fast.verify.math_parse import Node
-from cipo_fast.verify.math_region import Region
-from cipo_fast.verify.math_text import Refused, canonical
+from cipo_fast.verify.math import region as regions
+from cipo_fast.verify.math.exact import Number
+from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.region import Region
+from cipo_fast.verify.math.text import Refused, canonical
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from typing import Any
 
 from mpmath import mpc
 
-from cipo_fast.verify import math_region as regions
-from cipo_fast.verify.math_evaluate import constant, equal, evaluate, points, same, symbols
-from cipo_fast.verify.math_exact import Number, labelled, near, numbers_agree
-from cipo_fast.verify.math_fallback import math_verify_agrees
-from cipo_fast.verify.math_parse import Node
-from cipo_fast.verify.math_policy import MathPolicy
-from cipo_fast.verify.math_read import read
-from cipo_fast.verify.math_shape import Shape, as_region
-from cipo_fast.verify.math_text import prepared
-from cipo_fast.verify.math_units import unit_of
-from cipo_fast.verify.math_values import Undefined
+from cipo_fast.verify.math import region as regions
+from cipo_fast.verify.math.evaluate import constant, equal, evaluate, points, same, symbols
+from cipo_fast.verify.math.exact import Number, labelled, near, numbers_agree
+from cipo_fast.verify.math.fallback import math_verify_agrees
+from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.policy import MathPolicy
+from cipo_fast.verify.math.read import read
+from cipo_fast.verify.math.shape import Shape, as_region
+from cipo_fast.verify.math.text import prepared
+from cipo_fast.verify.math.units import unit_of
+from cipo_fast.verify.math.values import Undefined
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mpmath import mp, mpc, mpf
 
-from cipo_fast.verify.math_text import Refused
+from cipo_fast.verify.math.text import Refused
 
 CLOSE = -40  # powers of ten, relative to the larger: two values that are the same
 _MOST_BITS = 100_000  # of an exact power or factorial

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from cipo_fast.verify.math_policy import MathPolicy
+from cipo_fast.verify.math.policy import MathPolicy
 
 # An exponent of ten beyond this is no number that an answer writes.
 LARGEST_EXPONENT = 2_000

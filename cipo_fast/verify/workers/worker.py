@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from cipo_fast.errors import visible
 from cipo_fast.verify import judging
-from cipo_fast.verify.frames import Message, pack, receive
 from cipo_fast.verify.verdict import Judgement, VerifierFailure
+from cipo_fast.verify.workers.frames import Message, pack, receive
 
 if TYPE_CHECKING:
     from cipo_fast.verify.sandbox import Sandbox

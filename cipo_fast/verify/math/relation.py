@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-from cipo_fast.verify import math_region as regions
-from cipo_fast.verify.math_evaluate import same, symbols
-from cipo_fast.verify.math_parse import Node
-from cipo_fast.verify.math_region import Region
-from cipo_fast.verify.math_shape import Shape, opaque
-from cipo_fast.verify.math_text import Refused
+from cipo_fast.verify.math import region as regions
+from cipo_fast.verify.math.evaluate import same, symbols
+from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.region import Region
+from cipo_fast.verify.math.shape import Shape, opaque
+from cipo_fast.verify.math.text import Refused
 
 # A label with such a word says more than a name does.
 _HEDGES = {"or", "and", "not", "no", "maybe", "perhaps", "either", "neither", "wrong", "never"}

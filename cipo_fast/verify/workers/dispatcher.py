@@ -17,9 +17,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from cipo_fast.verify.frames import Inbox, Message
-from cipo_fast.verify.home import Home
 from cipo_fast.verify.verdict import Judgement, VerifierFailure
+from cipo_fast.verify.workers.frames import Inbox, Message
+from cipo_fast.verify.workers.home import Home
 
 MAX_PROCESSES = 64  # workers, slow ones and those about to die among them, where that many cores would not do
 JOBS = 1000  # of one worker: sympy's caches grow

@@ -8,9 +8,9 @@ from fractions import Fraction
 
 from mpmath import mpc, mpf
 
-from cipo_fast.verify.math_evaluate import constant
-from cipo_fast.verify.math_parse import Node
-from cipo_fast.verify.math_text import Refused
+from cipo_fast.verify.math.evaluate import constant
+from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.text import Refused
 
 Bound = Fraction | float  # float: only the infinities
 

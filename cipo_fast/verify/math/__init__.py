@@ -1,7 +1,7 @@
 """Mathematical answers: the final answer of a response against a row's gold.
 
 A row has `answer` (a text) or `answers` (a list of texts, all of them asked for), and may have `policy`
-(math_policy.py), `unit`, `answer_type` and `error` (an absolute tolerance) as OlympiadBench gives them.
+(policy.py), `unit`, `answer_type` and `error` (an absolute tolerance) as OlympiadBench gives them.
 
 `at_once` settles what needs no algebra, in microseconds; `judge` settles everything and belongs in a worker that can
 be killed: it may take any time.
@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from cipo_fast.verify.extract import final_answer
-from cipo_fast.verify.math_exact import choice, labelled, number, numbers_agree
-from cipo_fast.verify.math_policy import MathPolicy, policy_of
-from cipo_fast.verify.math_text import Refused, canonical, prepared, words
+from cipo_fast.verify.math.exact import choice, labelled, number, numbers_agree
+from cipo_fast.verify.math.extract import final_answer
+from cipo_fast.verify.math.policy import MathPolicy, policy_of
+from cipo_fast.verify.math.text import Refused, canonical, prepared, words
 from cipo_fast.verify.verdict import Judgement
 
 Row = Mapping[str, Any]
@@ -56,7 +56,7 @@ def judge(row: Row, response: str) -> Judgement:
     started = time.perf_counter()
     judged = at_once(row, response)
     if judged is None:
-        from cipo_fast.verify.math_compare import agree  # algebra is loaded where it is needed
+        from cipo_fast.verify.math.compare import agree  # algebra is loaded where it is needed
 
         policy = policy_of(row)
         answer = final_answer(response, policy.answer_line).text or ""
@@ -98,7 +98,7 @@ def check_gold(row: Row) -> str | None:
     texts = golds(row)
     if not all(text.strip() for text in texts):
         return "the gold is empty"
-    from cipo_fast.verify.math_compare import check
+    from cipo_fast.verify.math.compare import check
 
     try:
         return check(texts, policy, row, row_error(row))

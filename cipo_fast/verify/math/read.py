@@ -1,6 +1,6 @@
 """What class of answer a text is: a scalar, a list, a set, a tuple, a matrix, a region of the reals, an equation, ...
 
-`read` is used for golds and answers alike; math_compare.py compares shapes by the gold's class.
+`read` is used for golds and answers alike; compare.py compares shapes by the gold's class.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import re
 from dataclasses import replace
 from functools import lru_cache
 
-from cipo_fast.verify import math_region as regions
-from cipo_fast.verify.math_evaluate import kinds
-from cipo_fast.verify.math_exact import choice, number
-from cipo_fast.verify.math_parse import Node, parsed
-from cipo_fast.verify.math_region import Region
-from cipo_fast.verify.math_relation import chain, inequality
-from cipo_fast.verify.math_shape import Shape, as_region, opaque
-from cipo_fast.verify.math_text import Refused, matches, unwrapped, words
-from cipo_fast.verify.math_units import peel
+from cipo_fast.verify.math import region as regions
+from cipo_fast.verify.math.evaluate import kinds
+from cipo_fast.verify.math.exact import choice, number
+from cipo_fast.verify.math.parse import Node, parsed
+from cipo_fast.verify.math.region import Region
+from cipo_fast.verify.math.relation import chain, inequality
+from cipo_fast.verify.math.shape import Shape, as_region, opaque
+from cipo_fast.verify.math.text import Refused, matches, unwrapped, words
+from cipo_fast.verify.math.units import peel
 
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*(?:\\text\{\s*)?(?:base)?\s*([0-9]{1,2}|[a-z]+)\s*\}?\s*\}?")
 _BASE_WORDS = {

@@ -22,9 +22,9 @@ from typing import Any
 from cipo_fast.config import SandboxConfig, VerifyConfig
 from cipo_fast.errors import UserError
 from cipo_fast.verify import judging
-from cipo_fast.verify.dispatcher import Dispatcher, Item
-from cipo_fast.verify.frames import pack
 from cipo_fast.verify.verdict import Judgement, VerifierFailure
+from cipo_fast.verify.workers.dispatcher import Dispatcher, Item
+from cipo_fast.verify.workers.frames import pack
 
 Row = dict[str, Any]
 CODE_SLACK_S = 5.0  # the sandbox itself stops at sandbox.answer_s

@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from cipo_fast.verify.math_text import Refused
+from cipo_fast.verify.math.text import Refused
 
 Node = tuple[Any, ...]
 

@@ -20,12 +20,11 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import tempfile
 import time
 from typing import NoReturn
 
-from cipo_fast.verify.worker import Worker
+from cipo_fast.verify.workers.worker import Worker
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 GRACE_S = 0.5  # for workers to close what they have, when the trainer is gone
@@ -192,7 +191,7 @@ def preload() -> None:
     line that says so."""
     with contextlib.suppress(Exception):
         from cipo_fast.verify import math as math
-        from cipo_fast.verify.math_fallback import math_verify_agrees
+        from cipo_fast.verify.math.fallback import math_verify_agrees
 
         math_verify_agrees("\\sqrt{8}", "2\\sqrt{2}")  # the parser's tables are built by its first use
     with contextlib.suppress(ImportError):
@@ -210,7 +209,3 @@ def main(fd: int) -> None:
         os.chmod(folder, 0o711)  # a sandbox's user must get through
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         Nursery(socket.socket(fileno=fd)).run()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

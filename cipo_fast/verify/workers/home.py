@@ -13,12 +13,12 @@ import tempfile
 import time
 from typing import Any
 
-from cipo_fast.verify.frames import Message
+from cipo_fast.verify.workers.frames import Message
 
 START_S = 120.0  # until it has loaded sympy
 REPLY_S = 30.0  # a living one needs a millisecond
 # Not `-m`: modules come from where the trainer's come from, whatever the folder it was started in.
-_START = "import sys; fd, *sys.path = sys.argv[1:]; from cipo_fast.verify.nursery import main; main(int(fd))"
+_START = "import sys; fd, *sys.path = sys.argv[1:]; from cipo_fast.verify.workers.nursery import main; main(int(fd))"
 
 
 class Home:

@@ -15,9 +15,9 @@ from functools import partial
 
 from mpmath import mp, mpc, mpf
 
-from cipo_fast.verify.math_parse import Node
-from cipo_fast.verify.math_text import Refused
-from cipo_fast.verify.math_values import (
+from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.text import Refused
+from cipo_fast.verify.math.values import (
     BINARY,
     CLOSE,
     FUNCTIONS,

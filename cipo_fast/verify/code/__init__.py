@@ -13,9 +13,9 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-from cipo_fast.verify.code_compare import same_output, same_value
-from cipo_fast.verify.code_tests import kind_of, problem_with, suite
-from cipo_fast.verify.program import Program, Unparsable, fenced, function_program, stdin_program
+from cipo_fast.verify.code.compare import same_output, same_value
+from cipo_fast.verify.code.program import Program, Unparsable, fenced, function_program, stdin_program
+from cipo_fast.verify.code.tests import kind_of, problem_with, suite
 from cipo_fast.verify.sandbox import Call, Result, Sandbox
 from cipo_fast.verify.verdict import Judgement, Verdict, VerifierFailure
 
