@@ -62,20 +62,7 @@ def check_row(row: Row) -> str | None:
         kind = _kind(row)
     except VerifierFailure as failure:
         return str(failure)
-    return _check_math(row) if kind == "math" else _verifier(kind).check_row(row)
-
-
-def _check_math(row: Row) -> str | None:
-    from cipo_fast.verify import math
-    from cipo_fast.verify.math.policy import policy_of
-
-    if row.get("answer") is None and not row.get("answers"):
-        return "answer is missing"
-    try:
-        policy_of(row)
-    except ValueError as error:
-        return str(error)
-    return None if all(gold.strip() for gold in math.golds(row)) else "answer is empty"
+    return _verifier(kind).check_row(row)
 
 
 def _kind(row: Row) -> str:
