@@ -316,30 +316,3 @@ def attempt(family, kind, address):
         assert refused(sandbox, attempt, "AF_UNIX", "SOCK_STREAM", str(tmp_path / "s"))
         assert refused(sandbox, attempt, "AF_UNIX", "SOCK_STREAM", "\0cipo-sandbox-test")
         assert refused(sandbox, attempt, "AF_NETLINK", "SOCK_RAW", "x")
-
-
-# -- once more, as others
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("uid", [NOBODY, 0])
-def test_as_another_uid(uid, tmp_path):
-    if os.geteuid() != 0 or "CIPO_SANDBOX_AGAIN" in os.environ:
-        pytest.skip("root alone can become another")
-    if uid == 0 and not isinstance(working("sandlock"), str):
-        pytest.skip("this Python is open to others already")
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "as_another.py"),
-        str(uid),
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-    ]
-    command += ["-p", "no:cacheprovider", "-rs", "tests/test_sandbox_isolation.py", "tests/test_sandbox_limits.py"]
-    environment = os.environ | {"CIPO_SANDBOX_AGAIN": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "no isolation works here" not in done.stdout, done.stdout[-2000:]
