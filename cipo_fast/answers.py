@@ -1,25 +1,25 @@
 """Answers that are to be judged, read from JSON Lines: a file of them, or the rollouts of a run.
 
 A line of a file is a row (see verify/) and its `response`. A line of `rollouts/step-*.jsonl` is a rollout, with its
-text, its row and, if it was an anchor, its corrections. What cannot be judged is a line with an `error`, never an
-exception.
+text, the name of its problem (whose row is in problems.jsonl) and, if it was an anchor, its corrections. What cannot be
+judged is a line with an `error`, never an exception.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cipo_fast.config import DataConfig
 from cipo_fast.errors import UserError
+from cipo_fast.recorded_rows import NoRows, Rows
 from cipo_fast.verify.judging import check_row
 
 ADDED = ("verdict", "why", "seconds")  # what judging adds to a record
 BEFORE = "verdict_before"  # what becomes of an earlier `verdict`
-_ROLLOUT = ("text", "reward", "corrections", "prompt_tokens", "tokens", "truncated", "policy_version", "problem")
 _BOM = b"\xef\xbb\xbf"
 _SHOWN = 200  # characters of a JSON error
 
@@ -47,6 +47,7 @@ class Line:
     answers: list[Answer] = field(default_factory=list)
     error: str = ""
     size: int = 0  # bytes
+    row_size: int = 0  # bytes of the row that was read for it, and is not yet in use
 
     @property
     def source(self) -> str:
@@ -70,19 +71,26 @@ def files_of(path: Path) -> tuple[list[Path], bool]:
 
 def read_lines(files: list[Path], of_a_run: bool, data: DataConfig | None = None) -> Iterator[Line]:
     """The lines in order, blank ones left out. `data` has the verifier of rows that name none, and a math policy that
-    lies under theirs."""
+    lies under theirs. Raises UserError where a file cannot be read, or rollouts have no problems.jsonl."""
+    settings = data or DataConfig()
+    rows = Rows(files[0], lambda row: _checked(row, settings)) if files else None
+    return (with_answers(line, of_a_run, settings, rows) for line in read_records(files))
+
+
+def read_records(files: list[Path]) -> Iterator[Line]:
+    """The lines as they stand, without answers."""
     for path in files:
         try:
             with path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     line = line.removeprefix(_BOM) if number == 1 else line
                     if line.strip():
-                        yield read_line(line, f"{path}:{number}", of_a_run, data)
+                        yield read_record(line, f"{path}:{number}")
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_line(line: bytes, where: str, of_a_run: bool = False, data: DataConfig | None = None) -> Line:
+def read_record(line: bytes, where: str) -> Line:
     """Bytes that are not UTF-8 become U+FFFD, which is how such an answer is judged."""
     text = line.rstrip(b"\r\n").decode("utf-8", "replace")
     try:
@@ -93,13 +101,23 @@ def read_line(line: bytes, where: str, of_a_run: bool = False, data: DataConfig 
         )
     if not isinstance(record, dict):
         return Line(where, text, {"line": text}, error="not a JSON object", size=len(line))
-    rollout = "text" in record and "response" not in record and (of_a_run or "policy_version" in record)
+    return Line(where, text, record, size=len(line))
+
+
+def with_answers(line: Line, of_a_run: bool, data: DataConfig, rows: Rows | None = None) -> Line:
+    """A line with its answers, or with what is wrong with them. `rows`: those of rollouts. Raises NoRows."""
+    record = line.record
+    if line.error:
+        return line
     try:
-        data = data or DataConfig()
-        answers = _rollout(record, text, data) if rollout else [_answer(record, text, data)]
+        if rows and "text" in record and "response" not in record and (of_a_run or "policy_version" in record):
+            row, row_size = rows.row(_text(record, "problem"))
+            return replace(line, answers=_rollout(record, row), row_size=row_size)
+        return replace(line, answers=[_answer(record, line.text, data)])
+    except NoRows:
+        raise
     except UserError as error:
-        return Line(where, text, record, error=str(error), size=len(line))
-    return Line(where, text, record, answers, size=len(line))
+        return replace(line, error=str(error))
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:
@@ -112,14 +130,15 @@ def plain(record: dict[str, Any]) -> dict[str, Any]:
 
 def _answer(record: dict[str, Any], text: str, data: DataConfig) -> Answer:
     row = {key: value for key, value in plain(record).items() if key != "response"}
-    return Answer(_checked(row, text, data), _text(record, "response"), before=_before(record))
+    to_a_function = ":" in str(row.get("verifier") or data.verifier)  # which gets the row as it stands
+    if type(row.get("answer")) in (int, float) and not to_a_function:
+        typed = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+        row |= {"answer": typed["answer"]}  # with all its digits, as data for training has it
+    return Answer(_checked(row, data), _text(record, "response"), before=_before(record))
 
 
-def _rollout(record: dict[str, Any], text: str, data: DataConfig) -> list[Answer]:
-    """The rollout, then its corrections. A run recorded before rows had a verifier judged by exact match."""
-    given = record.get("row")
-    row = given if isinstance(given, dict) else {k: v for k, v in plain(record).items() if k not in _ROLLOUT}
-    row = _checked({"verifier": data.verifier or "exact", **row}, text, data)
+def _rollout(record: dict[str, Any], row: dict[str, Any]) -> list[Answer]:
+    """The rollout, then its corrections."""
     corrections = record.get("corrections") or []
     if not isinstance(corrections, list) or not all(isinstance(c, dict) for c in corrections):
         raise UserError("field 'corrections' is not a list of objects")
@@ -129,7 +148,7 @@ def _rollout(record: dict[str, Any], text: str, data: DataConfig) -> list[Answer
     return answers
 
 
-def _checked(row: dict[str, Any], text: str, data: DataConfig) -> dict[str, Any]:
+def _checked(row: dict[str, Any], data: DataConfig) -> dict[str, Any]:
     if row.get("verifier") is None:
         if data.verifier is None:
             raise UserError("no field 'verifier': exact, math, code or path/to/file.py:function")
@@ -138,8 +157,6 @@ def _checked(row: dict[str, Any], text: str, data: DataConfig) -> dict[str, Any]
         row = {**row, "policy": {**data.math, **row.get("policy", {})}}
     if not isinstance(row["verifier"], str):
         raise UserError("field 'verifier' is not text")
-    if type(row.get("answer")) in (int, float):
-        row = {**row, "answer": _as_typed(text)}
     try:
         wrong = check_row(row)
     except Exception as error:  # a row that nobody foresaw must not cost the others
@@ -147,12 +164,6 @@ def _checked(row: dict[str, Any], text: str, data: DataConfig) -> dict[str, Any]
     if wrong:
         raise UserError(wrong)
     return row
-
-
-def _as_typed(text: str) -> Any:
-    """The answer of a line, where it is a number: with all its digits, as data for training has it."""
-    record = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-    return record.get("answer", record.get("row", {}).get("answer"))
 
 
 def _text(record: dict[str, Any], key: str, inside: str = "") -> str:

@@ -1,13 +1,13 @@
 """Offline scoring: judges answers in a file, or anew those of a finished run, by the code that judges in training.
 
     python -m cipo_fast.judge FILE.jsonl [--out OUT.jsonl] [--overwrite] [configs/x.yaml ...] [key.path=value ...]
-    python -m cipo_fast.judge RUN                     a run's folder, or its rollouts/
+    python -m cipo_fast.judge RUN                     a run's folder, its rollouts/, or a step-N.jsonl in it
 
 In: one object a line with `response`, `verifier` (exact, math, code or path/to/file.py:function) and what that verifier
 reads: `answer`; or for code `tests` ([{"args": [...], "expected": ...}], with `entry_point`, or [{"stdin": ...,
 "stdout": ...}]), or `prompt`, `entry_point` and `test` (HumanEval's form). Settings are verify.*, sandbox.*,
 data.verifier (of lines that name none) and data.math (a policy under theirs); a run is judged with the verify.* and
-sandbox.* that it recorded, unless given.
+sandbox.* that it recorded, unless given. A run's rollouts name problems: their rows are in problems.jsonl beside them.
 
 Out: the same lines in the same order, with `verdict` (right, wrong, unparsable, timeout), `why` and `seconds` added, in
 FILE.judged.jsonl beside FILE unless --out names another. An earlier `verdict` is kept as `verdict_before`; where a line
@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cipo_fast.answers import ADDED, BEFORE, Answer, Line, files_of, plain, read_line, read_lines
+from cipo_fast.answers import ADDED, BEFORE, Answer, Line, files_of, plain, read_lines
 from cipo_fast.config import OVERRIDE, Config, parse_args, read_config
 from cipo_fast.errors import Ending, UserError, command, note, put
 from cipo_fast.judge_view import Bar, Tally
@@ -178,8 +178,10 @@ def go_on(part: Path, lines: Iterator[Line], tally: Tally) -> int:
 
 
 def read_record(written: bytes) -> dict[str, Any] | None:
-    line = read_line(written, "")
-    return None if line.record == {"line": line.text} else line.record
+    with suppress(ValueError, RecursionError):
+        found = json.loads(written)
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def recorded(line: Line, found: dict[str, Any]) -> list[Outcome]:
@@ -197,11 +199,11 @@ def judged(lines: Iterable[Line], judges: Judges) -> Iterator[tuple[Line, list[O
     size = 0
     for line in lines:
         waiting.append((line, [submitted(judges, answer) for answer in line.answers]))
-        size += line.size
+        size += line.size + line.row_size
         while waiting and (len(waiting) >= MOST_LINES or size >= MOST_BYTES or all(f.done() for f in waiting[0][1])):
             done, futures = waiting.popleft()
             yield done, [outcome(future) for future in futures]
-            size -= done.size
+            size -= done.size + done.row_size
     for done, futures in waiting:
         yield done, [outcome(future) for future in futures]
 

@@ -8,8 +8,10 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from cipo_fast.config import Config
+from cipo_fast.recorded_rows import RowWriter
 from cipo_fast.records import Anchor, Group, Problem, Rollout
 from cipo_fast.run_dir import Opened, enter
+from cipo_fast.tasks.own import ORIGINAL
 
 
 class Recorder:
@@ -19,6 +21,7 @@ class Recorder:
         self.config = config
         self.dir = config.run_dir
         self.save_rollouts_every = config.run.save_rollouts_every
+        self.rows = RowWriter(self.dir / "rollouts")
         self.metrics: TextIO | None = None
         self.tensorboard: Any = None
 
@@ -75,19 +78,19 @@ class Recorder:
             self.tensorboard.close()
 
     def _rollouts(self, step: int, groups: list[Group], anchors: list[Anchor]) -> None:
-        """rollouts/step-N.jsonl: one object a rollout, its corrections (if it was an anchor) inside it, and the `row`
-        that it was judged by: enough to judge it again."""
+        """rollouts/step-N.jsonl: one object a rollout, its corrections (if it was an anchor) inside it. The row that it
+        was judged by is in problems.jsonl: enough to judge it again."""
         corrections = {(a.group, a.index): [_record(c) for c in a.corrections] for a in anchors}
         folder = self.dir / "rollouts"
         folder.mkdir(exist_ok=True)
+        names = self.rows.write(group.problem for group in groups)
         with (folder / f"step-{step:05d}.jsonl").open("w", encoding="utf-8") as file:
             for g, group in enumerate(groups):
                 asked = {
-                    "problem": group.problem.id,
+                    "problem": names[group.problem.id],
                     "prompt": group.problem.messages[-1]["content"],
                     "answer": group.problem.row.get("answer"),
                     "source": group.problem.source,
-                    "row": group.problem.row,
                 }
                 for i, rollout in enumerate(group.rollouts):
                     record = {**asked, **_record(rollout), "corrections": corrections.get((g, i))}
@@ -95,11 +98,21 @@ class Recorder:
 
 
 def _row(problem: Problem) -> dict[str, Any]:
-    """As `data.eval` takes it. The row of a user's function is kept as it stood in its file."""
+    """As `data.eval` takes it. The row of a user's function is kept as it stood in its file; inside another where that
+    would not ask the same again (a data set's own form, an instruction added)."""
+    asked = {"id": problem.id, "messages": problem.messages}
     if problem.verifier == "exact":
-        return {"id": problem.id, "messages": problem.messages, "answer": problem.answer}
-    asked = {} if ".py:" in problem.verifier else {"messages": problem.messages}
-    return {**problem.row, "id": problem.id, **asked}
+        return {**asked, "answer": problem.answer}
+    if ".py:" not in problem.verifier:
+        return {**problem.row, **asked}
+    if _asked_by(problem.row) == list(problem.messages):
+        return {**problem.row, "id": problem.id}
+    return {**asked, "verifier": problem.verifier, ORIGINAL: dict(problem.fields)}
+
+
+def _asked_by(row: dict[str, Any]) -> Any:
+    shown = row.get("prompt") if row.get("messages") is None else row["messages"]
+    return [{"role": "user", "content": shown}] if isinstance(shown, str) else shown
 
 
 def _record(rollout: Rollout) -> dict[str, Any]:

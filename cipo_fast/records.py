@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
@@ -27,9 +28,10 @@ class Problem:
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
     weight: float = field(default=1.0, compare=False)
 
-    @property
+    @cached_property
     def row(self) -> dict[str, Any]:
-        """What verify/ judges an answer by: the same object as a line of the judge's input, less its response."""
+        """What verify/ judges an answer by: the same as a line of the judge's input, less its response. One object for
+        all answers, so that it is encoded for workers once; it is not changed."""
         return {"answer": self.answer, **self.fields, "verifier": self.verifier}
 
     @property

@@ -32,8 +32,8 @@ from cipo_fast.tasks.sources import Role
 # What one run writes, and the next one sets aside; checkpoints first: without them nobody goes on with the rest.
 OUTPUTS = (
     "checkpoints", "config.yaml", "config-from-step-*.yaml", "inputs.json", "inputs-from-step-*.json", "held_out.jsonl",
-    "eval.jsonl",    "metrics.jsonl",
-    "rollouts", "tensorboard", "summary.json", "summary-until-step-*.json", "model", "model.part", "failed",
+    "eval.jsonl", "metrics.jsonl", "rollouts", "rollouts.judged.jsonl", "rollouts.judged.jsonl.part", "tensorboard",
+    "summary.json", "summary-until-step-*.json", "model", "model.part", "failed",
 )  # fmt: skip
 LOCK_WAIT_S = 5.0  # for a process of this run that torchrun has killed and restarted
 # A run that goes on may change these: where and how it is computed and shown, not what. Resources and the number of

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cipo_fast.answers import read_line
-from cipo_fast.config import SandboxConfig, VerifyConfig
+from cipo_fast.answers import read_record, with_answers
+from cipo_fast.config import DataConfig, SandboxConfig, VerifyConfig
 from cipo_fast.judge import MOST_LINES, judged, main
 from cipo_fast.train import main as train
 from cipo_fast.verify.workers.pool import Judges
@@ -238,7 +238,7 @@ def test_a_slow_answer_does_not_fill_the_memory(user: str) -> None:
         slow = {"response": "a", "verifier": f"{user}:same", "answer": "a", "sleep": 1.0}
         for record in [slow] + [exact("a", "a")] * 2000:
             read_so_far += 1
-            yield read_line(json.dumps(record).encode(), "x:1")
+            yield with_answers(read_record(json.dumps(record).encode(), "x:1"), False, DataConfig())
 
     with Judges(VerifyConfig(), SandboxConfig()) as judges:
         found = judged(lines(), judges)
@@ -255,7 +255,7 @@ def test_a_second_opinion_on_a_run(tmp_path: Path, warm: Path, capsys) -> None:
     (run / "warm_start").symlink_to(warm / "warm_start")
     assert train([*TINY, f"run.dir={run}"]) == 0
     assert main([str(run)]) == 0
-    answers = [r for f in sorted((run / "rollouts").glob("*.jsonl")) for r in read(f)]
+    answers = [r for f in sorted((run / "rollouts").glob("step-*.jsonl")) for r in read(f)]
     corrections = [c for r in answers for c in r["corrections"] or ()]
     assert len(answers) == 64
     assert len(corrections) > 0

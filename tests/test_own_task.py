@@ -47,7 +47,7 @@ def test_it_works_as_it_stands(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "runs/own/summary.json").read_text())
     assert summary["steps"] == 20
     assert summary["before"]["t1"] > 0.05  # the verifier marks some of them right
-    rollouts = [json.loads(line) for file in (tmp_path / "runs/own/rollouts").iterdir() for line in file.open()]
+    rollouts = [json.loads(line) for file in (tmp_path / "runs/own/rollouts").glob("step-*") for line in file.open()]
     right = [r for r in rollouts if r["verdict"] == "right"]
     assert {r["verdict"] for r in rollouts} >= {"right", "wrong"}
     assert any(r["text"].strip() != r["answer"] for r in right)  # it is not the answer that is compared with

@@ -116,7 +116,7 @@ def test_two_steps_on_word_problems(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "runs/smollm2_math/metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["grad/norm"] is not None for row in rows)
-    files = sorted((tmp_path / "runs/smollm2_math/rollouts").iterdir())
+    files = sorted((tmp_path / "runs/smollm2_math/rollouts").glob("step-*"))
     rollouts = [json.loads(line) for file in files for line in file.open()]
     assert {r["verdict"] for r in rollouts} <= {"right", "wrong", "unparsable"}
     boxed = [r for r in rollouts if "\\boxed{" in r["text"]]
@@ -138,7 +138,7 @@ def test_three_steps_on_human_eval_in_the_sandbox(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = [json.loads(line) for line in (tmp_path / "runs/human_eval_smoke/metrics.jsonl").open()]
     assert [row["step"] for row in metrics] == [1, 2, 3]
-    files = sorted((tmp_path / "runs/human_eval_smoke/rollouts").iterdir())
+    files = sorted((tmp_path / "runs/human_eval_smoke/rollouts").glob("step-*"))
     rollouts = [json.loads(line) for file in files for line in file.open()]
     assert len(rollouts) == 12
     assert {r["verdict"] for r in rollouts} <= {"right", "wrong", "unparsable", "timeout"}

@@ -65,9 +65,14 @@ def settings(model: Path, folder: Path, *args: str) -> list[str]:
 
 
 def rollouts(folder: Path) -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for path in sorted((folder / "rollouts").iterdir()) for line in path.read_text().splitlines()
-    ]
+    """With the rows that they name."""
+    rows = {line["problem"]: line["row"] for line in lines_of(folder / "rollouts" / "problems.jsonl")}
+    records = [line for path in sorted((folder / "rollouts").glob("step-*.jsonl")) for line in lines_of(path)]
+    return [record | {"row": rows[record["problem"]]} for record in records]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ----------------------------------------------------------------------------------------------------- whole runs

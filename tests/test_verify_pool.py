@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from cipo_fast.config import SandboxConfig, VerifyConfig
+from cipo_fast.records import Problem
 from cipo_fast.verify import Judgement, VerifierFailure, judging
-from cipo_fast.verify.workers import dispatcher
+from cipo_fast.verify.workers import dispatcher, frames
 from cipo_fast.verify.workers.pool import Judges
 
 VERIFIER = """
@@ -151,6 +152,47 @@ def until(condition: object, seconds: float = 10.0) -> bool:
 
 def nursery_of(pid: int) -> int:
     return next(n for n in family(pid) if b"verify.nursery" in Path(f"/proc/{n}/cmdline").read_bytes())
+
+
+def test_a_large_row_is_encoded_once_for_all_answers() -> None:
+    problem = Problem("a", (), "4", "", fields={"tests": "x\u00e9\ud800" * 500_000})
+    encoder, found = frames.RowEncoder(), []
+
+    def pack(i: int) -> None:
+        found.append(encoder.pack(problem.row, {"response": str(i), "gold": False}))
+
+    threads = [threading.Thread(target=pack, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(part) for parts in found for part in parts if len(part) > 1000}) == 1
+    inbox = frames.Inbox()
+    read = [message for parts in found for message in inbox.feed(b"".join(parts))]
+    assert sorted(message["response"] for message in read) == list("01234567")
+    assert all(message == {"row": problem.row, "response": message["response"], "gold": False} for message in read)
+
+
+def test_encoded_rows_are_bounded_and_small_ones_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "MOST_KEPT", 4 * 100_000)
+    encoder, rows = frames.RowEncoder(), [{"text": "x" * 99_000} for _ in range(5)]
+    first = [encoder.pack(row, {"n": 1})[2] for row in rows]
+    again = [encoder.pack(row, {"n": 1})[2] for row in reversed(rows)]
+    assert [one is other for one, other in zip(first, reversed(again), strict=True)] == [False, True, True, True, True]
+    small = {"text": "x"}
+    encoder.pack(small, {"n": 1})
+    small["text"] = "y"
+    assert b'"y"' in encoder.pack(small, {"n": 1})[2]
+    huge = {"text": "x" * 500_000}
+    assert encoder.pack(huge, {"n": 1})[2] is not encoder.pack(huge, {"n": 1})[2]  # larger than all that may be kept
+    with pytest.raises(TypeError):
+        encoder.pack({"text": b""}, {"n": 1})
+
+
+def test_many_answers_to_a_large_row(judges: Judges, row: dict[str, str]) -> None:
+    large = {**row, "tests": ["x" * 1000] * 5000}
+    futures = [judges.submit(large, ("yes", "no")[i % 2]) for i in range(8)]
+    assert [future.result(timeout=60).verdict for future in futures] == ["right", "wrong"] * 4
 
 
 @pytest.mark.slow

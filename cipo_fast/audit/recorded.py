@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cipo_fast.answers import Line, files_of, read_lines
+from cipo_fast.answers import Line, files_of, read_lines, read_records
 from cipo_fast.audit.gaming import Submitted
 from cipo_fast.config import DataConfig
 from cipo_fast.errors import UserError
@@ -36,7 +36,7 @@ def steps_of(path: Path) -> Iterator[tuple[list[Group], list[Anchor]]]:
     if not of_a_run:
         raise UserError(f"{path}: a run's folder, or its rollouts/, is expected: corrections are in them alone")
     for file in files:
-        lines = [line for line in read_lines([file], of_a_run) if "reward" in line.record and "problem" in line.record]
+        lines = [line for line in read_records([file]) if "reward" in line.record and "problem" in line.record]
         groups: list[Group] = []
         anchors: list[Anchor] = []
         for name, members in groupby(lines, key=lambda line: str(line.record["problem"])):

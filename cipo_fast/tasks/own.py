@@ -17,6 +17,7 @@ from cipo_fast.errors import UserError
 from cipo_fast.records import Message, blank
 from cipo_fast.tasks.fields import Draft, Number, Record, answer_text, identity, plain, whole_text
 
+ORIGINAL = "original_row"  # in a run's held_out.jsonl: what a user's function gets in place of the whole row
 ROLES = ("system", "user", "assistant")
 # What other programs' rows have beside prompt or messages, to be shown to the model with it.
 SHOWN = (
@@ -41,7 +42,8 @@ def read_own(record: Record, where: str, verifier: str | None = None) -> Draft:
     source = record.get("data_source")
     source = whole_text(source, where, "data_source") if isinstance(source, str) else None
     if ".py:" in verifier:  # a user's function gets the row as it stands
-        row = plain(record, where, "row")
+        original = record.get(ORIGINAL)
+        row = plain(original, where, ORIGINAL) if isinstance(original, dict) else plain(record, where, "row")
         shown = {name: value for name, value in record.items() if name != "prompt" or record.get("messages") is None}
         return Draft(_messages(shown, where, None), verifier, "", row, {}, _id(record, where), source)
     answer = "" if verifier == "code" else _answer(record, where)

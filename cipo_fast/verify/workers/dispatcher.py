@@ -34,9 +34,9 @@ _SIGXCPU = 24
 
 @dataclass(eq=False)
 class Item:
-    """Something to judge, as bytes for a worker."""
+    """Something to judge. The parts of its message for a worker may be those of other items, too."""
 
-    payload: bytes
+    payload: tuple[bytes, ...]
     deadline_s: float
     patience_s: float
     verifier: str
@@ -251,7 +251,7 @@ class Dispatcher:
         worker.item, worker.since = item, time.monotonic()
         worker.due = worker.since + item.deadline_s
         worker.jobs += 1
-        worker.outbox = memoryview(item.payload)
+        worker.outbox = memoryview(b"".join(item.payload))
         self._exchange(worker, selectors.EVENT_WRITE)
 
     def _exchange(self, worker: _Worker, events: int) -> None:

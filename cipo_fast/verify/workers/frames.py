@@ -1,6 +1,7 @@
 """Messages between the trainer and a worker: JSON behind its length, on a stream socket.
 
-JSON escapes all that is not ASCII, so lone surrogates and NUL travel like any other character.
+JSON escapes all that is not ASCII, so lone surrogates and NUL travel like any other character. A large row is encoded
+once for all the answers that it judges.
 """
 
 from __future__ import annotations
@@ -8,16 +9,52 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import threading
+from collections import OrderedDict
 from typing import Any
 
 Message = dict[str, Any]
+LARGE = 2**16  # bytes of a row that is kept as JSON
+MOST_KEPT = 2**28  # bytes of all that are kept
 _LENGTH = struct.Struct("!Q")
 
 
 def pack(message: Message) -> bytes:
     """A message as bytes. Raises what json raises: TypeError, ValueError, RecursionError."""
-    body = json.dumps(message).encode("ascii")
-    return _LENGTH.pack(len(body)) + body
+    return b"".join(framed(json.dumps(message).encode("ascii")))
+
+
+def framed(*parts: bytes) -> tuple[bytes, ...]:
+    """The parts of a message's JSON, its length before them."""
+    return (_LENGTH.pack(sum(map(len, parts))), *parts)
+
+
+class RowEncoder:
+    """Messages with a row, as parts that share the JSON of large ones. It is kept by the row's identity, for those rows
+    that were used last: a row does not change once it has been sent. From any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, tuple[Message, bytes]] = OrderedDict()  # the row with it: its id stays its own
+        self._size = 0
+
+    def pack(self, row: Message, rest: Message) -> tuple[bytes, ...]:
+        """{"row": row, **rest} as `framed` gives it; `rest` is not empty. Raises what json raises."""
+        return framed(b'{"row": ', self._encoded(row), b", " + json.dumps(rest).encode("ascii")[1:])
+
+    def _encoded(self, row: Message) -> bytes:
+        with self._lock:
+            found = self._kept.get(id(row))
+            if found is not None:
+                self._kept.move_to_end(id(row))
+                return found[1]
+            encoded = json.dumps(row).encode("ascii")
+            if LARGE <= len(encoded) <= MOST_KEPT:
+                self._kept[id(row)] = row, encoded
+                self._size += len(encoded)
+                while self._size > MOST_KEPT:
+                    self._size -= len(self._kept.popitem(last=False)[1][1])
+            return encoded
 
 
 def receive(sock: socket.socket) -> Message | None:

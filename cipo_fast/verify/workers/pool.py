@@ -24,7 +24,7 @@ from cipo_fast.errors import UserError
 from cipo_fast.verify import judging
 from cipo_fast.verify.verdict import Judgement, VerifierFailure
 from cipo_fast.verify.workers.dispatcher import Dispatcher, Item
-from cipo_fast.verify.workers.frames import pack
+from cipo_fast.verify.workers.frames import RowEncoder
 
 Row = dict[str, Any]
 CODE_SLACK_S = 5.0  # the sandbox itself stops at sandbox.answer_s
@@ -41,6 +41,7 @@ class Judges:
     def __init__(self, verify: VerifyConfig, sandbox: SandboxConfig, say: Callable[[str], None] = _quiet):
         self._verify, self._sandbox, self._say = verify, sandbox, say
         self._lock = threading.Lock()
+        self._rows = RowEncoder()
         self._dispatcher: Dispatcher | None = None
         self._tier: str | None = None  # the sandbox's settings and its tier, as workers get them
         self._closed = False
@@ -53,7 +54,8 @@ class Judges:
 
     def submit(self, row: Row, response: str) -> Future[Judgement]:
         """The verdict on a response, in time: its `result()` never hangs, and raises VerifierFailure where there is
-        none. Raises UserError where a code row finds no sandbox that works."""
+        none. A row does not change once it was submitted. Raises UserError where a code row finds no sandbox that
+        works."""
         try:
             known = judging.at_once(row, response)
         except Exception as error:
@@ -98,14 +100,14 @@ class Judges:
     def _send(self, row: Row, response: str, gold: bool = False, load: bool = False) -> Future[Judgement]:
         code = row.get("verifier") == "code"
         deadline_s = self._sandbox.answer_s + CODE_SLACK_S if code else self._verify.timeout_s
-        message = {"row": row, "response": response, "gold": gold, "load": load}
+        message: dict[str, Any] = {"response": response, "gold": gold, "load": load}
         # CPU time only stops a worker whose trainer was stopped: the deadline comes first.
         message["cpu_s"] = deadline_s * (os.cpu_count() or 1) + 1
         if code:
             self.choose_tier()
             message["sandbox"] = self._tier
         try:
-            payload = pack(message)
+            payload = self._rows.pack(row, message)
         except (TypeError, ValueError, RecursionError) as error:
             return _failed(VerifierFailure(f"the row cannot be sent to a worker: {_described(error)}"))
         patience_s = self._sandbox.cpu_s if code else PATIENCE_S
