@@ -13,8 +13,14 @@ PACKAGE = ROOT / "cipo_fast"
 WALLS = {
     "kernels": ["cipo_fast", "transformers", "liger_kernel"],
     "cipo_fast/cipo": ["torch", "cipo_fast.rollout", "cipo_fast.packing", "cipo_fast.policy", "cipo_fast.distributed"],
-    "cipo_fast/tasks": ["torch", "transformers", "cipo_fast.rollout", "cipo_fast.policy", "cipo_fast.model"],
-    "cipo_fast/verify": ["torch", "transformers", "cipo_fast.tasks", "cipo_fast.rollout", "cipo_fast.model"],
+    "cipo_fast/tasks": [
+        *("torch", "transformers", "cipo_fast.rollout", "cipo_fast.policy", "cipo_fast.model"),
+        *("cipo_fast.verify.math", "cipo_fast.verify.code", "cipo_fast.verify.sandbox", "cipo_fast.verify.exact"),
+    ],
+    "cipo_fast/verify": [
+        *("torch", "transformers", "cipo_fast.tasks", "cipo_fast.rollout", "cipo_fast.model"),
+        *("cipo_fast.cipo", "cipo_fast.policy", "cipo_fast.learner", "cipo_fast.sampling"),
+    ],
     "cipo_fast/rollout": [
         "cipo_kernels",
         "cipo_fast.cipo",

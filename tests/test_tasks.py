@@ -9,8 +9,9 @@ from cipo_fast.config import load_config
 from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem
-from cipo_fast.tasks import check_data, load_dataset, load_held_out, verify
+from cipo_fast.tasks import check_data, load_dataset, load_held_out
 from cipo_fast.tasks.problems import read_problems
+from cipo_fast.verify import exact
 
 
 @pytest.mark.parametrize("task", ["sort", "add"])
@@ -37,10 +38,14 @@ def test_embedded_answers_are_right_and_seeded() -> None:
     assert embedded_problems("sort", 3, 10) == embedded_problems("sort", 3, 10) != embedded_problems("sort", 4, 10)
 
 
+def verdict(problem: Problem, text: str) -> str:
+    return exact.judge(problem.row, text).verdict
+
+
 def test_verify_is_exact_once_stripped() -> None:
     p = embedded_problems("add", 0, 10)[0][0]
-    assert verify(p, f" {p.answer}\n") == 1.0
-    assert verify(p, p.answer + "0") == verify(p, "") == 0.0
+    assert verdict(p, f" {p.answer}\n") == "right"
+    assert verdict(p, p.answer + "0") == verdict(p, "") == "wrong"
 
 
 @pytest.mark.parametrize(
@@ -166,8 +171,8 @@ def test_answers_are_as_typed_and_what_may_be_meant_otherwise_is_said(tmp_path: 
     said: list[str] = []
     problems = read_problems(path, said.append)
     assert [p.answer for p in problems] == ["4", "-0", "42.0", "1e3", "a\r\nb", "12345678901234567890123"]
-    assert verify(problems[2], " 42.0\n") == 1.0 > verify(problems[2], "42")
-    assert verify(problems[4], "a\nb\r\n") == verify(problems[4], "a\r\nb") == 1.0
+    assert verdict(problems[2], " 42.0\n") == "right" != verdict(problems[2], "42")
+    assert verdict(problems[4], "a\nb\r\n") == verdict(problems[4], "a\r\nb") == "right"
     assert len(said) == 2
     assert f"{path}: in 2 of 6 rows the answer is a number with a fraction or an exponent" in said[0]
     assert f"(first: {path}:3: 42.0)" in said[0]

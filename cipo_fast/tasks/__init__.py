@@ -76,15 +76,6 @@ def rows_of_eval(config: Config) -> int | None:
     return None if None in counts else sum(count for count in counts if count is not None)
 
 
-def verify(problem: Problem, text: str) -> float:
-    """1.0 where the answer is exactly right once stripped, else 0.0. CRLF and LF end a line alike."""
-    return float(_comparable(text) == _comparable(problem.answer))
-
-
-def _comparable(text: str) -> str:
-    return text.replace("\r\n", "\n").strip()
-
-
 def _split(problems: list[Problem], n_held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
     if len(problems) < 2:
         raise UserError("data.train has one problem: two are needed, one of them held out (or give data.eval)")

@@ -26,8 +26,8 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Draft:
-    """A row as its format reads it. `verifier` is what the format, or the row itself, asks for; `named` that the row
-    does so itself; `once` that its data set repeats rows, which count once."""
+    """A row as its format reads it. `verifier` is what the format, or the row itself, asks for; `once` says that its
+    data set repeats rows, which count once."""
 
     messages: tuple[Message, ...]
     verifier: str
