@@ -145,13 +145,12 @@ def convert(file: Path, out: Path) -> None:
     """Write `file` as a folder that transformers loads: fp32 weights, tokenizer with its chat template, generation
     config. transformers' own loader of GGUF wants accelerate for the same result."""
     put("reading and de-quantising it")
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # its bars, transformers' among them
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     config = AutoConfig.from_pretrained(**where)
