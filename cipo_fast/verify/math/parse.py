@@ -40,6 +40,7 @@ _SHAPES = {"angle": "∠", "triangle": "△", "measuredangle": "∠", "arc": "�
 _ENDS = {
     "",
     r"\choose",
+    r"\over",
     ")",
     "]",
     "}",
@@ -107,11 +108,18 @@ class _Reader:
     # grammar
 
     def whole(self) -> Node:
-        node = self.sum()
-        if self.accept(r"\choose"):
-            node = ("fn", "binom", node, self.sum())
+        node = self._inside()
         if self.next:
             raise Refused(f"{self.next!r} is not understood here")
+        return node
+
+    def _inside(self) -> Node:
+        """What a group of braces or the whole text holds: a sum, or {a \\over b}, {n \\choose k}."""
+        node = self.sum()
+        if self.accept(r"\choose"):
+            return ("fn", "binom", node, self.sum())
+        if self.accept(r"\over"):
+            return ("div", node, self.sum())
         return node
 
     def sum(self) -> Node:
@@ -197,7 +205,7 @@ class _Reader:
     def _script(self) -> Node:
         """What stands after ^: a group, or one token with its sign."""
         if self.accept("{"):
-            node = self.sum()
+            node = self._inside()
             self.expect("}")
             return node
         if self.accept("-"):
@@ -213,7 +221,7 @@ class _Reader:
     def _argument(self) -> Node:
         """An argument of \\frac, \\sqrt: a group, or one token; \\frac12 is a half."""
         if self.accept("{"):
-            node = self.sum()
+            node = self._inside()
             self.expect("}")
             return node
         if self.kind == "number":
@@ -285,11 +293,8 @@ class _Reader:
         return node
 
     def _braces(self) -> Node:
-        """{a}, or {n \\choose k}"""
         bars, self.bars = self.bars, 0
-        node = self.sum()
-        if self.accept(r"\choose"):
-            node = ("fn", "binom", node, self.sum())
+        node = self._inside()
         self.bars = bars
         self.expect("}")
         return node

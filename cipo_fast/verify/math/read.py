@@ -16,7 +16,7 @@ from cipo_fast.verify.math.parse import Node, parsed
 from cipo_fast.verify.math.region import Region
 from cipo_fast.verify.math.relation import chain, inequality
 from cipo_fast.verify.math.shape import Shape, as_region, opaque
-from cipo_fast.verify.math.text import Refused, matches, unwrapped, words
+from cipo_fast.verify.math.text import Refused, canonical, matches, unwrapped, words
 from cipo_fast.verify.math.units import peel
 
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*(?:\\text\{\s*)?(?:base)?\s*([0-9]{1,2}|[a-z]+)\s*\}?\s*\}?")
@@ -46,6 +46,10 @@ _EMPTY = re.compile(r"\\emptyset|\\\{\s*\\\}|\\text\{\s*(?:empty set|the empty s
 _WORD_ONLY = re.compile(r"[A-Za-z][A-Za-z0-9 .,'\-]*")
 _FUNCTION_WORDS = re.compile(r"(?:np\.|math\.)?(?:sqrt|sinh|cosh|tanh|arc|atan|asin|acos|binom)")
 _LISTED_WORDS = re.compile(r"\\text\{([^{}]*,[^{}]*)\}")  # \text{(B), (D)}
+_LABEL = re.compile(
+    r"\\(?:min|max|det|lim|inf|sup|deg|dim|gcd|operatorname)(?![A-Za-z]).*|\|[^|]*\\(?:cup|cap|setminus)(?![A-Za-z])[^|]*\|"
+)
+_SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)")
 _MOST_ITEMS = 200
 
 
@@ -61,7 +65,7 @@ def read(text: str, wanted: str | None = None) -> Shape:
 
 
 def _read(text: str, wanted: str | None) -> Shape:
-    for reader in (_literal, _spoken, _matrix, _several, _bracketed, _set_operation, _element, _related):
+    for reader in (_literal, _spoken, _matrix, _several, _bracketed, _labelled, _set_operation, _element, _related):
         shape = reader(text, wanted)
         if shape is not None:
             return shape
@@ -227,6 +231,17 @@ def _set(text: str) -> Shape:
         return opaque(text)
     flat = tuple(part for item in items for part in (item.items if item.kind == "list" else (item,)))
     return Shape("set", text, items=flat)
+
+
+def _labelled(text: str, wanted: str | None) -> Shape | None:
+    """\\max f = 3, |A \\cup B| = 3: what a value is called where it has a name of more than a symbol. A number in the
+    label makes it a claim and no name."""
+    label, *signs = split(text, _RELATION)
+    if len(signs) < 2 or signs[0].strip() != "=" or not _LABEL.fullmatch(label.strip()):
+        return None
+    if any(char.isdigit() for char in _SUBSCRIPT.sub("", label)):
+        return None
+    return replace(read("".join(signs[1:]).strip(), wanted), name=("sym", canonical(label.strip())))
 
 
 def _set_operation(text: str, wanted: str | None) -> Shape | None:

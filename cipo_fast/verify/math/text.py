@@ -26,7 +26,7 @@ _UNICODE = {
     **{"½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "⅛": r"\frac18 "},
     **{"√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "⟨": r"\langle ", "⟩": r"\rangle ", "∨": r"\lor "},
     **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'", "‘": "'"},
-    **{"€": r"\text{€}", "£": r"\text{£}", "∠": r"\angle ", "∧": r"\land ", "≡": r"\equiv ", "…": r"\ldots "},
+    **{"€": r"\text{€}", "£": r"\text{£}", "¢": r"\text{ cents}", "∠": r"\angle ", "∧": r"\land ", "≡": r"\equiv ", "…": r"\ldots "},
     **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000\t\n\r", " "),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
     **dict(zip("０１２３４５６７８９", "0123456789", strict=True)),
@@ -41,13 +41,24 @@ _TRANSLATION = str.maketrans(_UNICODE)
 
 # A plain number needs none of the passes below.
 _PLAIN = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
-# 1{,}000, 1\,000, 1,\!000: one number. A digit on the left, exactly three on the right.
-_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!:;]|,?\\ |~)\s*(?=\d{3}(?!\d))")
+# 1{,}000, 1\,000, 1,\!000: one number. A digit on the left, exactly three on the right. A comma and a space (1,\,000)
+# part two items; a plain comma is left as it is: exact.py joins it where the whole answer is one number.
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}(?:\\!)*|,(?:\\!)+|\\[,!:; ]|~)\s*(?=\d{3}(?!\d))")
+# As wide a space between two numbers parts them.
+_PARTED = re.compile(r"(?<=\d)\s*\\(?:q?quad(?![A-Za-z])|[hv]space\*?\{[^{}]*\}|phantom\{[^{}]*\})\s*(?=\d)")
+_LONE_BACKSLASH = re.compile(r"(?<!\\)\\\Z")  # of `3\ `, once stripped
+# \text{The answer is }12, \text{Total: }12
+_LEAD = re.compile(
+    r"\\text\{\s*(?:(?:so|thus|the|our|final|correct) )*(?:answer|result|total|value|probability)(?: is:?|:)\s*\}",
+    re.IGNORECASE,
+)
+_CASES_COMMA = re.compile(r",\s*(?=&|\\\\|\\end\{)|\\text\{\s*(?:if|for|when)\s*\}")
 _DROPPED = re.compile(
     r"(?<!\\)\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?|(?<!\\)\\!"
-    r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill|phantom\{[^{}]*\}|hspace\{[^{}]*\}|label\{[^{}]*\})(?![A-Za-z])|(?<!\\)\\[()\[\]]"
+    r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill)(?![A-Za-z])|(?<!\\)\\[()\[\]]"
+    r"|\\label\{[^{}]*\}|\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\{[^{}]*\}"
 )
-_SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\s+")
+_SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\\(?:[hv]space\*?|phantom)\{[^{}]*\}|\s+")
 _RENAMED = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
@@ -72,7 +83,11 @@ _RENAMED = (
     (re.compile(r"\\text\s*\{([^{}A-Za-z€£]*)\}"), r" \1 "),  # no letter inside: no text
     (re.compile(r"\\text\s+\{"), r"\\text{"),
     (re.compile(r"\\text\{\s*(?:percent|percentage|per cent)\s*\}|(?<=[\d}]) ?percent(?![A-Za-z])"), r"\\%"),
-    (re.compile(r"(\\text\{[^{}]*)\^\{(\d)\}([^{}]*\})"), r"\1^\2\3"),
+    # \text{kg m^{2} s^{-1}}: no braces inside
+    *[(re.compile(r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}([^{}]*\})"), r"\1^\2 \3")] * 3,
+    (re.compile(r"(?<![\^_\\])\{\s*([-+=<>])\s*\}"), r"\1"),  # 2{-}1
+    (re.compile(r"\\pmod\s*\{\s*(\w+)\s*\}"), r"\\pmod \1"),
+    (re.compile(r"\(\s*(?:\\[bp]?mod|\\text\{\s*mod\s*\})\s*\{?\s*(\w+)\s*\}?\s*\)"), r"\\pmod \1"),
 )  # fmt: skip
 _EDGES = " .,;:"  # at the end; at the beginning a point belongs to a number
 
@@ -90,11 +105,17 @@ def prepared(raw: str) -> str:
         return text
     if len(text) > _LONGEST_RAW:
         raise Refused(f"longer than {LONGEST} characters")
-    text = _THOUSANDS.sub("", text.translate(_TRANSLATION))
+    text = _LONE_BACKSLASH.sub("", text)
+    text = _PARTED.sub(", ", _THOUSANDS.sub("", text.translate(_TRANSLATION)))
     text = _without_dollars(text)
     text = _SPACES.sub(" ", _DROPPED.sub("", text))
     for pattern, plain in _RENAMED:
         text = pattern.sub(plain, text)
+    if r"\begin{cases}" in text:
+        text = _CASES_COMMA.sub(" ", text)
+    lead = _LEAD.match(text.lstrip())
+    if lead:
+        text = text.lstrip()[lead.end() :]
     text = unwrapped(_trimmed(text))
     if len(text) > LONGEST:
         raise Refused(f"longer than {LONGEST} characters")
@@ -150,7 +171,7 @@ def unwrapped(text: str) -> str:
         while end > start and text[end - 1] == " ":
             end -= 1
         opening = start
-        for command in (r"\boxed{", r"\fbox{"):
+        for command in (r"\boxed{", r"\fbox{", r"\underline{"):
             if text.startswith(command, start):
                 opening = start + len(command) - 1
         if opening >= end or partner[opening] != end - 1 or text[opening] == "[" or text[end - 1] == "]":
