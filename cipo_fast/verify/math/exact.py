@@ -133,7 +133,8 @@ def labelled(text: str) -> tuple[str, str] | None:
     if match is None or _ANY_LABEL.search(match["rest"]):
         return None
     plain = " ".join(re.sub(r"\\text(?:bf|it|rm)?(?![A-Za-z])|[^\w+\-*=<>^\\]", " ", match["rest"]).split())
-    if all(re.fullmatch("[A-J]", word) or word.lower() in _BESIDE for word in plain.split()):
+    letters = re.findall(r"\b[A-J]\b", plain)
+    if letters and all(word in letters or word.lower() in _BESIDE for word in plain.split()):
         return None
     if _OTHER_CHOICE.fullmatch(plain):
         return None

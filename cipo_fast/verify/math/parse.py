@@ -152,7 +152,9 @@ class _Reader:
             word = self.next
             if word in ("*", r"\cdot", r"\times", r"\ast", r"\bullet"):
                 self.take()
-                node = ("mul", node, self._signed_power())
+                right = self._signed_power()
+                cross = word == r"\times" and (_is_vector(node) or _is_vector(right))
+                node = ("call", "cross", node, right) if cross else ("mul", node, right)
             elif word in ("/", r"\div"):
                 self.take()
                 node = ("div", node, self._signed_power())
@@ -509,6 +511,10 @@ class _Reader:
                 self.take()
                 name += "_" + self._raw()
         return name
+
+
+def _is_vector(node: Node) -> bool:
+    return node[0] == "sym" and node[1].startswith((r"\vec:", r"\overrightarrow:", r"\nabla"))
 
 
 def _literal(digits: str) -> Fraction:

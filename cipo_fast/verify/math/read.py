@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from cipo_fast.verify.math import region as regions
-from cipo_fast.verify.math.evaluate import kinds
+from cipo_fast.verify.math.evaluate import kinds, symbols
 from cipo_fast.verify.math.exact import choice, number
 from cipo_fast.verify.math.parse import Node, parsed
 from cipo_fast.verify.math.region import Region
@@ -50,6 +50,7 @@ _LABEL = re.compile(
     r"\\(?:min|max|det|lim|inf|sup|deg|dim|gcd|operatorname)(?![A-Za-z]).*|\|[^|]*\\(?:cup|cap|setminus)(?![A-Za-z])[^|]*\|"
 )
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)")
+_LOGIC = {"land", "wedge", "lor", "vee"}
 _MOST_ITEMS = 200
 
 
@@ -169,22 +170,29 @@ def _several(text: str, wanted: str | None) -> Shape | None:
     items = tuple(_item(piece, wanted) for piece in texts if piece)
     if any(item.kind in ("opaque", "words") for item in items) and not all(item.kind == "words" for item in items):
         return opaque(text)
+    both = any(word in ("and", "land", "wedge") for word in separators)
     if all(item.kind == "region" and item.brackets == "<" for item in items):
-        return _combined(text, items, either)
+        return _combined(text, items, either, both)
+    if any(
+        word in _LOGIC and item.node and item.name is None and symbols(item.node)
+        for word in separators
+        for item in items
+    ):
+        return opaque(text)  # p \land q: no list
     if either and all(as_region(item) is not None for item in items) and any(item.kind != "scalar" for item in items):
         return Shape("region", text, region=regions.union(*(as_region(item) or () for item in items)))
     flat = tuple(part for item in items for part in (item.items if item.kind == "list" else (item,)))
     return Shape("list", text, items=flat)
 
 
-def _combined(text: str, items: tuple[Shape, ...], either: bool) -> Shape:
-    """Inequalities: `or` joins; `and` and a comma hold together, unless that leaves nothing."""
+def _combined(text: str, items: tuple[Shape, ...], either: bool, both: bool) -> Shape:
+    """Inequalities: `or` joins, `and` holds together, and so does a comma, unless that leaves nothing."""
     if len({item.name for item in items}) > 1:
         return Shape("list", text, items=items)
     found: Region = regions.EVERYTHING
     for item in items:
         found = regions.intersection(found, item.region or ())
-    if either or not found:
+    if either or not (found or both):
         found = regions.union(*(item.region or () for item in items))
     return Shape("region", text, region=found, name=items[0].name, brackets="<")
 

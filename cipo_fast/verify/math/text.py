@@ -22,11 +22,11 @@ _UNICODE = {
     **{"∙": r"\cdot ", "÷": r"\div ", "∗": "*", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "},
     **{"≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^\circ ", "∅": r"\emptyset "},
     **{"±": r"\pm ", "∓": r"\mp ", "％": r"\%", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")"},
-    **{"∖": r"\setminus "},
+    **{"∖": r"\setminus ", "¢": r"\text{ cents}"},
     **{"½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "⅛": r"\frac18 "},
     **{"√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "⟨": r"\langle ", "⟩": r"\rangle ", "∨": r"\lor "},
     **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'", "‘": "'"},
-    **{"€": r"\text{€}", "£": r"\text{£}", "¢": r"\text{ cents}", "∠": r"\angle ", "∧": r"\land ", "≡": r"\equiv ", "…": r"\ldots "},
+    **{"€": r"\text{€}", "£": r"\text{£}", "∠": r"\angle ", "∧": r"\land ", "≡": r"\equiv ", "…": r"\ldots "},
     **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000\t\n\r", " "),
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
     **dict(zip("０１２３４５６７８９", "0123456789", strict=True)),
@@ -58,7 +58,9 @@ _DROPPED = re.compile(
     r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill)(?![A-Za-z])|(?<!\\)\\[()\[\]]"
     r"|\\label\{[^{}]*\}|\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\{[^{}]*\}"
 )
-_SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\\(?:[hv]space\*?|phantom)\{[^{}]*\}|\s+")
+_SPACES = re.compile(
+    r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\\(?:[hv]space\*?|phantom)\{[^{}]*\}|\s+"
+)
 _RENAMED = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
