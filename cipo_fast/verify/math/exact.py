@@ -132,7 +132,11 @@ def labelled(text: str) -> tuple[str, str] | None:
     match = _LABELLED.fullmatch(text)
     if match is None or _ANY_LABEL.search(match["rest"]):
         return None
-    plain = " ".join(re.sub(r"\\text(?:bf|it|rm)?(?![A-Za-z])|[^\w+\-*=<>^\\]", " ", match["rest"]).split())
+    plain = " ".join(
+        re.sub(
+            r"\\(?:text|to|rightarrow|Rightarrow|implies|equiv)(?![A-Za-z])|[^\w+\-*=<>^\\]", " ", match["rest"]
+        ).split()
+    )
     letters = re.findall(r"\b[A-J]\b", plain)
     if letters and all(word in letters or word.lower() in _BESIDE for word in plain.split()):
         return None

@@ -17,7 +17,7 @@ _OPENER = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # What may stand between two boxes of one list, and what says that an answer is one of several.
 _LISTING = re.compile(
     r"(?:\s|[,;.!?&*|/]|\\[,;!:\[\]()]|\\\\|\\quad|\\qquad|~|\$|\band\b|\\text\s*\{\s*(?:and|or|,)?\s*\}"
-    r"|\b[A-Za-z](?:_\{?\w\}?)?\s*=)*"
+    r"|\n[ \t]*[-+•]|\\item\b|\b[A-Za-z](?:_\{?\w\}?)?\s*=)*"
 )
 _HEDGE = re.compile(
     r"\b(?:or|maybe|perhaps|possibly|alternatively|either|might|could|otherwise|both|also|another)\b", re.IGNORECASE

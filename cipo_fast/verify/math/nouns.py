@@ -21,8 +21,8 @@ _LARGE = (
 )
 _CHANGING = (
     "percent percentage permille promille percentile factorial double triple treble quadruple quintuple fold twofold "
-    "threefold negative positive reciprocal inverse opposite complement power exponent logarithm log modulo remainder "
-    "radical squared cubed doubled order magnitude tre seize onze"
+    "threefold sin sins tans negative reciprocal inverse opposite complement power exponent logarithm log modulo "
+    "remainder radical squared cubed doubled order magnitude tre seize onze"
 )
 # Verbs and small words in -s that look like a plural.
 _OTHERS = (
@@ -66,8 +66,8 @@ _KNOWN = set(
     "interest discount change tip homework laundry luggage furniture equipment work reading sleep time distance length "
     "width height area volume weight mass speed "
     # what describes
-    "red blue green yellow white black brown pink purple gray grey small large big little tall short long wide deep "
-    "old high new young whole total full empty different distinct unique possible ordered unordered "
+    "red blue green yellow white black brown pink purple gray grey small large big little tall long wide deep "
+    "old high new young whole total full empty different distinct unique possible ordered unordered positive "
     "consecutive adult male female paper plastic wooden glass metal chocolate vanilla strawberry cherry apple fresh "
     "frozen free regular special single real complex rational integer each "
     "altogether together remaining left away".split()

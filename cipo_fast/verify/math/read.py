@@ -47,7 +47,8 @@ _WORD_ONLY = re.compile(r"[A-Za-z][A-Za-z0-9 .,'\-]*")
 _FUNCTION_WORDS = re.compile(r"(?:np\.|math\.)?(?:sqrt|sinh|cosh|tanh|arc|atan|asin|acos|binom)")
 _LISTED_WORDS = re.compile(r"\\text\{([^{}]*,[^{}]*)\}")  # \text{(B), (D)}
 _LABEL = re.compile(
-    r"\\(?:min|max|det|lim|inf|sup|deg|dim|gcd|operatorname)(?![A-Za-z]).*|\|[^|]*\\(?:cup|cap|setminus)(?![A-Za-z])[^|]*\|"
+    r"\\(?:min|max|det|lim|inf|sup|deg|dim|gcd)(?![A-Za-z]).*|\|[^|]*\\(?:cup|cap|setminus)(?![A-Za-z])[^|]*\|"
+    r"|[A-Za-z]\s*\([^()]*(?:\\(?:cup|cap|setminus|mid)(?![A-Za-z])|\|)[^()]*\)"
 )
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)")
 _LOGIC = {"land", "wedge", "lor", "vee"}

@@ -52,7 +52,8 @@ _LEAD = re.compile(
     r"\\text\{\s*(?:(?:so|thus|the|our|final|correct) )*(?:answer|result|total|value|probability)(?: is:?|:)\s*\}",
     re.IGNORECASE,
 )
-_CASES_COMMA = re.compile(r",\s*(?=&|\\\\|\\end\{)|\\text\{\s*(?:if|for|when)\s*\}")
+_MODULO = re.compile(r"\(?\s*(?:\\(?:[bp]mod|mod)(?![A-Za-z])|\\text\{\s*mod\s*\})\s*\{?\s*(\w+)\s*\}?\s*\)?")
+_CASES_COMMA = re.compile(r"[,.;]\s*(?=&|\\\\|\\end\{)|\\text\{\s*(?:if|for|when)\s*\}")
 _DROPPED = re.compile(
     r"(?<!\\)\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?|(?<!\\)\\!"
     r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill)(?![A-Za-z])|(?<!\\)\\[()\[\]]"
@@ -86,10 +87,8 @@ _RENAMED = (
     (re.compile(r"\\text\s+\{"), r"\\text{"),
     (re.compile(r"\\text\{\s*(?:percent|percentage|per cent)\s*\}|(?<=[\d}]) ?percent(?![A-Za-z])"), r"\\%"),
     # \text{kg m^{2} s^{-1}}: no braces inside
-    *[(re.compile(r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}([^{}]*\})"), r"\1^\2 \3")] * 3,
+    *[(re.compile(r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}"), r"\1^\2 ")] * 3,
     (re.compile(r"(?<![\^_\\])\{\s*([-+=<>])\s*\}"), r"\1"),  # 2{-}1
-    (re.compile(r"\\pmod\s*\{\s*(\w+)\s*\}"), r"\\pmod \1"),
-    (re.compile(r"\(\s*(?:\\[bp]?mod|\\text\{\s*mod\s*\})\s*\{?\s*(\w+)\s*\}?\s*\)"), r"\\pmod \1"),
 )  # fmt: skip
 _EDGES = " .,;:"  # at the end; at the beginning a point belongs to a number
 
@@ -115,6 +114,8 @@ def prepared(raw: str) -> str:
         text = pattern.sub(plain, text)
     if r"\begin{cases}" in text:
         text = _CASES_COMMA.sub(" ", text)
+    if r"\equiv" in text:
+        text = _MODULO.sub(r"\\pmod \1", text)
     lead = _LEAD.match(text.lstrip())
     if lead:
         text = text.lstrip()[lead.end() :]
@@ -213,6 +214,7 @@ def canonical(text: str) -> str:
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"(\\frac|\\binom)\s*(\d)\s*(?=[\d{])", r"\1{\2}", text)
     text = re.sub(r"(\\frac\{\d\}|\\binom\{\d\})\s*(\d)", r"\1{\2}", text)
+    text = re.sub(r"(\\[A-Za-z]+) +(?=\d)", r"\1", text)
     return _LOOSE_SPACE.sub("", re.sub(r" +", " ", text))
 
 

@@ -42,7 +42,7 @@ _NOT_UNITS = set(
     "percent percentage more less than least most about approximately roughly around is are was be only where for all "
     "any none maybe perhaps possibly either both except but otherwise undefined infinity infinite pi to from with "
     "remainder base which that wrong right correct answer equals equal also between up mixed even odd neither so "
-    "when then as it modulo negative positive".split()
+    "when then as it modulo negative".split()
 )
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _MAGNITUDE = re.compile(rf"(.*[\d}})])\s*(?:\\text\{{\s*)?(?P<word>{'|'.join(_MAGNITUDES)})(?![A-Za-z])\s*\}}?(.*)")
