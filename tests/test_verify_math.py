@@ -222,6 +222,35 @@ def test_numbers_are_golds_as_they_are_written():
     assert judge({"answer": 1e23}, boxed("10^{23}")).verdict == "right"
 
 
+# Golds of no class: equal only where they are the same text but for spelling.
+UNKNOWN = [
+    ("x\\equiv3\\pmod 7", "x\\equiv3\\pmod{7}", "right"),
+    ("x\\equiv3\\pmod{7}", "x\\equiv 3 \\pmod 7", "right"),
+    ("x\\equiv3\\pmod{7}", "x\\equiv 3 \\ (\\text{mod } 7)", "right"),
+    ("x\\equiv3\\pmod{12}", "x\\equiv 3 (\\mathrm{mod}\\ 12)", "right"),
+    ("x\\equiv3\\pmod{12}", "x\\equiv 3 \\bmod 12", "right"),
+    (
+        "\\begin{cases} 1 & x>0\\\\ 0 & x\\le 0\\end{cases}",
+        "\\begin{cases} 1, & x>0\\\\ 0, & x\\le 0\\end{cases}",
+        "right",
+    ),
+    (
+        "\\begin{cases} 1 & x>0\\\\ 0 & x\\le 0\\end{cases}",
+        "\\begin{cases} 1, & \\text{if } x>0,\\\\ 0, & \\text{if } x\\le 0.\\end{cases}",
+        "right",
+    ),
+    ("p\\land q", "p\\land q", "right"),
+    ("x\\equiv3\\pmod 7", "x\\equiv3\\pmod{8}", "wrong"),
+    ("x\\equiv3\\pmod 7", "x\\equiv4\\pmod{7}", "wrong"),
+    ("p\\land q", "p\\lor q", "wrong"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "verdict"), UNKNOWN)
+def test_golds_of_no_class_are_met_by_their_own_text_alone(gold, answer, verdict):
+    assert judge({"answer": gold}, boxed(answer)).verdict == verdict
+
+
 def test_redundant_parentheses_are_cheap():
     started = time.perf_counter()
     for wrap in ("(" * 400 + "7" + ")" * 400, "{" * 400 + "7" + "}" * 400, r"\left(" * 400 + "7" + r"\right)" * 400):
