@@ -130,7 +130,7 @@ def test_bad_lines_lose_nothing(tmp_path: Path) -> None:
     assert [r["verdict"] for r in found] == ["right", None] * len(BAD) + ["wrong"]
     for number, (_, why) in enumerate(BAD):
         assert why in found[2 * number + 1]["why"]
-        assert found[2 * number + 1]["error"] == "bad line"
+        assert found[2 * number + 1]["fault"] == "bad line"
         assert f"{file}:{2 * number + 2}: " in done.stderr
     assert found[1]["line"] == "not json"
     assert done.stderr.splitlines()[-1].startswith(f"error: {len(BAD)} of {len(lines) + 1} lines could not be judged")
@@ -161,7 +161,7 @@ def test_what_the_machinery_failed_has_no_verdict(tmp_path: Path, user: str, cap
     assert main([str(file)]) == 1
     found = read(tmp_path / "in.judged.jsonl")
     assert [r["verdict"] for r in found] == ["right", None, "wrong"]
-    assert found[1]["error"] == "not judged"
+    assert found[1]["fault"] == "not judged"
     assert "KeyError" in found[1]["why"]
     error = capsys.readouterr().err
     assert f"{file}:2: not judged: " in error

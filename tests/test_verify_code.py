@@ -210,7 +210,7 @@ BAD_ROWS = {
     "is not a name": {"tests": [{"args": [1], "expected": 1}], "entry_point": "a b"},
     "needs `entry_point`": {"test": "assert f(1) == 1"},
     "asserts nothing": {"test": "def check(candidate):\n    pass\n", "entry_point": "f"},
-    "never uses": {"test": "def check(candidate):\n    assert True\n", "entry_point": "f"},
+    "never uses": {"test": "def check(candidate):\n    assert g(1)\n", "entry_point": "f"},
     "no Python": {"test": "assert f(1) = 1", "entry_point": "f"},
     "neither text": {"test": 5, "entry_point": "f"},
     "neither": {"test_list": [], "entry_point": "f"},
