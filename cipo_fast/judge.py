@@ -146,7 +146,7 @@ def judge_files(files: list[Path], of_a_run: bool, options: Options, tally: Tall
     if options.overwrite:
         part.unlink(missing_ok=True)
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: no folder {out.parent}")
+        raise UserError(f"{out}: cannot be written (no folder {out.parent})")
     with ExitStack() as stack:
         file = stack.enter_context(part.open("ab"))
         os.truncate(part, go_on(part, lines, tally))

@@ -155,8 +155,8 @@ def _asserts_nothing(tree: ast.Module, has_check: bool) -> str | None:
         return "`test` asserts nothing: any program would pass"
     if not any(_asserts(node) for node in _reached(tree, {"check"} if has_check else set())):
         return (
-            "`test` never runs its assertions: any program would pass (nobody calls pytest's or unittest's tests, nor "
-            "what is below a main guard; write check(candidate), or asserts that run as they are read)"
+            "`test` never runs its assertions: any program would pass (tests of pytest and unittest, and a main guard, "
+            "are not run: write check(candidate))"
         )
     return None
 
