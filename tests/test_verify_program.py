@@ -60,7 +60,7 @@ RESPONSES = {
     "docstring with a fence": '```python\ndef f(a):\n    """Double.\n\n```\nf(1)\n```\n    """\n    return 2 * a\n```',
     "docstring with a tagged fence": "```python\ndef f(a):\n    '''Double.\n    ```python\n    f(1)\n    ```\n    '''\n"
     "    return 2 * a\n```\nDone.",
-    "broken docstring, then final": '```python\ndef f(a):\n    """Broken\n```\nNo:\n```python\ndef f(a):\n    """OK"""\n'
+    "broken docstring, then final": '```python\ndef f(a):\n    """Cut\n```\nNo:\n```python\ndef f(a):\n    """OK"""\n'
     "    return 2 * a\n```",
     "byte order mark": "\ufeff```python\ndef f(a): return 2 * a\n```",
     "byte order mark inside": "```python\n\ufeffdef f(a): return 2 * a\n```",
