@@ -11,17 +11,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cipo_fast.config import DataConfig
 from cipo_fast.errors import UserError
 from cipo_fast.recorded_rows import NoRows, Rows
 from cipo_fast.verify.judging import check_row
 
-ADDED = ("verdict", "why", "seconds")  # what judging adds to a record
+ADDED = ("verdict", "why", "seconds", "fault")  # what judging adds to a record
+FAULTS = ("bad line", "not judged")  # of a record without a verdict; once written as its `error`
 BEFORE = "verdict_before"  # what becomes of an earlier `verdict`
 _BOM = b"\xef\xbb\xbf"
 _SHOWN = 200  # characters of a JSON error
+MAX_LINE = 256 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,33 @@ def read_records(files: list[Path]) -> Iterator[Line]:
     for path in files:
         try:
             with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
+                for number, (line, size) in enumerate(_lines(file), 1):
                     line = line.removeprefix(_BOM) if number == 1 else line
-                    if line.strip():
+                    if size > MAX_LINE:
+                        yield _too_long(line, f"{path}:{number}", size)
+                    elif line.strip():
                         yield read_record(line, f"{path}:{number}")
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Each line and its size; of one that is longer than MAX_LINE only the beginning."""
+    while line := file.readline(MAX_LINE + 1):
+        size, last = len(line), line
+        if size > MAX_LINE:
+            line = line[:_SHOWN]
+            while last and not last.endswith(b"\n"):
+                last = file.readline(1 << 20)
+                size += len(last)
+        yield line, size
+
+
+def _too_long(line: bytes, where: str, size: int) -> Line:
+    text = line.rstrip(b"\r\n").decode("utf-8", "replace")
+    return Line(
+        where, text, {"line": text}, error=f"a line of {size:,} bytes: at most {MAX_LINE:,} are read", size=size
+    )
 
 
 def read_record(line: bytes, where: str) -> Line:
@@ -95,7 +118,7 @@ def read_record(line: bytes, where: str) -> Line:
     text = line.rstrip(b"\r\n").decode("utf-8", "replace")
     try:
         record = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         return Line(
             where, text, {"line": text}, error=f"cannot be read as JSON ({str(error)[:_SHOWN]})", size=len(line)
         )
@@ -121,8 +144,11 @@ def with_answers(line: Line, of_a_run: bool, data: DataConfig, rows: Rows | None
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what judging adds: the same for a line and for what was written of it."""
-    kept = {key: value for key, value in record.items() if key not in (*ADDED, BEFORE, "error")}
+    """A record without what judging adds: the same for a line and for what was written of it. A row's own `error`, a
+    tolerance, stays."""
+    kept = {key: value for key, value in record.items() if key not in (*ADDED, BEFORE)}
+    if "verdict" in record and record["verdict"] is None and kept.get("error") in FAULTS:
+        del kept["error"]
     if isinstance(kept.get("corrections"), list):
         kept["corrections"] = [plain(c) if isinstance(c, dict) else c for c in kept["corrections"]]
     return kept

@@ -14,9 +14,10 @@ FILE.judged.jsonl beside FILE unless --out names another. An earlier `verdict` i
 has one, or a reward, it is compared with the new one. Blank lines are left out. Bytes that are not UTF-8 are judged,
 and written, as U+FFFD.
 
-A line that cannot be judged (no JSON, no response, no tests...) is written with verdict null, `error` "bad line" and
-`why`, and named on standard error; the others are judged. So is an answer that the machinery failed (a worker or the
-sandbox was lost, a user's function raised): verdict null, `error` "not judged", never a verdict.
+A line that cannot be judged (no JSON, no response, no tests, more than 256 MiB...) is written with verdict null,
+`fault` "bad line" and `why`, and named on standard error; the others are judged. So is an answer that the machinery
+failed (a worker or the sandbox was lost, a user's function raised, a suite tests nothing): verdict null, `fault`
+"not judged", never a verdict. A row's own `error` is a tolerance, and stays as it is.
 
 While it works it writes OUT.part: the same command goes on from there after a Ctrl-C or worse. A finished OUT is never
 written over without --overwrite.
@@ -144,7 +145,8 @@ def judge_files(files: list[Path], of_a_run: bool, options: Options, tally: Tall
     lines = read_lines(files, of_a_run, options.config.data)
     if options.overwrite:
         part.unlink(missing_ok=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: cannot be written (no folder {out.parent})")
     with ExitStack() as stack:
         file = stack.enter_context(part.open("ab"))
         os.truncate(part, go_on(part, lines, tally))
@@ -233,7 +235,7 @@ def write(file: BinaryIO, line: Line, outcomes: list[Outcome]) -> None:
 def with_outcomes(line: Line, outcomes: list[Outcome]) -> bytes:
     record = line.record
     added = not_judged("bad line", line.error) if line.error else as_added(outcomes[0])
-    keys = {*ADDED, "error", BEFORE, "corrections"}
+    keys = {*ADDED, BEFORE, "corrections"}
     if record and not keys & set(record) and record != {"line": line.text}:  # nothing of the line is written anew
         return encoded(line.text.rstrip()[:-1] + ", " + json.dumps(added, ensure_ascii=False)[1:])
     kept = plain(record)
@@ -251,8 +253,8 @@ def as_added(found: Outcome) -> dict[str, Any]:
     return {"verdict": found.verdict, "why": found.why, "seconds": round(found.seconds, 4)}
 
 
-def not_judged(error: str, why: str) -> dict[str, Any]:
-    return {"verdict": None, "why": why, "seconds": None, "error": error}
+def not_judged(fault: str, why: str) -> dict[str, Any]:
+    return {"verdict": None, "why": why, "seconds": None, "fault": fault}
 
 
 def encoded(text: str) -> bytes:

@@ -130,7 +130,7 @@ def test_bad_lines_lose_nothing(tmp_path: Path) -> None:
     assert [r["verdict"] for r in found] == ["right", None] * len(BAD) + ["wrong"]
     for number, (_, why) in enumerate(BAD):
         assert why in found[2 * number + 1]["why"]
-        assert found[2 * number + 1]["error"] == "bad line"
+        assert found[2 * number + 1]["fault"] == "bad line"
         assert f"{file}:{2 * number + 2}: " in done.stderr
     assert found[1]["line"] == "not json"
     assert done.stderr.splitlines()[-1].startswith(f"error: {len(BAD)} of {len(lines) + 1} lines could not be judged")
@@ -161,7 +161,7 @@ def test_what_the_machinery_failed_has_no_verdict(tmp_path: Path, user: str, cap
     assert main([str(file)]) == 1
     found = read(tmp_path / "in.judged.jsonl")
     assert [r["verdict"] for r in found] == ["right", None, "wrong"]
-    assert found[1]["error"] == "not judged"
+    assert found[1]["fault"] == "not judged"
     assert "KeyError" in found[1]["why"]
     error = capsys.readouterr().err
     assert f"{file}:2: not judged: " in error
@@ -282,3 +282,39 @@ def test_help_says_how(capsys) -> None:
     said = capsys.readouterr().out
     for word in ("--out", "--overwrite", "OUT.part", "Exit codes", "verdict_before"):
         assert word in said
+
+
+def test_a_rows_own_error_is_a_tolerance(tmp_path: Path) -> None:
+    """OlympiadBench's; judged anew too, and the judge's own word of before is none."""
+    row = {"verifier": "math", "answer": "7.0", "error": "0.5", "response": "\\boxed{7.4}"}
+    before = {**row, "verdict": None, "why": "x", "seconds": None}
+    old = exact("a", "a", verdict=None, why="x", seconds=None, error="not judged")
+    file = write(tmp_path / "in.jsonl", [row, {**row, "error": "0.1"}, {**before, "fault": "not judged"}, old])
+    assert main([str(file)]) == 0
+    found = read(tmp_path / "in.judged.jsonl")
+    assert [line["verdict"] for line in found] == ["right", "wrong", "right", "right"]
+    assert [line.get("error") for line in found] == ["0.5", "0.1", "0.5", None]
+    assert not any("fault" in line for line in found)
+    again = tmp_path / "again.jsonl"
+    assert main([str(tmp_path / "in.judged.jsonl"), "--out", str(again)]) == 0
+    assert [line["verdict"] for line in read(again)] == ["right", "wrong", "right", "right"]
+
+
+def test_a_line_that_is_too_long_is_one_bad_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    from cipo_fast import answers
+
+    monkeypatch.setattr(answers, "MAX_LINE", 1000)
+    long = b'{"verifier": "exact", "answer": "a", "response": "' + b"a" * 5_000_000 + b'"}'
+    file = write(tmp_path / "in.jsonl", [exact("a", "a"), long, exact("a", "a")])
+    assert main([str(file)]) == 2
+    found = read(tmp_path / "in.judged.jsonl")
+    assert [line["verdict"] for line in found] == ["right", None, "right"]
+    assert len(str(found[1])) < 1000
+    assert f"{file}:2: a line of 5,00" in capsys.readouterr().err
+
+
+def test_a_folder_is_not_made_for_out(tmp_path: Path, capsys) -> None:
+    file = write(tmp_path / "in.jsonl", [exact("a", "a")])
+    assert main([str(file), "--out", str(tmp_path / "no" / "o.jsonl")]) == 2
+    assert "no folder" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

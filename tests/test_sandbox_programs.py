@@ -62,6 +62,27 @@ def test_a_large_stdin_read_or_not(sandbox):
     assert printed(sandbox, "import sys\nsys.stdin.close()\nprint(1)", text).outcome == "ok"
 
 
+# In the way of the templates that programs for contests begin with.
+FAST_IO = """
+import os, sys
+from io import BytesIO, IOBase
+class FastIO(IOBase):
+    def __init__(self, file):
+        self._fd, self.buffer = file.fileno(), BytesIO()
+        self.writable = "x" in file.mode or "r" not in file.mode
+        self.write = self.buffer.write if self.writable else None
+    def flush(self):
+        if self.writable:
+            os.write(self._fd, self.buffer.getvalue())
+            self.buffer.truncate(0), self.buffer.seek(0)
+class IOWrapper(IOBase):
+    def __init__(self, file):
+        self.buffer = FastIO(file)
+        self.flush, self.writable = self.buffer.flush, self.buffer.writable
+        self.write = lambda s: self.buffer.write(s.encode("ascii"))
+"""
+
+
 @pytest.mark.parametrize(
     ("program", "stdout"),
     [
@@ -84,6 +105,24 @@ def test_a_large_stdin_read_or_not(sandbox):
             "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(3) as p: print(list(p.map(abs, [-1, 2])))",
             "[1, 2]\n",
         ),
+        (
+            "import sys\nprint(sys.stdin.mode, sys.stdout.mode, sys.stdin.name, sys.stdout.name)",
+            "r w <stdin> <stdout>\n",
+        ),
+        (FAST_IO + "sys.stdout = IOWrapper(sys.stdout)\nprint('fast')", "fast\n"),
+        ("out = open(1, 'w')\nout.write('a')", "a"),
+        ("import os\nout = os.fdopen(1, 'wb')\nout.write(b'a')", "a"),
+        ("import io, os\nout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, 'w')))\nout.write('a')", "a"),
+        ("out = open('/dev/stdout', 'w')\nout.write('a')", "a"),
+        ("import sys\nsys.held = open(1, 'w')\nsys.held.write('a')", "a"),
+        ("import io, sys\nsys.stdout = io.StringIO()\nprint('b')\nsys.__stdout__.write('a')", "a"),
+        ("class A:\n  def __del__(self): print('a')\nx = A()", "a\n"),
+        ("class A:\n  def __del__(self): print(len(word))\nword = 'abc'\nx = A()\nx.x = x", "3\n"),
+        ("import atexit, sys\natexit.register(lambda: sys.stdout.write('a'))\nsys.exit(0)", "a"),
+        ("import atexit\nout = open(1, 'w')\natexit.register(out.write, 'a')", "a"),
+        ("def main():\n  out = open(1, 'w')\n  out.write('a')\n  exit()\nmain()", "a"),
+        ("import sys\nprint('a')\nsys.stdout.close()", "a\n"),
+        ("import sys\nout = sys.stdout\nsys.stdout = None\nout.write('a')", "a"),
         ("import random\nprint(random.random() != 0)", "True\n"),
         ("print(len(str(10**4000)))\nprint('\\u00fc')", "4001\n\u00fc\n"),
         ("import sys\nprint(len(sys.argv), __name__)", "1 __main__\n"),

@@ -210,7 +210,7 @@ BAD_ROWS = {
     "is not a name": {"tests": [{"args": [1], "expected": 1}], "entry_point": "a b"},
     "needs `entry_point`": {"test": "assert f(1) == 1"},
     "asserts nothing": {"test": "def check(candidate):\n    pass\n", "entry_point": "f"},
-    "never uses": {"test": "def check(candidate):\n    assert True\n", "entry_point": "f"},
+    "never uses": {"test": "def check(candidate):\n    assert g(1)\n", "entry_point": "f"},
     "no Python": {"test": "assert f(1) = 1", "entry_point": "f"},
     "neither text": {"test": 5, "entry_point": "f"},
     "neither": {"test_list": [], "entry_point": "f"},
@@ -229,6 +229,125 @@ def test_golds_are_right(sandbox: Sandbox) -> None:
     for row in (CHECK, PLUS, MBPP):
         assert code.judge(row, code.gold_response(row) or "", sandbox).verdict == "right"
     assert code.gold_response(ADD) is None
+
+
+def suite(test: Any, name: str = "test") -> dict[str, Any]:
+    return {"verifier": "code", "entry_point": "f", name: test}
+
+
+NEVER_RUN = {
+    "pytest": "def test_a():\n    assert f() == 1\n",
+    "pytest class": "class TestF:\n    def test_a(self):\n        assert f() == 1\n",
+    "unittest": "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
+    "        self.assertEqual(f(), 1)\n",
+    "a main function": "def main():\n    assert f() == 1\n",
+    "a main guard": "if __name__ == '__main__':\n    assert f() == 1\n",
+    "functions that call each other": "def a():\n    assert f() == 1\ndef b():\n    a()\n",
+    "an inner function": "def check(candidate):\n    def inner():\n        assert candidate() == 1\n",
+    "a generator": "def check(candidate):\n    assert candidate() == 1\n    yield\n",
+    "yields from": "def check(candidate):\n    assert candidate() == 1\n    yield from ()\n",
+    "async": "async def check(candidate):\n    assert candidate() == 1\n",
+    "no assertion": "def check(candidate):\n    candidate()\n",
+    "a bool": "def check(candidate):\n    return candidate() == 1\n",
+    "a print": "print(f() == 1)\n",
+    "a tuple": "assert (f() == 1, 'm')\n",
+    "true": "f()\nassert True\n",
+}
+
+
+@pytest.mark.parametrize("name", NEVER_RUN)
+def test_a_suite_that_never_asserts_is_refused_by_its_text(name: str, sandbox: Sandbox) -> None:
+    problem = code.check_row(suite(NEVER_RUN[name]))
+    assert problem
+    assert "\n" not in problem
+    with pytest.raises(VerifierFailure):
+        code.judge(suite(NEVER_RUN[name]), "def f(x=0): return 2", sandbox)
+
+
+def test_a_list_of_tests_that_never_asserts_is_refused() -> None:
+    for test in ("f(1) == 1", "def test():\n    assert f(1) == 1"):
+        assert "`test`" in (code.check_row(suite([test], "test_list")) or "")
+    assert "no field" in (code.check_row(suite(None)) or "")
+    assert "no field" in (code.check_row(suite(None, "test_list")) or "")
+
+
+NOTHING_SAID = {
+    "no pairs": "for x, y in zip([1, 2], []):\n    assert f(x) == y\n",
+    "swallowed": "try:\n    assert f() == 1\nexcept Exception:\n    pass\n",
+    "of something else": "x = f()\ny = 1\nassert y == 1\n",
+    "before any call": "n = 1\nassert n == 1\nf()\n",
+    "not called": "assert callable(f)\n",
+    "a dead branch": "x = f()\nif x == 'no':\n    assert x == 1\n",
+    "an object": "assert isinstance(f(), object)\n",
+    "a thread": "import threading\ndef g():\n    assert f() == 1\n"
+    "t = threading.Thread(target=g)\nt.start()\nt.join()\n",
+    "unittest's own runner": "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
+    "        assert f() == 1\nunittest.TextTestRunner().run(T('test_a')) if T.test_a else 0\n",
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_SAID)
+def test_a_suite_that_could_not_fail_says_nothing(name: str, sandbox: Sandbox) -> None:
+    row = suite(NOTHING_SAID[name])
+    assert code.check_row(row) is None
+    with pytest.raises(VerifierFailure, match="nothing can be said"):
+        code.judge(row, "def f(x=0): return 2", sandbox)
+
+
+ASSERTS = {
+    "any parameter": "def check(fn):\n    assert fn() == 2\n",
+    "no parameter": "def check():\n    assert f() == 2\n",
+    "called in a guard": "def check(c):\n    assert c() == 2\nif __name__ == '__main__':\n    check(f)\n",
+    "a called test": "def test_a():\n    assert f() == 2\ntest_a()\n",
+    "looked up": "def test_a():\n    assert f() == 2\nfor n in [*globals()]:\n    n == 'test_a' and globals()[n]()\n",
+    "a helper": "def assertion(a, b):\n    assert a == b\ndef check(candidate):\n    assertion(candidate(), 2)\n",
+    "a raise": "if f() != 2:\n    raise ValueError\n",
+    "numpy": "import numpy as np\nnp.testing.assert_allclose(f(), 2)\n",
+    "an exception": "try:\n    f(1, 2)\nexcept TypeError:\n    pass\nelse:\n    assert False\n",
+    "unequal": "assert f() != 5\n",
+    "true": "assert f()\n",
+    "not none": "assert f() is not None\n",
+    "a message": "assert f() == 2, f'not {f()}'\n",
+    "a future": "from __future__ import annotations\nassert f() == 2\n",
+}
+
+
+@pytest.mark.parametrize("name", ASSERTS)
+def test_every_way_to_assert_counts(name: str, sandbox: Sandbox) -> None:
+    assert code.judge(suite(ASSERTS[name]), "def f(x=0): return 2", sandbox).verdict == "right"
+    stub = "def f(*a): return 5" if name == "unequal" else "def f(*a): return None"
+    assert code.judge(suite(ASSERTS[name]), stub, sandbox).verdict == "wrong"
+
+
+def test_one_call_has_one_answer(sandbox: Sandbox) -> None:
+    row = suite("assert f(1) == 2\nassert f(2) == 3\nassert f(3) == 4\n")
+    assert code.judge(row, "import os\ndef f(x):\n    os.fork()\n    return x + 1\n", sandbox).verdict == "right"
+    twice = (
+        "import sys\ndef f(x):\n    frame = sys._getframe(1)\n    g, l = frame.f_globals, frame.f_back.f_locals\n"
+        "    for n in (2, 3, 4): g['_tell'](l['request']['nonce'], 'value', str(n), 1)\n    return x + 1\n"
+    )
+    judgement = code.judge(row, twice, sandbox)
+    assert judgement.verdict == "wrong"
+    assert "more than once" in judgement.why
+
+
+@pytest.mark.parametrize("value", ["iter([])", "{len: 1}", "object()", "(x for x in [])", "f"])
+def test_a_suite_says_what_was_returned(value: str, sandbox: Sandbox) -> None:
+    judgement = code.judge(suite("assert f(1) == 2"), f"def f(x): return {value}", sandbox)
+    assert judgement.verdict == "wrong"
+    assert "not a plain value" in judgement.why
+
+
+def test_patched_modules_do_not_make_a_suite_wait(sandbox: Sandbox) -> None:
+    patched = (
+        "import builtins, json, json.encoder, os\nforged = lambda *a, **k: '{}'\n"
+        "json.dumps = json.loads = json.JSONEncoder.encode = json.encoder.c_make_encoder = forged\n"
+        "json.JSONDecoder.decode = forged\nbuiltins.len = lambda x: 1\nbuiltins.type = lambda *a: int\n"
+        "builtins.str = builtins.repr = builtins.format = forged\nos.write = os.read = lambda *a: 0\n"
+    )
+    row = suite("assert f(1) == 2")
+    assert code.judge(row, f"{patched}def f(x): return 7\n", sandbox).why == "suite: error: AssertionError"
+    assert code.judge(row, f"{patched}def f(x): return 2\n", sandbox).verdict == "right"
 
 
 class Fewer(Sandbox):

@@ -19,9 +19,9 @@ def value(program: Program, *args: object) -> object:
     names: dict[str, Any] = {"__name__": "__main__", "List": list}
     exec(program.text, names)
     assert program.entry_point is not None
-    home = names if program.entry_point in names else names["Solution"]().__class__.__dict__
-    own = [names["Solution"]()] if home is not names else []
-    return home[program.entry_point](*own, *args)
+    if program.entry_point in names:
+        return names[program.entry_point](*args)
+    return getattr(names["Solution"](), program.entry_point)(*args)
 
 
 RESPONSES = {
@@ -53,6 +53,18 @@ RESPONSES = {
     "future": "```python\nfrom __future__ import annotations\nclass Solution:\n    def f(self, a): return 2 * a\n```",
     "docstring future": '```python\n"""Doc."""\nfrom __future__ import annotations\ndef f(a):\n    return 2 * a\n```',
     "main guard": "```python\ndef f(a):\n    return 2 * a\nif __name__ == '__main__':\n    print(f(2))\n```",
+    "inherited": "```python\nclass A:\n    def f(self, a): return 2 * a\nclass Solution(A): pass\n```",
+    "inherited twice": "```python\nclass B:\n    def f(self, a): return 2 * a\nclass A(B): pass\nclass Solution(A):\n"
+    "    x = 1\n```",
+    "method lambda": "```python\nclass Solution:\n    f = lambda self, a: 2 * a\n```",
+    "docstring with a fence": '```python\ndef f(a):\n    """Double.\n\n```\nf(1)\n```\n    """\n    return 2 * a\n```',
+    "docstring with a tagged fence": "```python\ndef f(a):\n    '''Double.\n    ```python\n    f(1)\n    ```\n    '''\n"
+    "    return 2 * a\n```\nDone.",
+    "broken docstring, then final": '```python\ndef f(a):\n    """Cut\n```\nNo:\n```python\ndef f(a):\n    """OK"""\n'
+    "    return 2 * a\n```",
+    "byte order mark": "\ufeff```python\ndef f(a): return 2 * a\n```",
+    "byte order mark inside": "```python\n\ufeffdef f(a): return 2 * a\n```",
+    "byte order mark, no fence": "\ufeffdef f(a):\n    return 2 * a\n",
     "nested fence of other kind": "~~~python\ndef f(a):\n    '''\n```\nx\n```\n'''\n    return 2 * a\n~~~",
 }
 
@@ -145,6 +157,7 @@ NOTHING = {
     "```python\n" + "".join(" " * n + "if 1:\n" for n in range(150)) + "```": "indentation",
     "\x00\x01\x02\xff" * 1000: "NUL",
     "```python\n5\n```": "no program",
+    "```python\npass\n```": "no program",
     "```python\nprint(3)\n```": "defines f",
 }
 

@@ -6,6 +6,7 @@ of a stdin test ever enters it. The first test that fails decides. docs/verifier
 
 from __future__ import annotations
 
+import hashlib
 import json
 import reprlib
 import time
@@ -14,12 +15,16 @@ from contextlib import closing
 from typing import Any
 
 from cipo_fast.verify.code.compare import same_output, same_value
+from cipo_fast.verify.code.counting import STAND_INS
 from cipo_fast.verify.code.program import Program, Unparsable, fenced, function_program, stdin_program
 from cipo_fast.verify.code.tests import kind_of, problem_with, suite
 from cipo_fast.verify.sandbox import Call, Result, Sandbox
 from cipo_fast.verify.verdict import Judgement, Verdict, VerifierFailure
 
 LONGEST_WHY = 200  # characters
+MOST_SUITES = 10_000  # remembered
+
+_noticing: dict[bytes, bool] = {}
 
 
 def judge(row: Mapping[str, Any], response: str, sandbox: Sandbox) -> Judgement:
@@ -87,7 +92,26 @@ def _stdin(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[
 def _suite(row: Mapping[str, Any], program: Program, sandbox: Sandbox) -> tuple[Verdict, str]:
     assert program.entry_point is not None
     result = sandbox.suite(program.text, program.entry_point, suite(row))
-    return ("right", "passed its suite") if result.outcome == "ok" else _failed(result, None)
+    if result.outcome != "ok":
+        return _failed(result, None)
+    if type(result.value) is not int or result.value < 1:
+        raise VerifierFailure("the suite ran no assertion after a call of the program: nothing can be said of it")
+    if not _notices(row, sandbox):
+        raise VerifierFailure("the suite passes whatever a program returns: nothing can be said of this one")
+    return "right", "passed its suite"
+
+
+def _notices(row: Mapping[str, Any], sandbox: Sandbox) -> bool:
+    """Whether a suite fails when every call gives one and the same thing that is no answer. Asked once a suite, of
+    those that a program has passed."""
+    key = hashlib.sha256(suite(row).encode("utf-8", "surrogatepass")).digest()
+    if key not in _noticing:
+        if len(_noticing) >= MOST_SUITES:
+            _noticing.clear()
+        nothing = f"def {row['entry_point']}():\n    pass\n"
+        stand_ins = (suite(row, number) for number in range(len(STAND_INS)))
+        _noticing[key] = any(sandbox.suite(nothing, row["entry_point"], one).outcome != "ok" for one in stand_ins)
+    return _noticing[key]
 
 
 class _OutOfTime(Exception):

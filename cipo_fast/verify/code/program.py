@@ -20,6 +20,9 @@ from dataclasses import dataclass
 MAX_RESPONSE = 1_000_000  # characters
 MAX_PROGRAM = 200_000  # characters: parsing takes about 1 s and 200 MB at worst
 MAX_BLOCKS = 100  # the last ones
+MAX_LONGER = 8  # closing fences that are tried as text of a block which does not parse, in all of a response
+MAX_BASES = 8  # a class's bases, and theirs, that are looked into
+BOM = "\ufeff"
 PYTHON = {"", "python", "py", "python3", "py3"}
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([^\n`]*)$")
 # A function is called, so its program is no script: what stands under `if __name__ == "__main__"` is not run.
@@ -93,7 +96,7 @@ def answer_text(response: str) -> str:
     """What follows the thinking. Raises Unparsable where it has no end, or for what cannot be a program at all."""
     if len(response) > MAX_RESPONSE:
         raise Unparsable(f"{len(response)} characters: at most {MAX_RESPONSE} are read")
-    text = response.rpartition("</think>")[2]
+    text = response.removeprefix(BOM).rpartition("</think>")[2].removeprefix(BOM)
     if "<think>" in text:
         raise Unparsable("the answer ends inside <think>")
     if not text.strip():
@@ -131,22 +134,49 @@ def _has_fence(text: str) -> bool:
 
 
 def _fenced_blocks(text: str) -> list[str]:
-    """Contents of the closed blocks that may be Python, in order. A block inside a list item loses its indentation."""
+    """Contents of the closed blocks that may be Python, in order. A block inside a list item loses its indentation. A
+    fence within a text of the program, such as a docstring with an example, does not close it."""
     found: list[str] = []
-    opened: tuple[str, str, str] | None = None  # indentation, fence, tag
-    lines: list[str] = []
-    for line in text.split("\n"):
-        match = FENCE.match(line)
+    lines, n, budget = text.split("\n"), 0, MAX_LONGER
+    while n < len(lines):
+        opened = FENCE.match(lines[n])
+        n += 1
         if opened is None:
-            if match:
-                opened, lines = (match[1], match[2], _tag(match[3])), []
-        elif match and match[2].startswith(opened[1]) and not match[3].strip():
-            if opened[2] in PYTHON:
-                found.append("\n".join(lines) + "\n")
-            opened = None
-        else:
-            lines.append(line.removeprefix(opened[0]))
+            continue
+        ends = _closing(lines, n, opened[2])
+        end = next(ends, None)
+        if end is None:
+            break
+        if _tag(opened[3]) in PYTHON:
+            content = _content(lines[n:end], opened[1])
+            longer = content
+            while budget and ('"""' in longer or "'''" in longer) and not _parses(longer):
+                budget -= 1
+                later = next(ends, None)
+                if later is None:
+                    break
+                longer = _content(lines[n:later], opened[1])
+                if _parses(longer):
+                    content, end = longer, later
+            found.append(content)
+        n = end + 1
     return found
+
+
+def _closing(lines: list[str], start: int, fence: str) -> Iterator[int]:
+    """Where the lines from `start` on close a block."""
+    for n in range(start, len(lines)):
+        match = FENCE.match(lines[n])
+        if match and match[2].startswith(fence) and not match[3].strip():
+            yield n
+
+
+def _content(lines: list[str], indentation: str) -> str:
+    return "\n".join(line.removeprefix(indentation) for line in lines).removeprefix(BOM) + "\n"
+
+
+def _parses(content: str) -> bool:
+    return _tree(content)[0] is not None or _tree(textwrap.dedent(content))[0] is not None
 
 
 def _tag(info: str) -> str:
@@ -229,7 +259,7 @@ def _home(tree: ast.Module, name: str) -> str:
     """Where a program has a name: `module`, `Solution`, or "" for nowhere."""
     home = ""
     for node in _top_level(tree.body):
-        if isinstance(node, ast.ClassDef) and node.name == "Solution" and name in _methods(node):
+        if isinstance(node, ast.ClassDef) and node.name == "Solution" and name in _methods(node, tree):
             home = home or "Solution"
         elif name in _bound(node):
             home = "module"
@@ -247,15 +277,26 @@ def _bound(node: ast.stmt) -> set[str]:
     return set()
 
 
-def _methods(node: ast.ClassDef) -> list[str]:
-    return [part.name for part in node.body if isinstance(part, Function)]
+def _methods(node: ast.ClassDef, tree: ast.Module, depth: int = 0) -> dict[str, ast.AST]:
+    """The methods of a class, its functions and lambdas, and those of bases that the program defines."""
+    found: dict[str, ast.AST] = {}
+    bases = {base.id for base in node.bases if isinstance(base, ast.Name)} if depth < MAX_BASES else set()
+    for other in tree.body:
+        if isinstance(other, ast.ClassDef) and other.name in bases and other is not node:
+            found |= _methods(other, tree, depth + 1)
+    for part in node.body:
+        if isinstance(part, Function):
+            found[part.name] = part
+        elif isinstance(part, ast.Assign | ast.AnnAssign) and isinstance(part.value, ast.Lambda):
+            found |= dict.fromkeys(_bound(part), part.value)
+    return found
 
 
-def _functions(tree: ast.Module) -> dict[str, Function]:
+def _functions(tree: ast.Module) -> dict[str, ast.AST]:
     """The functions that a test could mean: of the module, or public methods of `class Solution`."""
     solutions = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Solution"]
-    body = solutions[-1].body if solutions else tree.body
-    return {node.name: node for node in body if isinstance(node, Function) and not node.name.startswith("_")}
+    found = _methods(solutions[-1], tree) if solutions else {n.name: n for n in tree.body if isinstance(n, Function)}
+    return {name: node for name, node in found.items() if not name.startswith("_")}
 
 
 def _nameless(blocks: list[_Block], reason: str) -> Program:

@@ -89,7 +89,8 @@ class Sandbox:
 
     def suite(self, program: str, entry_point: str, tests: str) -> Result:
         """Run `tests` (text that defines `check(candidate)`) in one execution and `program` in another; only plain
-        values cross. ok: check returned. error: it raised, or the candidate was lost; the candidate's time-out is one.
+        values cross. ok: check returned; `value` is what, if it is plain. error: it raised, or the candidate was lost;
+        the candidate's time-out is one.
         """
         refused = _refused(program)
         if refused:
@@ -143,18 +144,21 @@ class Sandbox:
             self._start("serve", program, names) as candidate,
             self._start("tests", tests, names) as suite,
         ):
-            passed, lost = False, None
+            passed, value, lost, number = False, None, None, 0
             for message in suite.messages():
                 if "passed" in message:
-                    passed = True
+                    passed, value = True, _decoded(message["passed"])
                 elif "call" in message and lost is None:
-                    answer = candidate.ask(str(message["call"]))
+                    number += 1
+                    answer = candidate.ask(json.dumps([number, str(message["call"])]))
                     if answer is None:
                         lost = candidate.report
                         suite.cancel()
                         break
                     if "broken" in answer:
                         return Result("error", None, "", _raised(answer["broken"]))
+                    if answer.get("number") != number:
+                        return Result("error", None, "", "the candidate answered a call more than once")
                     suite.send(json.dumps(answer))
                 elif "raised" in message:
                     return Result(
@@ -163,7 +167,7 @@ class Sandbox:
             if lost is not None:
                 return _ended(lost, "the candidate ended before it answered")
             if passed and suite.report and suite.report["outcome"] == "exit":
-                return Result("ok", None, suite.report["stdout"])
+                return Result("ok", value, suite.report["stdout"])
             return _ended(suite.report, "the tests ended before check returned")
 
 
@@ -195,6 +199,14 @@ def _result(mode: str, told: list[dict[str, Any]], report: dict[str, Any] | None
         except NotPlain as error:
             return Result("error", None, stdout, f"returned {error}")
     return _ended(report, "ended before it returned")
+
+
+def _decoded(told: Any) -> Any:
+    """What the tests' own process tells; None where it is no value."""
+    try:
+        return decode(str(told))
+    except NotPlain:
+        return None
 
 
 def _kind(message: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import gc
 import io
-import json
 import linecache
 import os
 import signal
@@ -22,10 +22,14 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from . import lockdown, usual
-from .values import NotPlain, decode, encode
+from .values import NotPlain, decode, encode, json_of, parsed
 from .wire import Frames, frame
 
+__builtins__ = {**vars(builtins)}  # type: ignore[assignment]  # of the functions below: what a program makes of the built-ins is its own affair
+_exit, _read, _write, _pid = os._exit, os.read, os.write, os.getpid
 _TELL, _ASK = 3, 4
+_program = [""]  # where it is
+_FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 
 def main(request: dict[str, Any], theirs: list[int], isolation: str, channel: int, ours: list[int]) -> NoReturn:
@@ -73,8 +77,10 @@ def _confine(request: dict[str, Any], isolation: str) -> None:
 def _streams() -> None:
     for name, descriptor, mode in (("stdin", 0, "rb"), ("stdout", 1, "wb"), ("stderr", 2, "wb")):
         errors = "surrogateescape" if name == "stdin" else "backslashreplace"
-        raw = open(descriptor, mode, closefd=False)  # noqa: SIM115 (lives as long as the process)
-        stream = io.TextIOWrapper(raw, encoding="utf-8", errors=errors, line_buffering=name == "stderr")
+        buffer = open(descriptor, mode, closefd=False)  # noqa: SIM115 (lives as long as the process)
+        buffer.raw.name = f"<{name}>"  # type: ignore[attr-defined]
+        stream = io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=name == "stderr")
+        stream.mode = mode[0]  # type: ignore[misc]  # templates for fast input ask for it
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
@@ -89,37 +95,73 @@ def _code(leaving: SystemExit) -> int:
 
 
 def _finish(code: int, wait: bool) -> NoReturn:
-    """What the interpreter does at its end, as far as a script can notice; a function has returned: no need to wait for
-    threads it started."""
+    """A script ends as the interpreter does; a function has returned: no need to wait for threads it started, nor for
+    what it left open."""
     try:
         if wait:
-            threading._shutdown()  # type: ignore[attr-defined]  # joins threads that are no daemons
-            atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            for step in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
+                with contextlib.suppress(Exception):
+                    step()  # joins threads that are no daemons; exit handlers
+        code = code if _flushed() else code or 1
+        if wait:
+            _forget()
     except BaseException:
         code = code or 1
     finally:
-        os._exit(code)
+        _exit(code)
+
+
+def _flushed() -> bool:
+    """Flush the standard streams as they stand now; whether that worked."""
+    worked = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        except Exception:
+            worked = False
+    return worked
+
+
+def _forget() -> None:
+    """The program's names go, and with them its objects (`__del__`, files that write when they are closed); files that
+    something else holds are flushed."""
+    sys.modules.pop("__main__", None)
+    with contextlib.suppress(MemoryError):
+        gc.collect()
+        for found in gc.get_objects():
+            if type(found) is dict and found.get("__file__") is _program[0]:
+                for name in [name for name in found if name != "__builtins__"]:
+                    found[name] = None
+        gc.collect()
+        for kind in _FILES:
+            for found in [found for found in gc.get_objects() if issubclass(type(found), kind)]:
+                with contextlib.suppress(Exception):
+                    found.flush()
 
 
 # -- messages
 
 
-def _tell(nonce: str, what: str, text: str) -> None:
-    """One message: {"nonce", what: text}. `text` is canonical JSON, or a JSON list for an exception."""
-    left = frame(json.dumps({"nonce": nonce, what: text}).encode())
+def _tell(nonce: str, what: str, text: str, number: int = 0) -> None:
+    """One message: {"nonce", what: text, "number"}. `text` is canonical JSON, or a JSON list for an exception; `number`
+    that of the call which it answers."""
+    left = frame(json_of({"nonce": nonce, what: text, "number": number}).encode())
     while left:
-        left = left[os.write(_TELL, left) :]
+        left = left[_write(_TELL, left) :]
 
 
 def _tell_exception(request: dict[str, Any], error: BaseException) -> None:
-    with contextlib.suppress(BaseException):
+    try:  # noqa: SIM105 (contextlib uses built-ins that the program may have changed)
         traceback.print_exception(error)
+    except BaseException:
+        pass
     # What ends a program that is to answer calls is no answer to one of them.
     what = "broken" if request["mode"] == "serve" else "raised"
-    with contextlib.suppress(BaseException):
-        _tell(request["nonce"], what, json.dumps(described(error)))
+    try:  # noqa: SIM105
+        _tell(request["nonce"], what, json_of(described(error)))
+    except BaseException:
+        pass
 
 
 def described(error: BaseException) -> list[str]:
@@ -137,7 +179,7 @@ def _incoming() -> Any:
     """Messages from our side, one after the other."""
     frames = Frames(longest=256 << 20)
     while True:
-        data = os.read(_ASK, 1 << 16)
+        data = _read(_ASK, 1 << 16)
         if not data:
             return
         yield from frames.feed(data)
@@ -149,6 +191,7 @@ def _incoming() -> Any:
 def _execute(request: dict[str, Any], before: Callable[[dict[str, Any]], None] = lambda names: None) -> dict[str, Any]:
     """The program run as `__main__`; its names. inspect can read it, and pickle finds its classes."""
     source, path = request["program"].removeprefix("\ufeff"), f"{request['folder']}/program.py"
+    _program[0] = path
     module = ModuleType("__main__")
     module.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["__main__"] = module
@@ -218,26 +261,32 @@ def _call(request: dict[str, Any]) -> int:
     return 0
 
 
-def _answer(nonce: str, function: Callable[..., Any], arguments: Any, named: Any) -> None:
-    value = function(*arguments, **named)
+def _answer(nonce: str, function: Callable[..., Any], arguments: Any, named: Any, number: int = 0) -> None:
+    asked = _pid()
+    try:
+        value = function(*arguments, **named)
+    finally:
+        if _pid() != asked:
+            _exit(0)  # a process that the function forked: one call has one answer
     sys.setrecursionlimit(10_000)
     try:
         text = encode(value)
     except NotPlain as error:
-        _tell(nonce, "refused", str(error))
+        _tell(nonce, "refused", str(error), number)
         return
-    _tell(nonce, "value", text)
+    _tell(nonce, "value", text, number)
 
 
 def _serve(request: dict[str, Any]) -> int:
     """Answer calls until our side hangs up."""
     function = _ready(request)
     for message in _incoming():
-        arguments, named = decode(message.decode())
+        number, call = parsed(message.decode())
+        arguments, named = decode(call)
         try:
-            _answer(request["nonce"], function, arguments, named)
+            _answer(request["nonce"], function, arguments, named, number)
         except Exception as error:
-            _tell(request["nonce"], "raised", json.dumps(described(error)))
+            _tell(request["nonce"], "raised", json_of(described(error)), number)
     return 0
 
 
@@ -266,22 +315,26 @@ def _tests(request: dict[str, Any]) -> int:
     def candidate(*arguments: Any, **named: Any) -> Any:
         try:
             _tell(nonce, "call", encode((arguments, named)))
-            answer = json.loads(next(incoming))
+            answer = parsed(next(incoming).decode())
             if "value" in answer:
                 return decode(answer["value"])
         except NotPlain as error:
             raise Uncrossable(f"the tests and the candidate exchange {error}") from None
         if "refused" in answer:
             raise Uncrossable(f"the candidate returned {answer['refused']}")
-        raise _rebuilt(*json.loads(answer["raised"]))
+        raise _rebuilt(*parsed(answer["raised"]))
 
     candidate.__name__ = request["entry_point"].rpartition(".")[2]
     names = _execute(request, lambda names: names.update({candidate.__name__: candidate}))
     names[candidate.__name__] = candidate
     if not callable(names.get("check")):
         raise NameError("the tests define no function check")
-    names["check"](candidate)
-    _tell(nonce, "passed", "true")
+    value = names["check"](candidate)
+    try:
+        told = encode(value)
+    except NotPlain:
+        told = "null"
+    _tell(nonce, "passed", told)
     return 0
 
 

@@ -12,11 +12,14 @@ object with an `__eq__` of its own must never meet an expected value.
 
 from __future__ import annotations
 
+import builtins
 import json
-import math
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
+__builtins__ = {**vars(builtins)}  # type: ignore[assignment]  # of the functions below: a program may change the built-ins
 MAX_DEPTH = 100
 MAX_NODES = 1_000_000
 MAX_CHARS = 4 << 20
@@ -32,7 +35,7 @@ class NotPlain(ValueError):
 def encode(value: Any) -> str:
     """JSON text of a plain value. Raises NotPlain."""
     try:
-        text = json.dumps(_Encoder().plain(value, 0), separators=(",", ":"), allow_nan=False)
+        text = json_of(_Encoder().plain(value, 0))
     except RecursionError:
         raise NotPlain("a value nested too deeply") from None
     if len(text) > MAX_CHARS:
@@ -45,7 +48,7 @@ def decode(text: str) -> Any:
     if len(text) > MAX_CHARS:
         raise NotPlain("a value that is too large")
     try:
-        return restore(json.loads(text, parse_constant=_refuse, parse_int=_integer))
+        return restore(parsed(text))
     except (ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
         raise NotPlain(str(error) if isinstance(error, NotPlain) else "a value that cannot be read") from None
 
@@ -67,7 +70,7 @@ class _Encoder:
         if kind is int:
             return value if -_SMALL < value < _SMALL else self._text("i", format(value, "x"))
         if kind is float:
-            return value if math.isfinite(value) else {"f": repr(value)}
+            return value if isfinite(value) else {"f": repr(value)}
         if kind is str:
             self.chars += len(value)
             return value
@@ -86,7 +89,7 @@ class _Encoder:
         if kind is tuple:
             return {"t": self._all(value, depth)}
         if kind in (set, frozenset):
-            return {"s" if kind is set else "z": sorted(self._all(value, depth), key=json.dumps)}
+            return {"s" if kind is set else "z": sorted(self._all(value, depth), key=json_of)}
         if kind in _DICTS:
             pairs = dict.items(value)
             return {"d": [[self.plain(key, depth + 1), self.plain(item, depth + 1)] for key, item in pairs]}
@@ -123,6 +126,30 @@ def _integer(digits: str) -> int:
     if len(digits) > 20:
         raise NotPlain("an integer that is too long")
     return int(digits)
+
+
+def _writer() -> Callable[[Any], str]:
+    """JSON without spaces, by parts that a program's changes to the module json do not reach."""
+    make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
+    if make is None:
+        return json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+    write = make(None, _refuse, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, False)
+    return lambda value: "".join(write(value, 0))
+
+
+json_of = _writer()
+_scan = json.JSONDecoder(parse_constant=_refuse, parse_int=_integer).scan_once  # type: ignore[attr-defined]
+
+
+def parsed(text: str) -> Any:
+    """What JSON without space around it says. Raises ValueError."""
+    try:
+        found, end = _scan(text, 0)
+    except StopIteration:
+        raise ValueError("no JSON") from None
+    if end != len(text):
+        raise ValueError("more than one JSON value")
+    return found
 
 
 def restore(plain: Any) -> Any:

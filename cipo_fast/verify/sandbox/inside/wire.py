@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import struct
+import builtins
 
+__builtins__ = {**vars(builtins)}  # type: ignore[assignment]  # of the functions below: a program may change the built-ins
 MAX_FRAME = 6 << 20  # the longest value (values.MAX_CHARS) and what is around it
 
 
@@ -12,7 +13,7 @@ class TooLong(ValueError):
 
 
 def frame(payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload)) + payload
+    return len(payload).to_bytes(4, "big") + payload
 
 
 class Frames:
