@@ -17,11 +17,11 @@ _SPINS = 0.5  # of its own time on a processor: it computes, and does not wait
 
 @dataclass(frozen=True)
 class _Thread:
-    """Seconds since it began. Asleep: it waits for something other than a processor or a disk."""
+    """Seconds since it began. State, as in /proc: S asleep, R running or in the queue, T stopped."""
 
     cpu_s: float
     queued_s: float
-    asleep: bool
+    state: str
 
 
 class Clock:
@@ -30,8 +30,9 @@ class Clock:
 
     def __init__(self, pid: int):
         self._pid = pid
-        self._started = self._seen = time.monotonic()
-        self._threads = _family(pid)
+        self._started = self._since = time.monotonic()
+        self._threads = _family(pid)  # as they were then
+        self._past_own_s = self._past_cpu_s = 0.0  # until then
         self.own_s = self._cpu_s = 0.0
 
     @property
@@ -43,23 +44,25 @@ class Clock:
         return self._cpu_s >= _SPINS * self.own_s
 
     def look(self) -> float:
-        """Own time until now, in seconds; to be asked now and then, since who is found waiting is taken to have waited
-        since the last look."""
+        """Own time until now, in seconds. While a thread is in the queue schedstat does not know for how long: until it
+        is seen asleep, only its time on a processor counts."""
         threads, now = _family(self._pid), time.monotonic()
-        past, self._seen = now - self._seen, now
-        before, self._threads = self._threads, threads
+        span_s = now - self._since
         if not threads:  # no such file: not Linux's /proc. The wall's time is all there is
-            self.own_s += past
+            self.own_s = self._past_own_s + span_s
             return self.own_s
         most_cpu = most_queued = 0.0
         for tid, thread in threads.items():
-            then = before.get(tid, _Thread(0.0, 0.0, True))
+            then = self._threads.get(tid, _Thread(0.0, 0.0, "S"))
             cpu_s = thread.cpu_s - then.cpu_s
-            # Of a wait that still goes on, schedstat does not know.
-            queued_s = thread.queued_s - then.queued_s if thread.asleep else past - cpu_s
+            queued_s = thread.queued_s - then.queued_s if thread.state == "S" else span_s - cpu_s
             most_cpu, most_queued = max(most_cpu, cpu_s), max(most_queued, queued_s)
-        self._cpu_s += min(most_cpu, past)
-        self.own_s += min(max(most_cpu, past - most_queued), past)
+        self._cpu_s = self._past_cpu_s + min(most_cpu, span_s)
+        self.own_s = self._past_own_s + min(max(most_cpu, span_s - most_queued), span_s)
+        states = {thread.state for thread in threads.values()}
+        if states == {"S"} or "T" in states:  # nothing is left open, or what was stopped did not sleep
+            self._past_own_s, self._past_cpu_s = self.own_s, self._cpu_s
+            self._since, self._threads = now, threads
         return self.own_s
 
 
@@ -72,10 +75,10 @@ def _family(pid: int) -> dict[int, _Thread]:
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
             for tid in map(int, os.listdir(f"/proc/{process}/task")):
                 folder = f"/proc/{process}/task/{tid}"
-                cpu, queued = _read(f"{folder}/schedstat").split()[:2]
                 state = _read(f"{folder}/stat").rpartition(")")[2].split()[0]
+                cpu, queued = _read(f"{folder}/schedstat").split()[:2]
                 if state not in "ZX":
-                    found[tid] = _Thread(int(cpu) / 1e9, int(queued) / 1e9, state == "S")
+                    found[tid] = _Thread(int(cpu) / 1e9, int(queued) / 1e9, state)
                 with contextlib.suppress(OSError):  # a kernel without that file
                     waiting += map(int, _read(f"{folder}/children").split())
     return found

@@ -161,7 +161,7 @@ class Dispatcher:
         if time.monotonic() < turn.next_look:
             return
         was_slow = turn.slow
-        turn.look(spinning, self._cores)
+        turn.look(self._average_s.get(item.verifier, ASSUMED_S), spinning, self._cores)
         end = turn.end()
         if end is not None:
             worker.item, worker.turn = None, None

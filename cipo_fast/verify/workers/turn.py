@@ -19,7 +19,7 @@ SLOW = 4.0  # times the average
 HANGS = 20.0  # times the average: whatever the crowd, no time-out before
 LEAST = 1 / 20  # of the deadline: nor before that
 FAIR = 0.5  # of its share of the processors that a spinning answer must have had: the trainer needs some, too
-BACKSTOP = 6.0  # deadlines by the wall
+BACKSTOP, BACKSTOP_S = 6.0, 30.0  # deadlines by the wall, and no less than that many seconds
 ENOUGH = 1 / 10  # of the deadline as own time, with HANGS: then it is a time-out at the backstop
 ASIDE = 1 / 2  # of a deadline that a spinning worker stands still, at most, for those that wait
 STEP_S, SHORTEST_STEP_S = 0.25, 0.02  # between looks
@@ -52,8 +52,9 @@ class Turn:
     def spins(self) -> bool:
         return self.slow and self.clock.spins
 
-    def look(self, spinning: int, cores: int) -> None:
-        """`spinning`: workers in all that do."""
+    def look(self, average_s: float, spinning: int, cores: int) -> None:
+        """`average_s` as of now; `spinning`: workers in all that do."""
+        self._average_s = average_s
         own_s, wall_s = self.clock.look(), self.clock.wall_s
         share = 1.0 if spinning <= cores else FAIR * cores / spinning
         until_s = min(wall_s, self._deadline_s)
@@ -82,7 +83,7 @@ class Turn:
         wall_s, own_s = self.clock.wall_s, self.clock.own_s
         if wall_s >= self._deadline_s and own_s >= self._claim_s:
             return self._timeout
-        if wall_s < BACKSTOP * self._deadline_s:
+        if wall_s < max(BACKSTOP * self._deadline_s, BACKSTOP_S):
             return None
         if own_s >= self._at_least(ENOUGH):
             return self._timeout
