@@ -174,6 +174,14 @@ def until(condition: object, seconds: float = 10.0) -> bool:
     return bool(condition())  # type: ignore[operator]
 
 
+def slowness() -> float:
+    """How much longer everything takes on this machine since others use it, too."""
+    started, cpu = time.monotonic(), time.process_time()
+    while time.process_time() - cpu < 0.3:
+        pass
+    return (time.monotonic() - started) / 0.3
+
+
 def nursery_of(pid: int) -> int:
     return next(n for n in family(pid) if b"workers.nursery" in Path(f"/proc/{n}/cmdline").read_bytes())
 
@@ -191,7 +199,7 @@ def test_hanging_answers_delay_no_other(judges: Judges, row: dict[str, str]) -> 
     verdicts = [future.result(timeout=60).verdict for future in futures]
     took = time.monotonic() - started
     assert verdicts == [expected.get(response, "timeout") for response in responses]
-    assert took < 12, "10 s of hanging in two workers, had the others waited"
+    assert took < 12 * slowness(), "20 s of hanging in two workers, had the others waited"
     assert until(lambda: len(family(os.getpid())) <= 3), "the nursery and two workers"
 
 
@@ -234,8 +242,8 @@ def test_a_starved_answer_is_no_verdict(row: dict[str, str], monkeypatch: pytest
     """A worker that never runs: stopped from outside, which is as good as a machine without a free core."""
     monkeypatch.setattr("cipo_fast.verify.workers.turn.BACKSTOP_S", 2.0)
     with judges_with(timeout_s=0.3, workers=1) as judges:
-        future = judges.submit(row, "wait 0.1")
-        assert until(lambda: bool(nursery_of(os.getpid()) and family(nursery_of(os.getpid()))))
+        assert verdict(judges, row, "yes").verdict == "right"
+        future = judges.submit(row, "wait 0.2")
         os.kill(family(nursery_of(os.getpid()))[0], signal.SIGSTOP)
         assert failure(future).startswith("starved: it got ")
         assert verdict(judges, row, "yes").verdict == "right"

@@ -156,8 +156,8 @@ class Dispatcher:
     def _take_turn(self, worker: _Worker, item: Item, turn: Turn, spinning: int) -> None:
         room = len(self._workers) < self._most  # for one more that could work
         if turn.aside and (turn.stood_long or not self._waiting or not room):
-            self._ask("go", worker)
             turn.go_on()
+            self._ask("go", worker)
         if time.monotonic() < turn.next_look:
             return
         was_slow = turn.slow
@@ -198,9 +198,16 @@ class Dispatcher:
             pass
         starting = sum(not w.ready and not w.ending and w.meant_for is None for w in self._workers.values())
         while starting < len(self._waiting) and len(self._workers) < self._most:
-            if sum(w.counts for w in self._workers.values()) >= self._limit or not self._start(None):
+            if self._full or not self._start(None):
                 break
             starting += 1
+
+    @property
+    def _full(self) -> bool:
+        """No more workers now: those that are not slow are as many as they should be, or twice as many while others are
+        slow, so that answers that hang are found soon."""
+        slow = sum(worker.turn is not None and worker.turn.slow for worker in self._workers.values())
+        return sum(worker.counts for worker in self._workers.values()) >= self._limit + min(slow, self._limit)
 
     def _start(self, item: Item | None) -> bool:
         """A worker; `item` waits for it. False where none could be started, and the item has failed or waits again."""
@@ -293,7 +300,7 @@ class Dispatcher:
                 self._average_s[item.verifier] = average + (worker.turn.clock.look() - average) / 16
             item.future.set_result(Judgement(message["verdict"], message["why"], message["seconds"]))
         worker.item, worker.turn, worker.due = None, None, 0.0
-        surplus = sum(w.counts for w in self._workers.values()) > self._limit  # it was slow, and another has its place
+        surplus = not self._waiting and sum(w.counts for w in self._workers.values()) > self._limit
         if worker.jobs >= JOBS or message.get("worn") or surplus:
             self._retire(worker)
 
