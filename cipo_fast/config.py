@@ -219,7 +219,8 @@ class VerifyConfig(Section):
     workers: Positive | None = None
     """Answers judged at once on this node; None: as many as it has cores. More start while some are slow [ours]."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    """Longest time for one answer from when a worker gets it, in seconds; code has the sandbox's own limits [ours]."""
+    """Longest time for one answer from when a worker gets it, in seconds. On a busy machine it is time of the worker's
+    own: running or asleep, not waiting for a processor. Code has the sandbox's own limits [ours]."""
     memory_mib: Annotated[int, Field(ge=256)] = 4096
     """Address space of a worker [ours]."""
     max_failed: Share = 0.01

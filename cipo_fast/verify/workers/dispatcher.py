@@ -1,25 +1,26 @@
 """The thread that hands items to workers, and takes the worker from an item that does not end.
 
-It waits on sockets only. A worker that is busy for long (longer than its item's patience, and than four times what the
-verifier's answers take on average) no longer counts as one of the `workers`: it goes on at the lowest priority until
-its deadline, and another is started for those that wait. So a hanging answer holds up no other.
+It waits on sockets only. A worker that is slow (it had more time of its own than its item's patience, and than four
+times what the verifier's answers take on average, turn.py) no longer counts as one of the `workers`, and another is
+started for those that wait. If it spins, it also stands aside for a while, stopped, until none waits. So a hanging
+answer holds up no other. A worker that gets no time, on a busy machine, is not slow, and nobody is started for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import socket
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 from cipo_fast.verify.verdict import Judgement, VerifierFailure
 from cipo_fast.verify.workers.frames import Inbox, Message
 from cipo_fast.verify.workers.home import Home
+from cipo_fast.verify.workers.turn import Item, Turn
 
 MAX_PROCESSES = 64  # workers, slow ones and those about to die among them, where that many cores would not do
 JOBS = 1000  # of one worker: sympy's caches grow
@@ -28,20 +29,8 @@ START_S = 150.0  # of a worker, the nursery's own start before it
 REST_S = 1.0  # before the next try, when there is no room for one more worker
 LAST_WORD_S = 5.0  # between a closed socket and the news of how its worker ended
 FAILED_STARTS = 3  # in a row: no worker can be started here
-SLOW = 4.0  # times the average
+ASSUMED_S = 0.05  # an answer's own time, on average, before any was judged
 _SIGXCPU = 24
-
-
-@dataclass(eq=False)
-class Item:
-    """Something to judge. The parts of its message for a worker may be those of other items, too."""
-
-    payload: tuple[bytes, ...]
-    deadline_s: float
-    patience_s: float
-    verifier: str
-    future: Future[Judgement] = field(default_factory=Future)
-    lost: int = 0  # workers that died over it
 
 
 class _Worker:
@@ -49,20 +38,21 @@ class _Worker:
         self.number, self.sock = number, sock
         self.meant_for = item  # one that was lost once: tried again on a worker that nothing has touched
         self.item: Item | None = None
+        self.turn: Turn | None = None  # while it judges the item
         self.pid = 0
-        self.ready = self.loading = self.slow = self.ending = False
+        self.ready = self.ending = False
         self.inbox = Inbox()
         self.outbox = memoryview(b"")
-        self.since = self.due = 0.0
+        self.due = 0.0
         self.jobs = 0
 
     @property
     def idle(self) -> bool:
-        return self.ready and self.item is None and not self.ending
+        return self.ready and self.pid > 0 and self.item is None and not self.ending
 
     @property
     def counts(self) -> bool:
-        return not self.slow and not self.ending
+        return not (self.turn and self.turn.slow) and not self.ending
 
 
 class Dispatcher:
@@ -77,6 +67,7 @@ class Dispatcher:
         self._again: deque[Item] = deque()
         self._workers: dict[int, _Worker] = {}
         self._average_s: dict[str, float] = {}
+        self._cores = len(os.sched_getaffinity(0))
         self._home: Home | None = None
         self._next, self._failed_starts, self._rest_until = 1, 0, 0.0
         self._closing, self._lock = False, threading.Lock()
@@ -146,39 +137,49 @@ class Dispatcher:
     def _patience(self) -> float | None:
         """Until something is due, in seconds."""
         due = [worker.due for worker in self._workers.values() if worker.due]
-        due += [self._slow_from(w) for w in self._workers.values() if w.item and not w.slow and not w.loading]
+        due += [worker.turn.next_look for worker in self._workers.values() if worker.turn and not worker.ending]
         if self._workers:
             due.append(time.monotonic() + REST_S)  # is the nursery stuck? is there room for a worker?
         return max(0.0, min(due) - time.monotonic()) if due else None
-
-    def _slow_from(self, worker: _Worker) -> float:
-        assert worker.item is not None
-        average = self._average_s.get(worker.item.verifier, 0.0)
-        return worker.since + max(worker.item.patience_s, SLOW * average)
 
     def _look_at_clock(self) -> None:
         if self._home is not None and self._home.stuck:
             self._nursery_lost("it does not answer")
         now = time.monotonic()
+        spinning = sum(worker.turn.spins for worker in self._workers.values() if worker.turn)
         for worker in list(self._workers.values()):
             if worker.due and now >= worker.due:
                 self._overdue(worker)
-            elif worker.item and not worker.slow and not worker.loading and now >= self._slow_from(worker):
-                worker.slow = True
-                if worker.item.verifier != "code":  # its programs run elsewhere, with limits by the clock
-                    self._ask("nice", worker)
+            elif worker.item and worker.turn and not worker.ending:
+                self._take_turn(worker, worker.item, worker.turn, spinning)
+
+    def _take_turn(self, worker: _Worker, item: Item, turn: Turn, spinning: int) -> None:
+        room = len(self._workers) < self._most  # for one more that could work
+        if turn.aside and (turn.stood_long or not self._waiting or not room):
+            turn.go_on()
+            self._ask("go", worker)
+        if time.monotonic() < turn.next_look:
+            return
+        was_slow = turn.slow
+        turn.look(self._average_s.get(item.verifier, ASSUMED_S), spinning, self._cores)
+        end = turn.end()
+        if end is not None:
+            worker.item, worker.turn = None, None
+            item.future.set_exception(end) if isinstance(end, VerifierFailure) else item.future.set_result(end)
+            self._kill(worker)
+        elif turn.spins and not was_slow and self._waiting and room and item.verifier != "code":
+            turn.step_aside()  # a code row's programs have limits by the clock
+            self._ask("stop", worker)
 
     def _overdue(self, worker: _Worker) -> None:
-        item, worker.item, worker.due = worker.item, None, 0.0
-        if item is not None and worker.ending:
-            worker.item = item
+        """It does not start, does not import a file, or is not said to be dead: nothing that an answer could do."""
+        worker.due = 0.0
+        if worker.item is not None and worker.ending:
             self._ended(worker, None)  # its socket closed, and nobody said why
             return
-        if item is not None and worker.loading:
-            _fail(item, f"{item.verifier} took more than {LOAD_S:g} s to import")
-        elif item is not None:
-            why = f"no verdict within {item.deadline_s:g} s"
-            item.future.set_result(Judgement("timeout", why, time.monotonic() - worker.since))
+        if worker.item is not None:
+            _fail(worker.item, f"{worker.item.verifier} took more than {LOAD_S:g} s to import")
+            worker.item = None
         self._kill(worker)
 
     # --- workers
@@ -203,10 +204,10 @@ class Dispatcher:
 
     @property
     def _full(self) -> bool:
-        """No more workers now: those that are not slow are as many as they should be, and as many again as are slow, so
-        that answers that hang are found in a few rounds, twice as many in each."""
-        slow = sum(worker.slow and not worker.ending for worker in self._workers.values())
-        return sum(worker.counts for worker in self._workers.values()) >= self._limit + slow
+        """No more workers now: those that are not slow are as many as they should be, or twice as many while others are
+        slow, so that answers that hang are found soon."""
+        slow = sum(worker.turn is not None and worker.turn.slow for worker in self._workers.values())
+        return sum(worker.counts for worker in self._workers.values()) >= self._limit + min(slow, self._limit)
 
     def _start(self, item: Item | None) -> bool:
         """A worker; `item` waits for it. False where none could be started, and the item has failed or waits again."""
@@ -248,11 +249,14 @@ class Dispatcher:
             self._waiting.clear()
 
     def _hand(self, worker: _Worker, item: Item) -> None:
-        worker.item, worker.since = item, time.monotonic()
-        worker.due = worker.since + item.deadline_s
+        worker.item = item
+        self._begin(worker, item)
         worker.jobs += 1
         worker.outbox = memoryview(b"".join(item.payload))
         self._exchange(worker, selectors.EVENT_WRITE)
+
+    def _begin(self, worker: _Worker, item: Item) -> None:
+        worker.turn = Turn(item, worker.pid, self._average_s.get(item.verifier, ASSUMED_S))
 
     def _exchange(self, worker: _Worker, events: int) -> None:
         try:
@@ -280,10 +284,10 @@ class Dispatcher:
             elif worker.item is None:
                 raise ValueError("a word out of turn")
             elif "loading" in message:
-                worker.loading, worker.due = True, time.monotonic() + LOAD_S
+                worker.turn, worker.due = None, time.monotonic() + LOAD_S
             elif "go" in message:
-                worker.loading, worker.since = False, time.monotonic()
-                worker.due = worker.since + worker.item.deadline_s
+                worker.due = 0.0
+                self._begin(worker, worker.item)
             else:
                 self._judged(worker, worker.item, message)
 
@@ -291,13 +295,13 @@ class Dispatcher:
         if "failure" in message:
             _fail(item, message["failure"])
         else:
-            judgement = Judgement(message["verdict"], message["why"], message["seconds"])
-            average = self._average_s.get(item.verifier, 0.0)
-            self._average_s[item.verifier] = average + (time.monotonic() - worker.since - average) / 16
-            item.future.set_result(judgement)
-        worker.item, worker.due, worker.loading = None, 0.0, False
+            if worker.turn is not None:
+                average = self._average_s.get(item.verifier, ASSUMED_S)
+                self._average_s[item.verifier] = average + (worker.turn.clock.look() - average) / 16
+            item.future.set_result(Judgement(message["verdict"], message["why"], message["seconds"]))
+        worker.item, worker.turn, worker.due = None, None, 0.0
         surplus = not self._waiting and sum(w.counts for w in self._workers.values()) > self._limit
-        if worker.slow or worker.jobs >= JOBS or message.get("worn") or surplus:
+        if worker.jobs >= JOBS or message.get("worn") or surplus:
             self._retire(worker)
 
     def _retire(self, worker: _Worker) -> None:
@@ -331,10 +335,11 @@ class Dispatcher:
             self._not_started(worker.meant_for, f"no worker can be started: {why}")
             return
         item, worker.item = worker.item, None
+        turn, worker.turn = worker.turn, None
         if item is None:
             return
         if status == -_SIGXCPU:
-            item.future.set_result(Judgement("timeout", "out of CPU time", time.monotonic() - worker.since))
+            item.future.set_result(Judgement("timeout", "out of CPU time", turn.clock.wall_s if turn else 0.0))
         elif item.lost == 0:
             item.lost = 1
             self._again.append(item)
@@ -345,10 +350,11 @@ class Dispatcher:
     # --- the nursery
 
     def _ask(self, what: str, worker: _Worker) -> None:
+        """kill, stop, go."""
         if self._home is None:
             return
         try:
-            self._home.kill(worker.number) if what == "kill" else self._home.nice(worker.number)
+            self._home.kill(worker.number) if what == "kill" else self._home.signal(what, worker.number)
         except OSError:
             self._nursery_lost("it does not listen")
 

@@ -57,8 +57,9 @@ class Home:
     def kill(self, worker: int) -> None:
         self._ask({"kill": worker})
 
-    def nice(self, worker: int) -> None:
-        self.control.send(json.dumps({"nice": worker}).encode())
+    def signal(self, what: str, worker: int) -> None:
+        """stop or go."""
+        self.control.send(json.dumps({what: worker}).encode())
 
     def heard(self) -> list[Message]:
         """What it has told since. EOFError when it has ended."""

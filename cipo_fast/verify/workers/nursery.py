@@ -6,7 +6,7 @@ until its parent has reaped it, no other process can have its number.
 On the control socket, one JSON object a packet:
     {"fork": id, "memory_mib"} with the worker's socket  ->  {"forked": id, "pid"}, later {"ended": id, "status"}
     {"kill": id}                                         ->  {"killed": id}
-    {"nice": id}                                             no reply
+    {"stop": id}, {"go": id}                                 no reply
 Before all: {"ready"}. When the trainer is gone the socket ends, and with it every worker and the nursery.
 """
 
@@ -29,6 +29,7 @@ from cipo_fast.verify.workers.worker import Worker
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 GRACE_S = 0.5  # for workers to close what they have, when the trainer is gone
 LARGEST_PACKET = 1 << 16
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "go": signal.SIGCONT}
 
 
 class Nursery:
@@ -71,16 +72,12 @@ class Nursery:
             self._fork(message["fork"], message["memory_mib"], fds[0])
             os.close(fds[0])
             return True
-        pid = next(
-            (pid for pid, known in self._workers.items() if known == message.get("kill", message.get("nice"))), 0
-        )
-        if pid and "nice" in message:
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PGRP, pid, 19)
-        elif "kill" in message:
-            if pid:
-                _kill_group(pid)
-            self._tell({"killed": message["kill"]})
+        (what, worker) = next(iter(message.items()))
+        pid = next((pid for pid, known in self._workers.items() if known == worker), 0)
+        if pid:
+            _signal_group(pid, _SIGNALS[what])
+        if what == "kill":
+            self._tell({"killed": worker})
         return True
 
     def _fork(self, worker: int, memory_mib: int, fd: int) -> None:
@@ -123,7 +120,7 @@ class Nursery:
                 break
             worker = self._workers.pop(dead.si_pid, None)
             if worker is not None:
-                _kill_group(dead.si_pid)
+                _signal_group(dead.si_pid, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(dead.si_pid, 0)[1])
             if worker is not None:
                 self._tell({"ended": worker, "status": status})
@@ -143,7 +140,7 @@ class Nursery:
             self._reap()
             time.sleep(0.01)
         for pid in self._workers:
-            _kill_group(pid)
+            _signal_group(pid, signal.SIGKILL)
         until = time.monotonic() + 5.0
         while time.monotonic() < until and _children():
             self._reap()
@@ -158,11 +155,11 @@ def _woken(*_: object) -> None:
     """SIGCHLD needs a handler for its byte to be written to the wake-up socket."""
 
 
-def _kill_group(pid: int) -> None:
+def _signal_group(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(OSError):
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(pid, number)
     with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
 
 def _children() -> list[int]:

@@ -23,12 +23,13 @@ from cipo_fast.config import SandboxConfig, VerifyConfig
 from cipo_fast.errors import UserError
 from cipo_fast.verify import judging
 from cipo_fast.verify.verdict import Judgement, VerifierFailure
-from cipo_fast.verify.workers.dispatcher import Dispatcher, Item
+from cipo_fast.verify.workers.dispatcher import Dispatcher
 from cipo_fast.verify.workers.frames import RowEncoder
+from cipo_fast.verify.workers.turn import Item
 
 Row = dict[str, Any]
 CODE_SLACK_S = 5.0  # the sandbox itself stops at sandbox.answer_s
-PATIENCE_S = 0.2  # a busy worker is slow from then on: most answers take a hundredth of it
+PATIENCE_S = 0.05  # of its own time: a worker is slow from then on, where answers take a quarter of it on average
 
 
 def _quiet(_: str) -> None:
