@@ -13,6 +13,7 @@ from cipo_fast.verify.math import region as regions
 from cipo_fast.verify.math.evaluate import constant, equal, evaluate, points, same, symbols
 from cipo_fast.verify.math.exact import Number, labelled, near, numbers_agree
 from cipo_fast.verify.math.fallback import math_verify_agrees
+from cipo_fast.verify.math.names import names_agree
 from cipo_fast.verify.math.parse import Node
 from cipo_fast.verify.math.policy import MathPolicy
 from cipo_fast.verify.math.read import read
@@ -81,23 +82,10 @@ def _unit(gold: Shape) -> str | None:
 
 
 def _agree(gold: Shape, answer: Shape, terms: Terms) -> bool:
-    if not _names_agree(gold, answer):
-        return False
+    if not names_agree(gold, answer):  # x = 2y is y = x/2
+        return bool(gold.equation and answer.equation and _proportional(gold.equation, answer.equation) is not None)
     comparator = _COMPARATORS.get(gold.kind)
     return comparator is not None and comparator(gold, answer, terms)
-
-
-def _names_agree(gold: Shape, answer: Shape) -> bool:
-    """x = 7 is not y = 7. An answer without a name, or to a gold without one, may have any."""
-    if gold.name is None or answer.name is None or gold.name == answer.name:
-        return True
-    one, other = _called(gold.name), _called(answer.name)
-    return one == other or {one, other} == {"y", "f"}
-
-
-def _called(name: Node) -> str:
-    """The letter of a name: m of m_max, f of f(x)."""
-    return str(name[1]).split("_")[0].strip("'") if name[0] in ("sym", "call") else str(name)
 
 
 def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
@@ -236,7 +224,11 @@ def _distinct(items: tuple[Shape, ...], terms: Terms) -> tuple[Shape, ...]:
 
 def _tuple(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if answer.kind == "tuple":
-        return gold.brackets == answer.brackets and _in_order(gold.items, answer.items, terms)
+        items = answer.items
+        if gold.name and answer.name and gold.name[0] == answer.name[0] == "tuple":  # (y, x) = (2, 1) is (x, y) = (1, 2)
+            named = dict(zip(answer.name[1:], items, strict=True))
+            items = tuple(named[name] for name in gold.name[1:])
+        return gold.brackets == answer.brackets and _in_order(gold.items, items, terms)
     return not terms.pair and answer.kind == "region" and _region(gold, answer, terms)
 
 
