@@ -10,17 +10,20 @@ from typing import Any
 from mpmath import mpc
 
 from cipo_fast.verify.math import region as regions
-from cipo_fast.verify.math.evaluate import constant, equal, evaluate, points, same, symbols
+from cipo_fast.verify.math.evaluate import constant, equal, evaluate, same
 from cipo_fast.verify.math.exact import Number, labelled, near, numbers_agree
 from cipo_fast.verify.math.fallback import math_verify_agrees
 from cipo_fast.verify.math.names import names_agree
 from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.points import points, speaks_of_i, symbols
 from cipo_fast.verify.math.policy import MathPolicy
 from cipo_fast.verify.math.read import read
 from cipo_fast.verify.math.shape import Shape, as_region
-from cipo_fast.verify.math.text import prepared
+from cipo_fast.verify.math.text import Refused, prepared
 from cipo_fast.verify.math.units import unit_of
-from cipo_fast.verify.math.values import Undefined
+from cipo_fast.verify.math.values import TooMuch, Undefined, budget, divide
+
+_MOST_WORK = 60_000  # of one comparison: a third of a second, whatever is written
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ class Terms:
 def agree(golds: list[str], answer: str, policy: MathPolicy, row: Mapping[str, Any], error: Fraction | None) -> bool:
     """Whether a prepared answer is what the golds ask for: one, or all of several in any order. Raises Refused for an
     answer that cannot be judged."""
+    try:
+        with budget(_MOST_WORK):
+            return _agrees(golds, answer, policy, row, error)
+    except TooMuch as told:
+        raise Refused(str(told)) from None
+
+
+def _agrees(golds: list[str], answer: str, policy: MathPolicy, row: Mapping[str, Any], error: Fraction | None) -> bool:
     gold = gold_shape(golds, row)
     terms = Terms(policy, error, pair="tuple" in str(row.get("answer_type") or "").lower())
     given = read(answer, _unit(gold))
@@ -47,6 +58,14 @@ def agree(golds: list[str], answer: str, policy: MathPolicy, row: Mapping[str, A
 
 def check(golds: list[str], policy: MathPolicy, row: Mapping[str, Any], error: Fraction | None) -> str | None:
     """Why a gold cannot be judged, or None: its class is known, and its class's comparator finds it equal to itself."""
+    try:
+        with budget(_MOST_WORK):
+            return _check(golds, policy, row, error)
+    except TooMuch as told:
+        return f"the gold {', '.join(golds)[:60]!r} cannot be judged: {told}"
+
+
+def _check(golds: list[str], policy: MathPolicy, row: Mapping[str, Any], error: Fraction | None) -> str | None:
     shape = gold_shape(golds, row)
     told = ", ".join(golds)
     if shape.kind == "opaque":
@@ -163,7 +182,9 @@ def _meets(gold: Number, answer: Shape, terms: Terms) -> bool:
         return False
     if same(("num", gold.value), answer.node):
         return True
-    return near(gold, Fraction(str(value)) if abs(value) < 10**300 else Fraction(0), terms.policy, terms.error)
+    if not 1e-300 < abs(value) < 1e300:  # too far from any literal, or exactly zero
+        return False
+    return near(gold, Fraction(str(value)), terms.policy, terms.error)
 
 
 def _within(gold: Node, answer: Node, error: Fraction) -> bool:
@@ -225,7 +246,8 @@ def _distinct(items: tuple[Shape, ...], terms: Terms) -> tuple[Shape, ...]:
 def _tuple(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if answer.kind == "tuple":
         items = answer.items
-        if gold.name and answer.name and gold.name[0] == answer.name[0] == "tuple":  # (y, x) = (2, 1) is (x, y) = (1, 2)
+        if gold.name and answer.name and gold.name[0] == answer.name[0] == "tuple":
+            # (y, x) = (2, 1) is (x, y) = (1, 2)
             named = dict(zip(answer.name[1:], items, strict=True))
             items = tuple(named[name] for name in gold.name[1:])
         return gold.brackets == answer.brackets and _in_order(gold.items, items, terms)
@@ -274,21 +296,29 @@ def _inequality(gold: Shape, answer: Shape, terms: Terms) -> bool:
 
 
 def _proportional(a: Node, b: Node) -> Any:
-    """The constant that a is b times, or None."""
+    """The constant that a is b times, or None. Where a has no value b need not have one."""
+    reals = not (speaks_of_i(a) or speaks_of_i(b))
     factor = None
-    tries = 0
+    tries = missing = 0
     for env in points([a, b]):
         try:
-            one, other = evaluate(a, env), evaluate(b, env)
-            if other == 0 or one == 0:
-                return None
-            ratio = evaluate(("div", ("sym", "a"), ("sym", "b")), {"a": one, "b": other})
+            one = evaluate(a, env, reals=reals)
         except Undefined:
             continue
+        try:
+            other = evaluate(b, env, reals=reals)
+        except Undefined:
+            missing += 1
+            continue
+        if one == other == 0:
+            continue
+        if other == 0 or one == 0:
+            return None
+        ratio = divide(one, other)
         if factor is not None and not equal(factor, ratio):
             return None
         factor, tries = ratio, tries + 1
-    return factor if tries > 1 and not isinstance(factor, mpc) else None
+    return factor if tries > 1 and missing * 6 <= tries and not isinstance(factor, mpc) else None
 
 
 def _base(gold: Shape, answer: Shape, terms: Terms) -> bool:

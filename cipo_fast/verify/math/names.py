@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-from cipo_fast.verify.math.evaluate import symbols
 from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.points import symbols
 from cipo_fast.verify.math.shape import Shape
 
 # A label with such a word says more than a name does.
 _HEDGES = {"or", "and", "not", "no", "maybe", "perhaps", "either", "neither", "wrong", "never"}
 _NAMING = {"det", "max", "min", "gcd", "lcm"}  # \det A = 3, \gcd(a, b) = 3
+SELF: Node = ("self",)  # the name in 1 = 1, which is not x = 1
 _WORD_SUBSCRIPT = re.compile(r"_\\?[a-z]{2,}$")
 
 
@@ -95,7 +96,8 @@ def names_agree(gold: Shape, answer: Shape) -> bool:
 
 def _renames(gold: Shape, answer: Shape) -> bool:
     """f(t) = 2t for f(x) = 2x: one plain argument, of which both values speak. P(A) = 3 is not P(B) = 3."""
-    assert gold.name is not None and answer.name is not None
+    assert gold.name is not None
+    assert answer.name is not None
     ours, theirs = gold.name[2:], answer.name[2:]
     return len(ours) == len(theirs) == 1 and all(
         argument[0] == "sym" and shape.node is not None and argument[1] in symbols(shape.node)

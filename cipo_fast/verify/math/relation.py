@@ -7,12 +7,14 @@ from fractions import Fraction
 from itertools import pairwise
 
 from cipo_fast.verify.math import region as regions
-from cipo_fast.verify.math.evaluate import same, symbols
-from cipo_fast.verify.math.names import defines, is_name, is_sum
+from cipo_fast.verify.math.evaluate import same
+from cipo_fast.verify.math.names import SELF, defines, is_name, is_sum
 from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.points import symbols
 from cipo_fast.verify.math.region import Region
 from cipo_fast.verify.math.shape import Shape, opaque
-from cipo_fast.verify.math.text import Refused
+from cipo_fast.verify.math.text import Refused, canonical
+
 
 def chain(text: str, parts: list[Shape], signs: list[str]) -> Shape:
     """x = 7, f(x) = 2x, (x, y) = (1, 2), 3 + 4 = 7; a chain whose values differ is no answer at all."""
@@ -34,14 +36,15 @@ def chain(text: str, parts: list[Shape], signs: list[str]) -> Shape:
     if name is None and any(value.node is None or symbols(value.node) for value in values):
         return opaque(text)
     for (one, other), sign in zip(pairwise(values), signs, strict=False):
-        if not _consistent(one, other, sign) or (name is None and one.node == other.node):  # 1 = 1 says nothing
+        if not _consistent(one, other, sign):
             return opaque(text)
     exact = [value for value, sign in zip(values, ["=", *signs], strict=False) if sign == "="]
     chosen = exact[-1] if exact else values[-1]
     if summed and chosen.node:
         return Shape("equation", text, node=("add", summed, ("neg", chosen.node)), items=(chosen,))
     if name is None:
-        return chosen
+        trivial = len({canonical(value.text) for value in values}) == 1
+        return replace(chosen, name=SELF) if trivial else chosen
     if name.kind == "tuple":
         if chosen.kind != "tuple":
             return opaque(text)
@@ -63,12 +66,13 @@ def _consistent(a: Shape, b: Shape, sign: str) -> bool:
         bound = regions.bound(value)
     except Refused:
         return False
-    return abs(rounded.value - bound) <= (rounded.unit_place or 1) / Fraction(2) if bound != rounded.value else True
+    return abs(Fraction(bound) - rounded.value) <= (rounded.unit_place or 1) / Fraction(2)
 
 
 def _equation(text: str, left: Shape, right: Shape) -> Shape:
     """Left minus right. It also says its right side where the left is a sum of names, or is the same by algebra."""
-    assert left.node and right.node
+    assert left.node is not None
+    assert right.node is not None
     if symbols(right.node):
         value = (right,) if same(left.node, right.node) else ()
     else:

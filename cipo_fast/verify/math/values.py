@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +16,7 @@ from mpmath import mp, mpc, mpf
 from cipo_fast.verify.math.text import Refused
 
 CLOSE = -40  # powers of ten, relative to the larger: two values that are the same
-_MOST_BITS = 100_000  # of an exact power or factorial
+_MOST_BITS = 20_000  # of an exact power or factorial
 _MOST_EXPONENT = 10**12  # of two, in a rounded number
 
 Value = Any  # Fraction, mpf or mpc
@@ -22,6 +24,31 @@ Value = Any  # Fraction, mpf or mpc
 
 class Undefined(Refused):
     """No value here: a division by zero, a binomial of a non-integer. Other points may have one."""
+
+
+class TooMuch(ArithmeticError):
+    """The work that one comparison may take is used up. Not Refused: no reader of a part goes on after it."""
+
+
+_left: ContextVar[list[float] | None] = ContextVar("_left", default=None)
+
+
+@contextmanager
+def budget(work: float) -> Iterator[None]:
+    """Work that all evaluations inside may take together, in units of some five microseconds."""
+    token = _left.set([work])
+    try:
+        yield
+    finally:
+        _left.reset(token)
+
+
+def spend(work: float) -> None:
+    left = _left.get()
+    if left is not None:
+        left[0] -= work
+        if left[0] < 0:
+            raise TooMuch("too long a computation")
 
 
 def real(value: Value) -> Value:
@@ -122,6 +149,8 @@ def binomial(n: Value, k: Value) -> Value:
         return Fraction(0)
     if n > 20_000:
         raise Refused("a binomial of a number above 20,000")
+    if min(k, n - k) > 2_500:
+        return mp.binomial(real(n), real(k))
     return Fraction(math.comb(n.numerator, k.numerator))
 
 
