@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,7 +16,7 @@ from cipo_fast.verify.math.exact import Number, labelled, near, numbers_agree
 from cipo_fast.verify.math.fallback import math_verify_agrees
 from cipo_fast.verify.math.names import names_agree
 from cipo_fast.verify.math.parse import Node
-from cipo_fast.verify.math.points import points, speaks_of_i, symbols
+from cipo_fast.verify.math.points import has_corners, points, positive, speaks_of_i, symbols
 from cipo_fast.verify.math.policy import MathPolicy
 from cipo_fast.verify.math.read import read
 from cipo_fast.verify.math.shape import Shape, as_region
@@ -24,6 +25,8 @@ from cipo_fast.verify.math.units import unit_of
 from cipo_fast.verify.math.values import TooMuch, Undefined, budget, divide
 
 _MOST_WORK = 60_000  # of one comparison: a third of a second, whatever is written
+_VECTOR = re.compile(r"\\nabla|\\vec|\\hat|\\overrightarrow")
+_CROSS = re.compile(r"\S*\s*\\times\s*\S*")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def check(golds: list[str], policy: MathPolicy, row: Mapping[str, Any], error: F
     try:
         with budget(_MOST_WORK):
             return _check(golds, policy, row, error)
-    except TooMuch as told:
+    except (TooMuch, RecursionError) as told:
         return f"the gold {', '.join(golds)[:60]!r} cannot be judged: {told}"
 
 
@@ -132,7 +135,7 @@ def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if gold.number is not None:
         return _meets(gold.number, answer, terms)
     node = _renamed(answer, gold)
-    if node is None:
+    if node is None or not _same_products(gold, answer):
         return False
     if same(gold.node, node):
         return True
@@ -142,6 +145,14 @@ def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
         factor: Node = ("num", Fraction(100) if answer.percent else Fraction(1, 100))
         return same(gold.node, ("mul", factor, node))
     return False
+
+
+def _same_products(gold: Shape, answer: Shape) -> bool:
+    r"""\nabla \times E is not \nabla \cdot E: with vectors about, both write their products alike."""
+    if not any(_VECTOR.search(shape.text) for shape in (gold, answer)):
+        return True
+    ours, theirs = (_CROSS.findall(shape.text) for shape in (gold, answer))
+    return ours == theirs
 
 
 def _renamed(answer: Shape, gold: Shape) -> Node | None:
@@ -182,7 +193,10 @@ def _meets(gold: Number, answer: Shape, terms: Terms) -> bool:
         return False
     if same(("num", gold.value), answer.node):
         return True
-    if not 1e-300 < abs(value) < 1e300:  # too far from any literal, or exactly zero
+    exact = terms.policy.rounding == "exact" and not terms.policy.tolerance
+    if terms.error is None and (exact or gold.unit_place is None):
+        return False
+    if not 1e-300 < abs(value) < 1e300:  # no literal is so far away, nor is its decimal short
         return False
     return near(gold, Fraction(str(value)), terms.policy, terms.error)
 
@@ -209,6 +223,8 @@ def _list(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if answer.kind == "region":  # x = 1 or x = 2 never is one; {1} \cup {2} may be
         ours = as_region(gold)
         return ours is not None and answer.region is not None and regions.equal_regions(ours, answer.region)
+    if gold.brackets and answer.brackets and gold.brackets != answer.brackets:  # p \land q is not p \lor q
+        return False
     return answer.kind == "list" and _matched(gold.items, answer.items, terms)
 
 
@@ -298,6 +314,7 @@ def _inequality(gold: Shape, answer: Shape, terms: Terms) -> bool:
 def _proportional(a: Node, b: Node) -> Any:
     """The constant that a is b times, or None. Where a has no value b need not have one."""
     reals = not (speaks_of_i(a) or speaks_of_i(b))
+    cornered = has_corners(a) or has_corners(b)
     factor = None
     tries = missing = 0
     for env in points([a, b]):
@@ -308,7 +325,7 @@ def _proportional(a: Node, b: Node) -> Any:
         try:
             other = evaluate(b, env, reals=reals)
         except Undefined:
-            missing += 1
+            missing += cornered or positive(env)
             continue
         if one == other == 0:
             continue

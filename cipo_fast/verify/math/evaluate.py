@@ -15,10 +15,9 @@ from functools import partial
 from mpmath import mp, mpc, mpf
 
 from cipo_fast.verify.math.parse import Node
-from cipo_fast.verify.math.points import kinds, points, speaks_of_i, symbols
+from cipo_fast.verify.math.points import has_corners, kinds, points, positive, speaks_of_i, symbols
 from cipo_fast.verify.math.text import Refused
 from cipo_fast.verify.math.values import (
-    BINARY,
     CLOSE,
     FUNCTIONS,
     Undefined,
@@ -71,10 +70,12 @@ class _Evaluator:
         if kind == "sym":
             return self._symbol(node[1])
         if kind == "pow":
-            spend(8 * self.weight)
+            spend(12 * self.weight)
             return checked(self._power(self.of(node[1]), self.of(node[2])))
-        if kind in ("add", "mul", "div"):
-            return checked(BINARY[kind](self.of(node[1]), self.of(node[2])))
+        if kind in ("add", "mul"):
+            return self._chain(kind, node)
+        if kind == "div":
+            return checked(divide(self.of(node[1]), self.of(node[2])))
         if kind == "neg":
             return -self.of(node[1])
         if kind == "pct":
@@ -82,6 +83,7 @@ class _Evaluator:
         if kind == "deg":
             return checked(real(self.of(node[1])) * mp.pi / 180)
         if kind == "fact":
+            spend(60)
             return checked(factorial(self.of(node[1])))
         if kind == "fn":
             return checked(self._function(node[1], [self.of(argument) for argument in node[2:]]))
@@ -92,6 +94,18 @@ class _Evaluator:
         if kind == "pm":
             raise Refused("± has two values")
         raise Refused("infinity is no number" if kind == "inf" else f"{kind} has no value")
+
+    def _chain(self, kind: str, node: Node) -> Value:
+        """a + b + c + ..., without a call for each step: such trees are a thousand deep."""
+        later: list[Node] = []
+        while node[0] == kind:
+            later.append(node[2])
+            node = node[1]
+        value = self.of(node)
+        for part in reversed(later):
+            spend(self.weight)
+            value = checked((add if kind == "add" else multiply)(value, self.of(part)))
+        return value
 
     def _symbol(self, name: str) -> Value:
         if name in self.env:
@@ -115,6 +129,7 @@ class _Evaluator:
         if name == "root":
             return root(*arguments)
         if name == "binom":
+            spend(150)
             return binomial(*arguments)
         if name in ("floor", "ceil", "abs", "sgn"):
             return stepped(name, arguments[0])
@@ -167,6 +182,8 @@ def evaluate(node: Node, env: Mapping[str, Value] | None = None, digits: int = D
             return _Evaluator(env or {}, digits, reals).of(node)
         except (OverflowError, MemoryError):
             raise Refused("a number too large to write down") from None
+        except RecursionError:
+            raise Refused("nested too deep") from None
         except (ValueError, ZeroDivisionError, TypeError):
             raise Undefined("no value") from None
 
@@ -179,11 +196,12 @@ def constant(node: Node) -> Value:
 
 
 def same(a: Node, b: Node) -> bool:
-    """Whether a gold's tree and another are the same number, or the same function of their symbols.
+    r"""Whether a gold's tree and another are the same number, or the same function of their symbols.
 
     Functions are compared where the gold is defined, over the reals unless an i stands in one of them. Where the gold
-    has a value and the other has none, it is another function, but for a few points: a quotient of factorials may have
-    none at an integer. What is too large to compute says nothing.
+    has a value and the other has none, it is another function, but for a few points (a quotient of factorials may have
+    none at an integer) and for negative ones of roots and logarithms: \ln(xy) is \ln x + \ln y. What is too large to
+    compute says nothing.
     """
     if a == b and a[0] in ("num", "sym", "inf"):
         return True
@@ -198,6 +216,7 @@ def same(a: Node, b: Node) -> bool:
 def _same_function(a: Node, b: Node, reals: bool) -> bool | None:
     """None where the gold, a, has hardly any values."""
     agreed = missing = 0
+    cornered = has_corners(a) or has_corners(b)
     for env in points([a, b]):
         try:
             one = evaluate(a, env, reals=reals)
@@ -206,7 +225,7 @@ def _same_function(a: Node, b: Node, reals: bool) -> bool | None:
         try:
             other = evaluate(b, env, reals=reals)
         except Undefined:
-            missing += 1
+            missing += cornered or positive(env)
             continue
         except Refused:
             continue

@@ -10,7 +10,7 @@ wherever floors or the like stand; any other symbol under a floor gets integers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 from cipo_fast.verify.math.parse import Node
@@ -30,23 +30,27 @@ _PER_SCALE = 4
 
 def symbols(node: Node) -> set[str]:
     """Names of the symbols that have no value of their own."""
-    if node[0] == "sym":
-        return set() if node[1] in ("pi", "e", "i") else {node[1]}
-    if node[0] in ("sum", "prod"):
-        return (symbols(node[4]) - {node[1]}) | symbols(node[2]) | symbols(node[3])
     found: set[str] = set()
-    for part in node[1:]:
-        if isinstance(part, tuple):
-            found |= symbols(part)
+    left = [node]
+    while left:
+        part = left.pop()
+        if part[0] == "sym":
+            found |= {part[1]} - {"pi", "e", "i"}
+        elif part[0] in ("sum", "prod"):
+            found |= symbols(part[4]) - {part[1]}
+            left += part[2:4]
+        else:
+            left += [child for child in part[1:] if isinstance(child, tuple)]
     return found
 
 
 def inner(node: Node) -> Iterator[Node]:
     """A tree and all trees in it."""
-    yield node
-    for part in node[1:]:
-        if isinstance(part, tuple):
-            yield from inner(part)
+    left = [node]
+    while left:
+        part = left.pop()
+        yield part
+        left += [child for child in part[1:] if isinstance(child, tuple)]
 
 
 def kinds(node: Node) -> set[str]:
@@ -77,6 +81,14 @@ def points(nodes: list[Node]) -> list[dict[str, Value]]:
         if at >= len(_SCALES) and scale.denominator == 1 and stand & _WHOLE:
             tries += [dict.fromkeys(names, scale * times) for times in (1, 2, 3)]  # gcd(n, 37)
     return tries
+
+
+def has_corners(node: Node) -> bool:
+    return bool(kinds(node) & _CORNERS)
+
+
+def positive(env: Mapping[str, Value]) -> bool:
+    return all(value > 0 for value in env.values())
 
 
 def _counted(part: Node) -> set[str]:

@@ -158,6 +158,7 @@ def _several(text: str, wanted: str | None) -> Shape | None:
     texts = [piece.strip() for piece in pieces[::2]]
     separators = [re.sub(r"\\text|[{},\s\\]", "", piece) for piece in pieces[1::2]]
     either = any(word in ("or", "lor", "vee") for word in separators)
+    both = not either and any(word in ("and", "land", "wedge") for word in separators)
     if len(texts) > _MOST_ITEMS:
         raise Refused(f"more than {_MOST_ITEMS} items")
     if any(not piece for piece in texts[:1] + texts[-1:]):
@@ -166,21 +167,22 @@ def _several(text: str, wanted: str | None) -> Shape | None:
     if any(item.kind in ("opaque", "words") for item in items) and not all(item.kind == "words" for item in items):
         return opaque(text)
     if all(item.kind == "region" and item.brackets == "<" for item in items):
-        return _combined(text, items, either)
+        return _combined(text, items, either, both)
     if either and all(as_region(item) is not None for item in items) and any(item.kind != "scalar" for item in items):
         return Shape("region", text, region=regions.union(*(as_region(item) or () for item in items)))
     flat = tuple(part for item in items for part in (item.items if item.kind == "list" else (item,)))
-    return Shape("list", text, items=flat)
+    logic = {word for word in separators if word in ("lor", "vee", "land", "wedge")}
+    return Shape("list", text, items=flat, brackets="".join(sorted(logic)))
 
 
-def _combined(text: str, items: tuple[Shape, ...], either: bool) -> Shape:
-    """Inequalities: `or` joins; `and` and a comma hold together, unless that leaves nothing."""
+def _combined(text: str, items: tuple[Shape, ...], either: bool, both: bool) -> Shape:
+    """Inequalities: `or` joins; `and` holds together, and so does a comma unless that leaves nothing."""
     if len({item.name for item in items}) > 1:
         return Shape("list", text, items=items)
     found: Region = regions.EVERYTHING
     for item in items:
         found = regions.intersection(found, item.region or ())
-    if either or not found:
+    if either or not (found or both):
         found = regions.union(*(item.region or () for item in items))
     return Shape("region", text, region=found, name=items[0].name, brackets="<")
 

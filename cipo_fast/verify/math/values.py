@@ -205,14 +205,6 @@ def checked(a: Value) -> Value:
     return a
 
 
-BINARY: dict[str, Callable[[Value, Value], Value]] = {
-    "add": add,
-    "mul": multiply,
-    "div": divide,
-    "pow": power,
-}
-
-
 def _guarded(function: Callable[[Value], Value]) -> Callable[[Value], Value]:
     def guarded(a: Value) -> Value:
         if abs(a) > 10**15:
