@@ -90,8 +90,9 @@ def names_agree(gold: Shape, answer: Shape) -> bool:
         return True
     if one[0] == other[0] == "call":
         return one[1] == other[1] and _renames(gold, answer)
-    spellings = _spellings(one) & _spellings(other)
-    return bool(spellings) or (_is_graph(one) and _is_graph(other))
+    if one[0] == other[0] == "sym" and "_" in one[1] and "_" in other[1]:
+        return False  # m_max is m, and not m_min
+    return bool(_spellings(one) & _spellings(other)) or (_is_graph(one) and _is_graph(other))
 
 
 def _renames(gold: Shape, answer: Shape) -> bool:

@@ -16,7 +16,7 @@ from mpmath import mp, mpc, mpf
 from cipo_fast.verify.math.text import Refused
 
 CLOSE = -40  # powers of ten, relative to the larger: two values that are the same
-_MOST_BITS = 20_000  # of an exact power or factorial
+_MOST_BITS = 100_000  # of an exact power or factorial
 _MOST_EXPONENT = 10**12  # of two, in a rounded number
 
 Value = Any  # Fraction, mpf or mpc
@@ -88,7 +88,7 @@ def power(a: Value, b: Value) -> Value:
             return a if exponent else Fraction(1)
         if a == -1:
             return Fraction(-1 if exponent % 2 else 1)
-        if abs(exponent) * max(a.numerator.bit_length(), a.denominator.bit_length()) <= _MOST_BITS:
+        if abs(exponent) * max((abs(part) - 1).bit_length() for part in a.as_integer_ratio()) <= _MOST_BITS:
             return a**exponent
     a, b = real(a), real(b)
     if a == 0:
@@ -192,7 +192,7 @@ def ordered(a: Value) -> Value:
 
 def checked(a: Value) -> Value:
     if isinstance(a, Fraction):
-        if a.numerator.bit_length() > 4 * _MOST_BITS or a.denominator.bit_length() > 4 * _MOST_BITS:
+        if a.numerator.bit_length() > 1.5 * _MOST_BITS or a.denominator.bit_length() > 1.5 * _MOST_BITS:
             return checked(real(a))
         return a
     for part in (a.real, a.imag) if isinstance(a, mpc) else (a,):
