@@ -9,11 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cipo_fast.verify.math import at_once, check_gold, gold_response, judge
+from cipo_fast.verify.math import at_once, check_gold, check_row, gold_response, judge
 from cipo_fast.verify.math.extract import final_answer
 from cipo_fast.verify.math.policy import MathPolicy, policy_of
 
-PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "math_pairs.jsonl").read_text().splitlines()]
+DATA = Path(__file__).parent / "data"
+PAIRS = [
+    json.loads(line)
+    for name in ("math_pairs.jsonl", "math_pairs_more.jsonl")
+    for line in (DATA / name).read_text().splitlines()
+]
 
 
 def row_of(pair):
@@ -108,6 +113,19 @@ RESPONSES = [
     ("\\boxed{12\x00}", "wrong"),
     (r"\boxed{12} \boxed{", "right"),  # an unclosed box is no answer: the last closed one is
     (r"Answer: 12", "unparsable"),
+    ("Either \\boxed{13}\nor \\boxed{12}", "wrong"),
+    ("\\boxed{13} or\n\\boxed{12}", "wrong"),
+    ("\\boxed{13}\n\nor\n\n\\boxed{12}", "wrong"),
+    ("- \\boxed{10}\n- \\boxed{12}", "wrong"),
+    (r"1) \boxed{10} 2) \boxed{11} 3) \boxed{12}", "wrong"),
+    ("(a) $\\boxed{10}$\n(b) $\\boxed{12}$", "wrong"),
+    (r"First guess: \boxed{3}. Second guess: \boxed{12}.", "wrong"),
+    ("Case 1: $x = \\boxed{3}$.\nCase 2: $x = \\boxed{12}$.", "wrong"),
+    ("\n".join(f"Guess {i}: \\boxed{{{i}}}" for i in range(13)), "wrong"),
+    (" hm ".join(f"\\boxed{{{i}}}" for i in (1, 2, 3, 4, 5, 12)), "wrong"),
+    ("The answer is \\boxed{10}.\n\nWait, maybe both.\n\nThe answer is \\boxed{12}.", "right"),
+    ("Step 1: 3 apples: \\boxed{3}.\nStep 2: 9 more make \\boxed{12}.", "right"),
+    ("2+3=\\boxed{5}\n5+7=\\boxed{12}", "right"),
 ]
 
 
@@ -161,6 +179,76 @@ def test_policies_have_defaults_and_unknown_ones_are_errors():
         with pytest.raises(ValueError, match=word):
             policy_of({"policy": policy})
     assert "percents" in str(check_gold({"answer": "7", "policy": {"percents": "either"}}))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"answer": ["7"]}, "answer is list"),
+        ({"answer": {"a": 7}}, "answer is dict"),
+        ({"answer": True}, "answer is bool"),
+        ({"answer": float("nan")}, "not a finite number"),
+        ({"answer": float("-inf")}, "not a finite number"),
+        ({"answer": 10**5000}, "too large"),
+        ({"answer": "\\frac{{{{"}, "braces"),
+        ({"answer": "}{"}, "braces"),
+        ({"answer": "x" * 5000}, "longer than"),
+        ({"answer": "(x+" * 99 + ")" * 99}, "nest deeper"),
+        ({"answers": "7"}, "not a list"),
+        ({"answers": ["7", ["8"]]}, "list, not text"),
+        ({"answer": None}, "missing"),
+        ({"answer": "7", "error": "abc"}, "error is 'abc'"),
+        ({"answer": "7", "error": "nan"}, "error is"),
+        ({"answer": "7", "error": "1e999999999"}, "error is"),
+        ({"answer": "7", "error": [1]}, "error is"),
+        ({"answer": "7", "error": True}, "error is"),
+    ],
+)
+def test_a_row_that_cannot_be_judged_is_one_line_without_algebra(row, said):
+    found = check_row(row)
+    assert found is not None
+    assert said in found
+    assert "\n" not in found
+    assert len(found) < 200
+
+
+def test_numbers_are_golds_as_they_are_written():
+    for gold in (7, 7.0, "7", 7e0):
+        assert check_row({"answer": gold}) is None
+        assert judge({"answer": gold}, boxed("7")).verdict == "right"
+        assert judge({"answer": gold}, boxed("7.1")).verdict == "wrong"
+    for row in ({"answer": "7", "error": 0.1}, {"answer": "7", "error": "1e-1"}, {"answer": "\\{1,2\\}", "error": ""}):
+        assert check_row(row) is None
+    assert judge({"answer": 1e23}, boxed("10^{23}")).verdict == "right"
+
+
+# Golds of no class: equal only where they are the same text but for spelling.
+UNKNOWN = [
+    ("x\\equiv3\\pmod 7", "x\\equiv3\\pmod{7}", "right"),
+    ("x\\equiv3\\pmod{7}", "x\\equiv 3 \\pmod 7", "right"),
+    ("x\\equiv3\\pmod{7}", "x\\equiv 3 \\ (\\text{mod } 7)", "right"),
+    ("x\\equiv3\\pmod{12}", "x\\equiv 3 (\\mathrm{mod}\\ 12)", "right"),
+    ("x\\equiv3\\pmod{12}", "x\\equiv 3 \\bmod 12", "right"),
+    (
+        "\\begin{cases} 1 & x>0\\\\ 0 & x\\le 0\\end{cases}",
+        "\\begin{cases} 1, & x>0\\\\ 0, & x\\le 0\\end{cases}",
+        "right",
+    ),
+    (
+        "\\begin{cases} 1 & x>0\\\\ 0 & x\\le 0\\end{cases}",
+        "\\begin{cases} 1, & \\text{if } x>0,\\\\ 0, & \\text{if } x\\le 0.\\end{cases}",
+        "right",
+    ),
+    ("p\\land q", "p\\land q", "right"),
+    ("x\\equiv3\\pmod 7", "x\\equiv3\\pmod{8}", "wrong"),
+    ("x\\equiv3\\pmod 7", "x\\equiv4\\pmod{7}", "wrong"),
+    ("p\\land q", "p\\lor q", "wrong"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "verdict"), UNKNOWN)
+def test_golds_of_no_class_are_met_by_their_own_text_alone(gold, answer, verdict):
+    assert judge({"answer": gold}, boxed(answer)).verdict == verdict
 
 
 def test_redundant_parentheses_are_cheap():

@@ -9,6 +9,7 @@ be killed: it may take any time.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -60,26 +61,29 @@ def judge(row: Row, response: str) -> Judgement:
 
         policy = policy_of(row)
         answer = final_answer(response, policy.answer_line).text or ""
+        error = row_error(row)
         try:
-            same = agree(golds(row), prepared(answer), policy, row, row_error(row))
+            same = agree(golds(row), prepared(answer), policy, row, error)
             judged = Judgement("right" if same else "wrong", _said(answer, gold_text(row)))
-        except Refused as error:
-            judged = Judgement("wrong", f"{_short(answer)}: {error}")
-        except _OF_ANSWERS as error:
-            judged = Judgement("wrong", f"{_short(answer)}: cannot be compared ({type(error).__name__})")
+        except Refused as refused:
+            judged = Judgement("wrong", f"{_short(answer)}: {refused}")
+        except _OF_ANSWERS as raised:
+            judged = Judgement("wrong", f"{_short(answer)}: cannot be compared ({type(raised).__name__})")
     return Judgement(judged.verdict, judged.why, time.perf_counter() - started)
 
 
 def check_row(row: Row) -> str | None:
-    """What is missing of a row, or wrong in its policy, in one line, or None. Reads no mathematics: cheap anywhere."""
+    """What is missing of a row, or wrong in its golds or its policy, in one line, or None. Reads no mathematics: cheap
+    anywhere."""
     several = row.get("answers")
-    if several is None and row.get("answer") is None:
-        return "no field `answer`"
-    parts: list[Any] = several if isinstance(several, list) and several else [row.get("answer")]
-    if not all(isinstance(part, str) for part in parts):
-        return "`answers` is not a list of texts" if several is not None else "`answer` is not text"
-    if not all(part.strip() for part in parts):
-        return "`answer` is empty"
+    if several is not None and not isinstance(several, list | tuple):
+        return f"answers is {type(several).__name__}, not a list"
+    if not several and row.get("answer") is None:
+        return "answer is missing"
+    for gold in several or [row["answer"]]:
+        wrong = _wrong_gold(gold)
+        if wrong:
+            return f"{'a text of answers' if several else 'answer'} {wrong}"
     try:
         policy_of(row)
         row_error(row)
@@ -88,20 +92,43 @@ def check_row(row: Row) -> str | None:
     return None
 
 
+def _wrong_gold(gold: object) -> str | None:
+    """Golds are texts or numbers (7, 7.0), which stand for what they are written as."""
+    if isinstance(gold, bool) or not isinstance(gold, str | int | float):
+        return f"is {type(gold).__name__}, not text or a number"
+    try:
+        text = str(gold)
+        prepared(text)
+    except Refused as error:
+        return f"{_short(text)} cannot be judged: {error}"
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        return "is too large a number"
+    if isinstance(gold, float) and not math.isfinite(gold):
+        return f"is {gold}, not a finite number"
+    if not text.strip():
+        return "is empty"
+    return None if _braces_match(text) else f"{_short(text)} has braces that do not match"
+
+
+def _braces_match(text: str) -> bool:
+    level = 0
+    for char in re.sub(r"\\.", "", text, flags=re.DOTALL):
+        level += (char == "{") - (char == "}")
+        if level < 0:
+            return False
+    return level == 0
+
+
 def check_gold(row: Row) -> str | None:
     """Why a row's gold cannot be judged, in one line, or None. The gold is classified and compared with itself by its
     class's comparator: that two strings are the same counts for nothing here. A worker's work."""
-    try:
-        policy = policy_of(row)
-    except ValueError as error:
-        return str(error)
-    texts = golds(row)
-    if not all(text.strip() for text in texts):
-        return "the gold is empty"
+    wrong = check_row(row)
+    if wrong:
+        return wrong
     from cipo_fast.verify.math.compare import check
 
     try:
-        return check(texts, policy, row, row_error(row))
+        return check(golds(row), policy_of(row), row, row_error(row))
     except Refused as error:
         return f"the gold {_short(gold_text(row))} cannot be judged: {error}"
 
@@ -124,14 +151,17 @@ def gold_text(row: Row) -> str:
 
 
 def row_error(row: Row) -> Fraction | None:
-    """The absolute tolerance that the row gives, if any."""
+    """The absolute tolerance that the row gives, if any. ValueError with one line where it is no number."""
     given = row.get("error")
     if given is None or given == "" or given == "None":
         return None
+    text = str(given).strip()
     try:
-        return abs(Fraction(str(given)))
-    except (ValueError, ZeroDivisionError):
-        return None
+        if isinstance(given, bool) or len(text) > 40 or not math.isfinite(float(text)):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"error is {_short(text)!r}, not a number") from None
+    return abs(Fraction(text))
 
 
 def _plainly(gold: str, answer: str, row: Row, policy: MathPolicy) -> bool | None:

@@ -223,8 +223,6 @@ def _list(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if answer.kind == "region":  # x = 1 or x = 2 never is one; {1} \cup {2} may be
         ours = as_region(gold)
         return ours is not None and answer.region is not None and regions.equal_regions(ours, answer.region)
-    if gold.brackets and answer.brackets and gold.brackets != answer.brackets:  # p \land q is not p \lor q
-        return False
     return answer.kind == "list" and _matched(gold.items, answer.items, terms)
 
 

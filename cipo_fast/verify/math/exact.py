@@ -105,8 +105,19 @@ def near(gold: Number, value: Fraction, policy: MathPolicy, error: Fraction | No
     return policy.tolerance > 0 and apart <= abs(gold.value) * Fraction(policy.tolerance)
 
 
-_CHOICE = re.compile(r"(?:\\text\{\s*)?\(?\s*(?:\\text\{\s*)?([A-J])\s*\}?\s*\)?[.:]?\s*\}?")
+# \text{Option C}, \text{The answer is (C)}
+_CALLED = r"(?i:(?:the )?(?:correct |final )?(?:(?:answer|option|choice)(?: is|:)?\s*){1,2})?"
+_CHOICE = re.compile(
+    rf"(?:\\text\{{\s*)?{_CALLED}\}}?\s*\(?\s*(?:\\text\{{\s*)?\(?([A-J])\s*\}}?\s*\)?[.:]?\s*\}}?\s*\)?"
+)
 _LABELLED = re.compile(r"(?:\\text\{\s*)?(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*\}?\s*(?P<rest>.+)")
+# A text that holds no more than these and letters, or begins or ends so, is another choice and no text of this one.
+_BESIDE = set("or and nor but not no either both maybe perhaps possibly also then is the answer option choice".split())
+_OTHER_CHOICE = re.compile(
+    r"(?i:or|nor|and|but|maybe|perhaps|possibly|is|also)\b.*"
+    r"|.*\b(?i:or|nor|and|but|not|maybe|perhaps|possibly)\s+(?:(?i:option|choice)\s+)?[A-J]",
+    re.DOTALL,
+)
 _ANY_LABEL = re.compile(r"\([A-J]\)|(?<![A-Za-z])[A-J]\s*[).:]")
 
 
@@ -117,8 +128,18 @@ def choice(text: str) -> str | None:
 
 
 def labelled(text: str) -> tuple[str, str] | None:
-    """Letter and text of `(C) 17`; None when it names none, or several."""
+    """Letter and text of `(C) 17`; None when it names none, or several: the text of a choice is no other letter."""
     match = _LABELLED.fullmatch(text)
     if match is None or _ANY_LABEL.search(match["rest"]):
+        return None
+    plain = " ".join(
+        re.sub(
+            r"\\(?:text|to|rightarrow|Rightarrow|implies|equiv)(?![A-Za-z])|[^\w+\-*=<>^\\]", " ", match["rest"]
+        ).split()
+    )
+    letters = re.findall(r"\b[A-J]\b", plain)
+    if letters and all(word in letters or word.lower() in _BESIDE for word in plain.split()):
+        return None
+    if _OTHER_CHOICE.fullmatch(plain):
         return None
     return match[1] or match[2], match["rest"].strip()

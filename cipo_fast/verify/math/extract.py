@@ -17,11 +17,19 @@ _OPENER = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # What may stand between two boxes of one list, and what says that an answer is one of several.
 _LISTING = re.compile(
     r"(?:\s|[,;.!?&*|/]|\\[,;!:\[\]()]|\\\\|\\quad|\\qquad|~|\$|\band\b|\\text\s*\{\s*(?:and|or|,)?\s*\}"
-    r"|\b[A-Za-z](?:_\{?\w\}?)?\s*=)*"
+    r"|\n[ \t]*[-+•]|\\item\b|\b[A-Za-z](?:_\{?\w\}?)?\s*=)*"
 )
 _HEDGE = re.compile(
     r"\b(?:or|maybe|perhaps|possibly|alternatively|either|might|could|otherwise|both|also|another)\b", re.IGNORECASE
 )
+# What stands before a box of an enumeration: Guess 1:, (b), Second answer: x =
+_COUNTER = re.compile(
+    r"\d+|\b[A-Za-z]\b|\b(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|next|last|final)\b",
+    re.IGNORECASE,
+)
+_PROSE = re.compile(r"[\w\s.,:;()#*>'$\[\]-]{1,80}")
+_NAMED = re.compile(r"[A-Za-z](?:_\{?\w\}?)?\s*=\s*$")
+MOST_DIFFERENT = 5  # boxes: more are a list of guesses
 _LINE = re.compile(r"(?im)^[ \t*#>_]*(?:final[ \t]+)?answer[ \t*_]*:[ \t*_]*(.*)$")
 
 
@@ -35,9 +43,10 @@ class Final:
 
 
 def final_answer(response: str, answer_line: bool = False) -> Final:
-    """The last closed box after the last `</think>`. Boxes that stand as a list (`\\boxed{1}, \\boxed{2}`), or with
-    "or" and its like between them on one line, are one answer of several items. `answer_line`: without any box, the
-    last line that reads `Answer: ...` counts."""
+    """The last closed box after the last `</think>`. Boxes are one answer of several items if they stand as a list
+    (`\\boxed{1}, \\boxed{2}`), with "or" and its like between them on the line of one of them, as an enumeration
+    (`Guess 1: \\boxed{1}`, `Guess 2: \\boxed{2}`), or if there are more than MOST_DIFFERENT with different contents.
+    `answer_line`: without any box, the last line that reads `Answer: ...` counts."""
     said = response[response.rfind("</think>") + len("</think>") :] if "</think>" in response else response
     if "<think>" in said:
         return Final(None, "the thinking never ends")
@@ -48,10 +57,16 @@ def final_answer(response: str, answer_line: bool = False) -> Final:
             return _answer_line(said)
         return Final(None, "the box is never closed" if opened else "no \\boxed{} in the response")
     run = [boxes[-1]]
-    for earlier in reversed(boxes[:-1]):
-        if not _one_list(said[earlier.end + 1 : run[0].start]):
+    leads = [
+        _lead(said[end : box.start]) for end, box in zip([0, *(box.end + 1 for box in boxes)], boxes, strict=False)
+    ]
+    for at in range(len(boxes) - 2, -1, -1):
+        between = said[boxes[at].end + 1 : boxes[at + 1].start]
+        if not _one_list(between) and not _enumerated(leads[at], leads[at + 1]):
             break
-        run.insert(0, earlier)
+        run.insert(0, boxes[at])
+    if len({box.text.strip() for box in boxes}) > MOST_DIFFERENT:
+        run = boxes
     texts = list(dict.fromkeys(box.text.strip() for box in run))
     return Final(", ".join(texts), several=len(texts) > 1)
 
@@ -94,7 +109,21 @@ def _one_list(between: str) -> bool:
         return False
     if _LISTING.fullmatch(between):
         return True
-    return "\n" not in between and _HEDGE.search(between) is not None
+    lines = [between.partition("\n")[0], between.rstrip().rpartition("\n")[2]]
+    return any(_HEDGE.search(line) for line in lines)
+
+
+def _lead(before: str) -> str:
+    """What stands before a box on its line, without what it is called (x =)."""
+    line = before[-200:].rstrip(" $").rpartition("\n")[2]
+    return _NAMED.sub("", line).strip(" .,;$")
+
+
+def _enumerated(one: str, other: str) -> bool:
+    """Whether two boxes' leads are the same but for a counter."""
+    if one == other or not _PROSE.fullmatch(one) or not _PROSE.fullmatch(other):
+        return False
+    return _COUNTER.sub("#", one) == _COUNTER.sub("#", other)
 
 
 def _answer_line(said: str) -> Final:

@@ -40,6 +40,7 @@ _SHAPES = {"angle": "∠", "triangle": "△", "measuredangle": "∠", "arc": "�
 _ENDS = {
     "",
     r"\choose",
+    r"\over",
     ")",
     "]",
     "}",
@@ -107,11 +108,18 @@ class _Reader:
     # grammar
 
     def whole(self) -> Node:
-        node = self.sum()
-        if self.accept(r"\choose"):
-            node = ("fn", "binom", node, self.sum())
+        node = self._inside()
         if self.next:
             raise Refused(f"{self.next!r} is not understood here")
+        return node
+
+    def _inside(self) -> Node:
+        """What a group of braces or the whole text holds: a sum, or {a \\over b}, {n \\choose k}."""
+        node = self.sum()
+        if self.accept(r"\choose"):
+            return ("fn", "binom", node, self.sum())
+        if self.accept(r"\over"):
+            return ("div", node, self.sum())
         return node
 
     def sum(self) -> Node:
@@ -144,7 +152,9 @@ class _Reader:
             word = self.next
             if word in ("*", r"\cdot", r"\times", r"\ast", r"\bullet"):
                 self.take()
-                node = ("mul", node, self._signed_power())
+                right = self._signed_power()
+                cross = word == r"\times" and (_is_vector(node) or _is_vector(right))
+                node = ("call", "cross", node, right) if cross else ("mul", node, right)
             elif word in ("/", r"\div"):
                 self.take()
                 node = ("div", node, self._signed_power())
@@ -197,7 +207,7 @@ class _Reader:
     def _script(self) -> Node:
         """What stands after ^: a group, or one token with its sign."""
         if self.accept("{"):
-            node = self.sum()
+            node = self._inside()
             self.expect("}")
             return node
         if self.accept("-"):
@@ -213,7 +223,7 @@ class _Reader:
     def _argument(self) -> Node:
         """An argument of \\frac, \\sqrt: a group, or one token; \\frac12 is a half."""
         if self.accept("{"):
-            node = self.sum()
+            node = self._inside()
             self.expect("}")
             return node
         if self.kind == "number":
@@ -285,11 +295,8 @@ class _Reader:
         return node
 
     def _braces(self) -> Node:
-        """{a}, or {n \\choose k}"""
         bars, self.bars = self.bars, 0
-        node = self.sum()
-        if self.accept(r"\choose"):
-            node = ("fn", "binom", node, self.sum())
+        node = self._inside()
         self.bars = bars
         self.expect("}")
         return node
@@ -504,6 +511,10 @@ class _Reader:
                 self.take()
                 name += "_" + self._raw()
         return name
+
+
+def _is_vector(node: Node) -> bool:
+    return node[0] == "sym" and node[1].startswith((r"\vec:", r"\overrightarrow:", r"\nabla"))
 
 
 def _literal(digits: str) -> Fraction:

@@ -12,11 +12,11 @@ from functools import lru_cache
 from cipo_fast.verify.math import region as regions
 from cipo_fast.verify.math.exact import choice, number
 from cipo_fast.verify.math.parse import Node, parsed
-from cipo_fast.verify.math.points import kinds
+from cipo_fast.verify.math.points import kinds, symbols
 from cipo_fast.verify.math.region import Region
 from cipo_fast.verify.math.relation import chain, inequality
 from cipo_fast.verify.math.shape import Shape, as_region, opaque
-from cipo_fast.verify.math.text import Refused, matches, unwrapped, words
+from cipo_fast.verify.math.text import Refused, canonical, matches, unwrapped, words
 from cipo_fast.verify.math.units import peel
 
 _BASE = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*_\s*\{?\s*(?:\\text\{\s*)?(?:base)?\s*([0-9]{1,2}|[a-z]+)\s*\}?\s*\}?")
@@ -46,6 +46,12 @@ _EMPTY = re.compile(r"\\emptyset|\\\{\s*\\\}|\\text\{\s*(?:empty set|the empty s
 _WORD_ONLY = re.compile(r"[A-Za-z][A-Za-z0-9 .,'\-]*")
 _FUNCTION_WORDS = re.compile(r"(?:np\.|math\.)?(?:sqrt|sinh|cosh|tanh|arc|atan|asin|acos|binom)")
 _LISTED_WORDS = re.compile(r"\\text\{([^{}]*,[^{}]*)\}")  # \text{(B), (D)}
+_LABEL = re.compile(
+    r"\\(?:min|max|det|lim|inf|sup|deg|dim|gcd)(?![A-Za-z]).*|\|[^|]*\\(?:cup|cap|setminus)(?![A-Za-z])[^|]*\|"
+    r"|[A-Za-z]\s*\([^()]*(?:\\(?:cup|cap|setminus|mid)(?![A-Za-z])|\|)[^()]*\)"
+)
+_SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)")
+_LOGIC = {"land", "wedge", "lor", "vee"}
 _MOST_ITEMS = 200
 
 
@@ -61,7 +67,7 @@ def read(text: str, wanted: str | None = None) -> Shape:
 
 
 def _read(text: str, wanted: str | None) -> Shape:
-    for reader in (_literal, _spoken, _matrix, _several, _bracketed, _set_operation, _element, _related):
+    for reader in (_literal, _spoken, _matrix, _several, _bracketed, _labelled, _set_operation, _element, _related):
         shape = reader(text, wanted)
         if shape is not None:
             return shape
@@ -158,7 +164,6 @@ def _several(text: str, wanted: str | None) -> Shape | None:
     texts = [piece.strip() for piece in pieces[::2]]
     separators = [re.sub(r"\\text|[{},\s\\]", "", piece) for piece in pieces[1::2]]
     either = any(word in ("or", "lor", "vee") for word in separators)
-    both = not either and any(word in ("and", "land", "wedge") for word in separators)
     if len(texts) > _MOST_ITEMS:
         raise Refused(f"more than {_MOST_ITEMS} items")
     if any(not piece for piece in texts[:1] + texts[-1:]):
@@ -166,17 +171,23 @@ def _several(text: str, wanted: str | None) -> Shape | None:
     items = tuple(_item(piece, wanted) for piece in texts if piece)
     if any(item.kind in ("opaque", "words") for item in items) and not all(item.kind == "words" for item in items):
         return opaque(text)
+    both = any(word in ("and", "land", "wedge") for word in separators)
     if all(item.kind == "region" and item.brackets == "<" for item in items):
         return _combined(text, items, either, both)
+    if any(
+        word in _LOGIC and item.node and item.name is None and symbols(item.node)
+        for word in separators
+        for item in items
+    ):
+        return opaque(text)  # p \land q: no list
     if either and all(as_region(item) is not None for item in items) and any(item.kind != "scalar" for item in items):
         return Shape("region", text, region=regions.union(*(as_region(item) or () for item in items)))
     flat = tuple(part for item in items for part in (item.items if item.kind == "list" else (item,)))
-    logic = {word for word in separators if word in ("lor", "vee", "land", "wedge")}
-    return Shape("list", text, items=flat, brackets="".join(sorted(logic)))
+    return Shape("list", text, items=flat)
 
 
 def _combined(text: str, items: tuple[Shape, ...], either: bool, both: bool) -> Shape:
-    """Inequalities: `or` joins; `and` holds together, and so does a comma unless that leaves nothing."""
+    """Inequalities: `or` joins, `and` holds together, and so does a comma, unless that leaves nothing."""
     if len({item.name for item in items}) > 1:
         return Shape("list", text, items=items)
     found: Region = regions.EVERYTHING
@@ -229,6 +240,17 @@ def _set(text: str) -> Shape:
         return opaque(text)
     flat = tuple(part for item in items for part in (item.items if item.kind == "list" else (item,)))
     return Shape("set", text, items=flat)
+
+
+def _labelled(text: str, wanted: str | None) -> Shape | None:
+    """\\max f = 3, |A \\cup B| = 3: what a value is called where it has a name of more than a symbol. A number in the
+    label makes it a claim and no name."""
+    label, *signs = split(text, _RELATION)
+    if len(signs) < 2 or signs[0].strip() != "=" or not _LABEL.fullmatch(label.strip()):
+        return None
+    if any(char.isdigit() for char in _SUBSCRIPT.sub("", label)):
+        return None
+    return replace(read("".join(signs[1:]).strip(), wanted), name=("sym", canonical(label.strip())))
 
 
 def _set_operation(text: str, wanted: str | None) -> Shape | None:

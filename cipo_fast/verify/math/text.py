@@ -22,7 +22,7 @@ _UNICODE = {
     **{"∙": r"\cdot ", "÷": r"\div ", "∗": "*", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "},
     **{"≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^\circ ", "∅": r"\emptyset "},
     **{"±": r"\pm ", "∓": r"\mp ", "％": r"\%", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")"},
-    **{"∖": r"\setminus "},
+    **{"∖": r"\setminus ", "¢": r"\text{ cents}"},
     **{"½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "⅛": r"\frac18 "},
     **{"√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "⟨": r"\langle ", "⟩": r"\rangle ", "∨": r"\lor "},
     **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "’": "'", "‘": "'"},
@@ -41,13 +41,27 @@ _TRANSLATION = str.maketrans(_UNICODE)
 
 # A plain number needs none of the passes below.
 _PLAIN = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
-# 1{,}000, 1\,000, 1,\!000: one number. A digit on the left, exactly three on the right.
-_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!:;]|,?\\ |~)\s*(?=\d{3}(?!\d))")
+# 1{,}000, 1\,000, 1,\!000: one number. A digit on the left, exactly three on the right. A comma and a space (1,\,000)
+# part two items; a plain comma is left as it is: exact.py joins it where the whole answer is one number.
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}(?:\\!)*|,(?:\\!)+|\\[,!:; ]|~)\s*(?=\d{3}(?!\d))")
+# As wide a space between two numbers parts them.
+_PARTED = re.compile(r"(?<=\d)\s*\\(?:q?quad(?![A-Za-z])|[hv]space\*?\{[^{}]*\}|phantom\{[^{}]*\})\s*(?=\d)")
+_LONE_BACKSLASH = re.compile(r"(?<!\\)\\\Z")  # of `3\ `, once stripped
+# \text{The answer is }12, \text{Total: }12
+_LEAD = re.compile(
+    r"\\text\{\s*(?:(?:so|thus|the|our|final|correct) )*(?:answer|result|total|value|probability)(?: is:?|:)\s*\}",
+    re.IGNORECASE,
+)
+_MODULO = re.compile(r"\(?\s*(?:\\(?:[bp]mod|mod)(?![A-Za-z])|\\text\{\s*mod\s*\})\s*\{?\s*(\w+)\s*\}?\s*\)?")
+_CASES_COMMA = re.compile(r"[,.;]\s*(?=&|\\\\|\\end\{)|\\text\{\s*(?:if|for|when)\s*\}")
 _DROPPED = re.compile(
     r"(?<!\\)\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?|(?<!\\)\\!"
-    r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill|phantom\{[^{}]*\}|hspace\{[^{}]*\}|label\{[^{}]*\})(?![A-Za-z])|(?<!\\)\\[()\[\]]"
+    r"|\\(?:displaystyle|textstyle|limits|nolimits|hfill)(?![A-Za-z])|(?<!\\)\\[()\[\]]"
+    r"|\\label\{[^{}]*\}|\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\{[^{}]*\}"
 )
-_SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\s+")
+_SPACES = re.compile(
+    r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![A-Za-z])|~|\\(?:[hv]space\*?|phantom)\{[^{}]*\}|\s+"
+)
 _RENAMED = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
@@ -72,7 +86,9 @@ _RENAMED = (
     (re.compile(r"\\text\s*\{([^{}A-Za-z€£]*)\}"), r" \1 "),  # no letter inside: no text
     (re.compile(r"\\text\s+\{"), r"\\text{"),
     (re.compile(r"\\text\{\s*(?:percent|percentage|per cent)\s*\}|(?<=[\d}]) ?percent(?![A-Za-z])"), r"\\%"),
-    (re.compile(r"(\\text\{[^{}]*)\^\{(\d)\}([^{}]*\})"), r"\1^\2\3"),
+    # \text{kg m^{2} s^{-1}}: no braces inside
+    *[(re.compile(r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}"), r"\1^\2 ")] * 3,
+    (re.compile(r"(?<![\^_\\])\{\s*([-+=<>])\s*\}"), r"\1"),  # 2{-}1
 )  # fmt: skip
 _EDGES = " .,;:"  # at the end; at the beginning a point belongs to a number
 
@@ -90,11 +106,19 @@ def prepared(raw: str) -> str:
         return text
     if len(text) > _LONGEST_RAW:
         raise Refused(f"longer than {LONGEST} characters")
-    text = _THOUSANDS.sub("", text.translate(_TRANSLATION))
+    text = _LONE_BACKSLASH.sub("", text)
+    text = _PARTED.sub(", ", _THOUSANDS.sub("", text.translate(_TRANSLATION)))
     text = _without_dollars(text)
     text = _SPACES.sub(" ", _DROPPED.sub("", text))
     for pattern, plain in _RENAMED:
         text = pattern.sub(plain, text)
+    if r"\begin{cases}" in text:
+        text = _CASES_COMMA.sub(" ", text)
+    if r"\equiv" in text:
+        text = _MODULO.sub(r"\\pmod \1", text)
+    lead = _LEAD.match(text.lstrip())
+    if lead:
+        text = text.lstrip()[lead.end() :]
     text = unwrapped(_trimmed(text))
     if len(text) > LONGEST:
         raise Refused(f"longer than {LONGEST} characters")
@@ -150,7 +174,7 @@ def unwrapped(text: str) -> str:
         while end > start and text[end - 1] == " ":
             end -= 1
         opening = start
-        for command in (r"\boxed{", r"\fbox{"):
+        for command in (r"\boxed{", r"\fbox{", r"\underline{"):
             if text.startswith(command, start):
                 opening = start + len(command) - 1
         if opening >= end or partner[opening] != end - 1 or text[opening] == "[" or text[end - 1] == "]":
@@ -190,6 +214,7 @@ def canonical(text: str) -> str:
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"(\\frac|\\binom)\s*(\d)\s*(?=[\d{])", r"\1{\2}", text)
     text = re.sub(r"(\\frac\{\d\}|\\binom\{\d\})\s*(\d)", r"\1{\2}", text)
+    text = re.sub(r"(\\[A-Za-z]+) +(?=\d)", r"\1", text)
     return _LOOSE_SPACE.sub("", re.sub(r" +", " ", text))
 
 

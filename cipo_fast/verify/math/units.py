@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from cipo_fast.verify.math.nouns import noun
+
 _SPELLINGS = {
     "m": "meter meters metre metres", "cm": "centimeter centimeters centimetre centimetres",
     "mm": "millimeter millimeters millimetre millimetres", "km": "kilometer kilometers kilometre kilometres kms",
@@ -20,10 +22,19 @@ _SPELLINGS = {
     "$": "dollar dollars usd bucks", "¢": "cent cents", "€": "euro euros eur", "£": "gbp",
     "N": "newton newtons", "J": "joule joules", "W": "watt watts", "V": "volt volts", "Hz": "hertz hz", "Pa": "pascal "
     "pascals", "mol": "mole moles mols", "C": "coulomb coulombs", "A": "ampere amperes amp amps", "T": "tesla",
-    "eV": "ev", "erg": "ergs", "unit": "units",
+    "eV": "ev", "erg": "ergs", "unit": "units", "acre": "acres", "bit": "bits", "byte": "bytes",
+    "lm": "lumen lumens", "lx": "lux", "F": "farad farads", "H": "henry henries", "ohm": "ohms", "Wb": "weber webers",
+    "cal": "calorie calories", "kcal": "kilocalorie kilocalories", "bar": "bars", "atm": "atmosphere atmospheres",
+    "angstrom": "angstroms", "ly": "light-year light-years lightyear lightyears", "pc": "parsec parsecs",
+    "knot": "knots", "hp": "horsepower", "pt": "pint pints", "qt": "quart quarts", "tbsp": "tablespoon tablespoons",
+    "tsp": "teaspoon teaspoons", "ton": "tons tonne tonnes", "hectare": "hectares", "decade": "decades",
+    "century": "centuries", "mA": "milliampere milliamperes", "kW": "kilowatt kilowatts", "kJ": "kilojoule kilojoules",
+    "kPa": "kilopascal kilopascals", "nm": "nanometer nanometers nanometre nanometres", "ns": "nanosecond nanoseconds",
+    "ms": "millisecond milliseconds", "μm": "micrometer micrometers micrometre micrometres micron microns",
+    "μs": "microsecond microseconds", "peso": "pesos", "yen": "yens", "rupee": "rupees", "yuan": "yuans",
 }  # fmt: skip
 _UNIT = {word: unit for unit, spelt in _SPELLINGS.items() for word in spelt.split()}
-_SHORT = set(_SPELLINGS) | {*"nm dm kW kWh kJ MJ kN kPa MPa mA kHz MHz cc ml rpm".split()}
+_SHORT = set(_SPELLINGS) | {*"dm kWh MJ kN MPa kHz MHz cc ml rpm".split()}
 _COMPOUND = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "fps": "ft/s"}
 # Words that change what is said are no units.
 _NOT_UNITS = set(
@@ -31,7 +42,7 @@ _NOT_UNITS = set(
     "percent percentage more less than least most about approximately roughly around is are was be only where for all "
     "any none maybe perhaps possibly either both except but otherwise undefined infinity infinite pi to from with "
     "remainder base which that wrong right correct answer equals equal also between up mixed even odd neither so "
-    "when then as it modulo negative positive".split()
+    "when then as it modulo negative".split()
 )
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _MAGNITUDE = re.compile(rf"(.*[\d}})])\s*(?:\\text\{{\s*)?(?P<word>{'|'.join(_MAGNITUDES)})(?![A-Za-z])\s*\}}?(.*)")
@@ -43,7 +54,7 @@ _UNITS_AT_END = re.compile(
     r"|\\frac\s*\{\s*\\text\{[^{}]*\}\s*\}\s*\{\s*\\text\{[^{}]*\}\s*(?:\^\s*\{?\d\}?)?\s*\})"
 )
 _BARE_AT_END = re.compile(
-    rf"(?P<core>.*[\d}})%])\s*(?P<unit>[A-Za-z]{{2,}}(?:\s*[./]?\s*[A-Za-z]+)*\s*{_POWER}?(?:\s*/\s*[A-Za-z]+{_POWER}?)?)"
+    rf"(?P<core>.*[\d}})%])\s*(?P<unit>/?\s*[A-Za-z]{{2,}}(?:\s*[./]?\s*[A-Za-z]+)*\s*{_POWER}?(?:\s*/\s*[A-Za-z]+{_POWER}?)?)"
 )
 _SINGLE_AT_END = re.compile(rf"(?P<core>.*[\d}})])\s*(?P<unit>[A-Za-z]+\s*{_POWER}?(?:\s*/\s*[A-Za-z]+\s*{_POWER}?)?)")
 _COUNTED = re.compile(r"[\d.,]+ [A-Za-z]{3,}(?: [A-Za-z]{3,})*")  # 7 apples
@@ -58,7 +69,13 @@ def peel(text: str, wanted: str | None = None) -> tuple[str, str | None]:
     money = _MONEY.fullmatch(text)
     if money:
         core = money["sign"] + _multiplied(money["core"])
-        return peel(core)[0] if peel(core)[1] == "$^1" else core, f"{money['money'] or '$'}^1"
+        sign = money["money"] or "$"
+        bare, behind = peel(core)
+        if behind is None:
+            return core, f"{sign}^1"
+        if behind == "$^1":  # $5 dollars
+            return bare, behind
+        return bare, unit_of(f"{sign} {core[len(bare) :]}") or f"{sign}^1"  # $5 per hour
     text = _multiplied(text)
     match = _UNITS_AT_END.fullmatch(text)
     if match and _balanced(match["core"]):
@@ -127,6 +144,8 @@ def unit_of(text: str, known: bool = False) -> str | None:
             name = _named(word, known)
             if name is None:
                 return None
+            if not name:
+                continue
             if last == "deg" and name in ("degC", "degF", "C", "F"):
                 powers.pop(last)
                 name = "deg" + name[-1]
@@ -142,6 +161,4 @@ def _named(word: str, known: bool) -> str | None:
     lower = word.lower()
     if lower in _UNIT:
         return _UNIT[lower]
-    if known or not re.fullmatch(r"[^\W\d_]+(?:[-'][^\W\d_]+)*", word):
-        return None
-    return lower[:-1] if len(lower) > 3 and lower.endswith("s") and not lower.endswith("ss") else lower
+    return None if known else noun(word)
