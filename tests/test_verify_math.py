@@ -303,6 +303,37 @@ def test_monsters_are_wrong_and_quick(answer):
         assert time.perf_counter() - started < 3
 
 
+HEAVY = [
+    r"\binom{20000}{10000}", r"\binom{5000}{2500}", "10000!", "3000!", "n!", r"\binom{n}{k}", "10^{-99999}",
+    r"(1+10^{-4999})^{99999}", r"(1+10^{-100000})^{100000}", "(x+1)^{99999}", "x^{x^{x}}", r"\sqrt[63]{2}", r"\sqrt{k}",
+    r"\lfloor x\rfloor", r"\arcsin(\sin x)", r"\log_{x} y", r"\tan(10^{14})", r"e^{10^{14}}", r"2^{-9999999999}",
+    r"\sum_{k=1}^{2000} \binom{5000}{k}", r"\sum_{k=1}^{2000} \sin(k)", r"\prod_{k=1}^{2000} k^{k}", "f(x)",
+    r"\gcd(10^{4999},7^{5000})", r"\frac{1}{10^{4999}+1}", r"\pm x", "2^{0.5}", "|x|", "9" * 300, "10^{4999}",
+]  # fmt: skip
+JOINS = ["+", r"\cdot ", "/", ",", " or ", "=", "<", r"\cup ", ")^{(", "^"]
+WRAPS = [
+    "%s",
+    r"\{%s\}",
+    "(%s)",
+    r"\sum_{j=1}^{2000} %s",
+    r"\begin{pmatrix}%s\end{pmatrix}",
+    "x=%s",
+    r"\lfloor %s\rfloor",
+]
+
+
+@given(
+    st.lists(st.sampled_from(HEAVY), min_size=1, max_size=3), st.sampled_from(JOINS), st.sampled_from(WRAPS),
+    st.sampled_from(["7", r"\sqrt{2}", "2n", r"\{1,2\}", "x>3", r"\lfloor x\rfloor", "7.00", "y=x^2"]),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_the_work_is_bounded_whatever_fills_an_answer(pieces, join, wrap, gold):
+    answer = wrap % join.join((pieces * (3800 // len(join.join(pieces)) + 1))[: 3800 // max(map(len, pieces))])
+    started = time.process_time()
+    assert judge({"answer": gold}, boxed(answer)).verdict in ("wrong", "unparsable")
+    assert time.process_time() - started < 1.5  # a third of a second on a quiet core
+
+
 MB = 10**6
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -10,16 +11,22 @@ from typing import Any
 from mpmath import mpc
 
 from cipo_fast.verify.math import region as regions
-from cipo_fast.verify.math.evaluate import constant, equal, evaluate, points, same, symbols
+from cipo_fast.verify.math.evaluate import constant, equal, evaluate, same
 from cipo_fast.verify.math.exact import Number, labelled, near, numbers_agree
 from cipo_fast.verify.math.fallback import math_verify_agrees
+from cipo_fast.verify.math.names import names_agree
 from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.points import has_corners, points, positive, speaks_of_i, symbols
 from cipo_fast.verify.math.policy import MathPolicy
 from cipo_fast.verify.math.read import read
 from cipo_fast.verify.math.shape import Shape, as_region
-from cipo_fast.verify.math.text import prepared
+from cipo_fast.verify.math.text import Refused, prepared
 from cipo_fast.verify.math.units import unit_of
-from cipo_fast.verify.math.values import Undefined
+from cipo_fast.verify.math.values import TooMuch, Undefined, budget, divide
+
+_MOST_WORK = 60_000  # of one comparison: a third of a second, whatever is written
+_VECTOR = re.compile(r"\\nabla|\\vec|\\hat|\\overrightarrow")
+_CROSS = re.compile(r"\S*\s*\\times\s*\S*")
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,14 @@ class Terms:
 def agree(golds: list[str], answer: str, policy: MathPolicy, row: Mapping[str, Any], error: Fraction | None) -> bool:
     """Whether a prepared answer is what the golds ask for: one, or all of several in any order. Raises Refused for an
     answer that cannot be judged."""
+    try:
+        with budget(_MOST_WORK):
+            return _agrees(golds, answer, policy, row, error)
+    except TooMuch as told:
+        raise Refused(str(told)) from None
+
+
+def _agrees(golds: list[str], answer: str, policy: MathPolicy, row: Mapping[str, Any], error: Fraction | None) -> bool:
     gold = gold_shape(golds, row)
     terms = Terms(policy, error, pair="tuple" in str(row.get("answer_type") or "").lower())
     given = read(answer, _unit(gold))
@@ -46,6 +61,14 @@ def agree(golds: list[str], answer: str, policy: MathPolicy, row: Mapping[str, A
 
 def check(golds: list[str], policy: MathPolicy, row: Mapping[str, Any], error: Fraction | None) -> str | None:
     """Why a gold cannot be judged, or None: its class is known, and its class's comparator finds it equal to itself."""
+    try:
+        with budget(_MOST_WORK):
+            return _check(golds, policy, row, error)
+    except (TooMuch, RecursionError) as told:
+        return f"the gold {', '.join(golds)[:60]!r} cannot be judged: {told}"
+
+
+def _check(golds: list[str], policy: MathPolicy, row: Mapping[str, Any], error: Fraction | None) -> str | None:
     shape = gold_shape(golds, row)
     told = ", ".join(golds)
     if shape.kind == "opaque":
@@ -81,23 +104,10 @@ def _unit(gold: Shape) -> str | None:
 
 
 def _agree(gold: Shape, answer: Shape, terms: Terms) -> bool:
-    if not _names_agree(gold, answer):
-        return False
+    if not names_agree(gold, answer):  # x = 2y is y = x/2
+        return bool(gold.equation and answer.equation and _proportional(gold.equation, answer.equation) is not None)
     comparator = _COMPARATORS.get(gold.kind)
     return comparator is not None and comparator(gold, answer, terms)
-
-
-def _names_agree(gold: Shape, answer: Shape) -> bool:
-    """x = 7 is not y = 7. An answer without a name, or to a gold without one, may have any."""
-    if gold.name is None or answer.name is None or gold.name == answer.name:
-        return True
-    one, other = _called(gold.name), _called(answer.name)
-    return one == other or {one, other} == {"y", "f"}
-
-
-def _called(name: Node) -> str:
-    """The letter of a name: m of m_max, f of f(x)."""
-    return str(name[1]).split("_")[0].strip("'") if name[0] in ("sym", "call") else str(name)
 
 
 def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
@@ -125,7 +135,7 @@ def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if gold.number is not None:
         return _meets(gold.number, answer, terms)
     node = _renamed(answer, gold)
-    if node is None:
+    if node is None or not _same_products(gold, answer):
         return False
     if same(gold.node, node):
         return True
@@ -135,6 +145,14 @@ def _scalar(gold: Shape, answer: Shape, terms: Terms) -> bool:
         factor: Node = ("num", Fraction(100) if answer.percent else Fraction(1, 100))
         return same(gold.node, ("mul", factor, node))
     return False
+
+
+def _same_products(gold: Shape, answer: Shape) -> bool:
+    r"""\nabla \times E is not \nabla \cdot E: with vectors about, both write their products alike."""
+    if not any(_VECTOR.search(shape.text) for shape in (gold, answer)):
+        return True
+    ours, theirs = (_CROSS.findall(shape.text) for shape in (gold, answer))
+    return ours == theirs
 
 
 def _renamed(answer: Shape, gold: Shape) -> Node | None:
@@ -175,7 +193,12 @@ def _meets(gold: Number, answer: Shape, terms: Terms) -> bool:
         return False
     if same(("num", gold.value), answer.node):
         return True
-    return near(gold, Fraction(str(value)) if abs(value) < 10**300 else Fraction(0), terms.policy, terms.error)
+    exact = terms.policy.rounding == "exact" and not terms.policy.tolerance
+    if terms.error is None and (exact or gold.unit_place is None):
+        return False
+    if not 1e-300 < abs(value) < 1e300:  # no literal is so far away, nor is its decimal short
+        return False
+    return near(gold, Fraction(str(value)), terms.policy, terms.error)
 
 
 def _within(gold: Node, answer: Node, error: Fraction) -> bool:
@@ -236,7 +259,12 @@ def _distinct(items: tuple[Shape, ...], terms: Terms) -> tuple[Shape, ...]:
 
 def _tuple(gold: Shape, answer: Shape, terms: Terms) -> bool:
     if answer.kind == "tuple":
-        return gold.brackets == answer.brackets and _in_order(gold.items, answer.items, terms)
+        items = answer.items
+        if gold.name and answer.name and gold.name[0] == answer.name[0] == "tuple":
+            # (y, x) = (2, 1) is (x, y) = (1, 2)
+            named = dict(zip(answer.name[1:], items, strict=True))
+            items = tuple(named[name] for name in gold.name[1:])
+        return gold.brackets == answer.brackets and _in_order(gold.items, items, terms)
     return not terms.pair and answer.kind == "region" and _region(gold, answer, terms)
 
 
@@ -282,21 +310,30 @@ def _inequality(gold: Shape, answer: Shape, terms: Terms) -> bool:
 
 
 def _proportional(a: Node, b: Node) -> Any:
-    """The constant that a is b times, or None."""
+    """The constant that a is b times, or None. Where a has no value b need not have one."""
+    reals = not (speaks_of_i(a) or speaks_of_i(b))
+    cornered = has_corners(a) or has_corners(b)
     factor = None
-    tries = 0
+    tries = missing = 0
     for env in points([a, b]):
         try:
-            one, other = evaluate(a, env), evaluate(b, env)
-            if other == 0 or one == 0:
-                return None
-            ratio = evaluate(("div", ("sym", "a"), ("sym", "b")), {"a": one, "b": other})
+            one = evaluate(a, env, reals=reals)
         except Undefined:
             continue
+        try:
+            other = evaluate(b, env, reals=reals)
+        except Undefined:
+            missing += cornered or positive(env)
+            continue
+        if one == other == 0:
+            continue
+        if other == 0 or one == 0:
+            return None
+        ratio = divide(one, other)
         if factor is not None and not equal(factor, ratio):
             return None
         factor, tries = ratio, tries + 1
-    return factor if tries > 1 and not isinstance(factor, mpc) else None
+    return factor if tries > 1 and missing * 6 <= tries and not isinstance(factor, mpc) else None
 
 
 def _base(gold: Shape, answer: Shape, terms: Terms) -> bool:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from cipo_fast.verify.math import region as regions
-from cipo_fast.verify.math.evaluate import kinds, symbols
 from cipo_fast.verify.math.exact import choice, number
 from cipo_fast.verify.math.parse import Node, parsed
+from cipo_fast.verify.math.points import kinds, symbols
 from cipo_fast.verify.math.region import Region
 from cipo_fast.verify.math.relation import chain, inequality
 from cipo_fast.verify.math.shape import Shape, as_region, opaque

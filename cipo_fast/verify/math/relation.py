@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 from cipo_fast.verify.math import region as regions
-from cipo_fast.verify.math.evaluate import same, symbols
+from cipo_fast.verify.math.evaluate import same
+from cipo_fast.verify.math.names import SELF, defines, is_name, is_sum
 from cipo_fast.verify.math.parse import Node
+from cipo_fast.verify.math.points import symbols
 from cipo_fast.verify.math.region import Region
 from cipo_fast.verify.math.shape import Shape, opaque
-from cipo_fast.verify.math.text import Refused
-
-# A label with such a word says more than a name does.
-_HEDGES = {"or", "and", "not", "no", "maybe", "perhaps", "either", "neither", "wrong", "never"}
+from cipo_fast.verify.math.text import Refused, canonical
 
 
 def chain(text: str, parts: list[Shape], signs: list[str]) -> Shape:
@@ -21,7 +21,10 @@ def chain(text: str, parts: list[Shape], signs: list[str]) -> Shape:
     if is_name(parts[-1]) and not is_name(parts[0]):
         parts, signs = parts[::-1], signs[::-1]
     name = parts[0] if is_name(parts[0]) else None
-    values = parts[1:] if name else parts
+    if name and name.node and not defines(name.node, parts[-1].node):
+        name = None
+    summed = parts[0].node if name is None and parts[0].node and is_sum(parts[0].node) and len(parts) > 2 else None
+    values = parts[1:] if name or summed else parts
     while name and len(values) > 1 and is_name(values[0]):
         values, signs = values[1:], signs[1:]
     signs = signs[len(signs) - len(values) + 1 :] if len(values) > 1 else []
@@ -33,72 +36,48 @@ def chain(text: str, parts: list[Shape], signs: list[str]) -> Shape:
     if name is None and any(value.node is None or symbols(value.node) for value in values):
         return opaque(text)
     for (one, other), sign in zip(pairwise(values), signs, strict=False):
-        if one.node is None or other.node is None or not _consistent(one.node, other.node, sign):
+        if not _consistent(one, other, sign):
             return opaque(text)
     exact = [value for value, sign in zip(values, ["=", *signs], strict=False) if sign == "="]
     chosen = exact[-1] if exact else values[-1]
+    if summed and chosen.node:
+        return Shape("equation", text, node=("add", summed, ("neg", chosen.node)), items=(chosen,))
     if name is None:
-        return chosen
+        trivial = len({canonical(value.text) for value in values}) == 1
+        return replace(chosen, name=SELF) if trivial else chosen
     if name.kind == "tuple":
-        return chosen
+        if chosen.kind != "tuple":
+            return opaque(text)
+        return replace(chosen, text=text, name=("tuple", *(item.node for item in name.items)))
     equation: Node | None = ("add", name.node, ("neg", chosen.node)) if chosen.node and name.node else None
     return replace(chosen, text=text, name=name.node, equation=equation)
 
 
-def _consistent(a: Node, b: Node, sign: str) -> bool:
+def _consistent(a: Shape, b: Shape, sign: str) -> bool:
+    """Whether a = b, or one of them is what the other rounds to in its written digits."""
+    if a.node is None or b.node is None:
+        return False
     if sign == "=":
-        return same(a, b)
+        return same(a.node, b.node)
+    rounded, value = (b.number, a.node) if b.number else (a.number, b.node)
+    if rounded is None:
+        return False
     try:
-        one: regions.Bound = regions.bound(a)
-        other: regions.Bound = regions.bound(b)
+        bound = regions.bound(value)
     except Refused:
         return False
-    apart = one - other if one > other else other - one
-    return apart * 50 <= (other if other > 0 else -other)
+    return abs(Fraction(bound) - rounded.value) <= (rounded.unit_place or 1) / Fraction(2)
 
 
 def _equation(text: str, left: Shape, right: Shape) -> Shape:
-    value = (right,) if left.node and _is_soft_name(left.node) and right.node and not symbols(right.node) else ()
+    """Left minus right. It also says its right side where the left is a sum of names, or is the same by algebra."""
+    assert left.node is not None
+    assert right.node is not None
+    if symbols(right.node):
+        value = (right,) if same(left.node, right.node) else ()
+    else:
+        value = (right,) if is_sum(left.node) else ()
     return Shape("equation", text, node=("add", left.node, ("neg", right.node)), items=value)
-
-
-def is_name(shape: Shape) -> bool:
-    """x, x_1, f(x), P(A), |AB|, (x, y): what an answer is called and not what it is."""
-    if shape.kind == "choice":
-        return True
-    if shape.kind == "tuple":
-        return all(is_name(item) for item in shape.items)
-    if shape.kind == "words":
-        return len(shape.text.split()) <= 4 and not _HEDGES & set(shape.text.split())
-    node = shape.node
-    if node is None or shape.kind != "scalar":
-        return False
-    if node[0] == "fn" and node[1] == "abs":
-        node = node[2]
-    if node[0] == "call":
-        return True
-    letters = node
-    while letters[0] == "mul" and letters[2][0] == "sym":
-        letters = letters[1]
-    return letters[0] == "sym" and (letters is node or _capitals(node)) and letters[1] not in ("pi", "e", "i")
-
-
-def _capitals(node: Node) -> bool:
-    """AB, ABC: points, not a product."""
-    if node[0] == "mul":
-        return _capitals(node[1]) and _capitals(node[2])
-    return node[0] == "sym" and node[1][:1].isupper()
-
-
-def _is_soft_name(node: Node) -> bool:
-    """a + b, xy, x^2 + y^2: sums of products of symbols with no number but an exponent."""
-    if node[0] in ("add", "mul", "div"):
-        return _is_soft_name(node[1]) and _is_soft_name(node[2])
-    if node[0] == "neg":
-        return _is_soft_name(node[1])
-    if node[0] == "pow":
-        return node[1][0] == "sym" and node[2][0] == "num"
-    return node[0] == "sym" and "'" not in node[1]
 
 
 def inequality(text: str, nodes: list[Node], signs: list[str]) -> Shape:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fractions import Fraction
 from typing import Any
 
@@ -22,6 +24,31 @@ Value = Any  # Fraction, mpf or mpc
 
 class Undefined(Refused):
     """No value here: a division by zero, a binomial of a non-integer. Other points may have one."""
+
+
+class TooMuch(ArithmeticError):
+    """The work that one comparison may take is used up. Not Refused: no reader of a part goes on after it."""
+
+
+_left: ContextVar[list[float] | None] = ContextVar("_left", default=None)
+
+
+@contextmanager
+def budget(work: float) -> Iterator[None]:
+    """Work that all evaluations inside may take together, in units of some five microseconds."""
+    token = _left.set([work])
+    try:
+        yield
+    finally:
+        _left.reset(token)
+
+
+def spend(work: float) -> None:
+    left = _left.get()
+    if left is not None:
+        left[0] -= work
+        if left[0] < 0:
+            raise TooMuch("too long a computation")
 
 
 def real(value: Value) -> Value:
@@ -61,7 +88,7 @@ def power(a: Value, b: Value) -> Value:
             return a if exponent else Fraction(1)
         if a == -1:
             return Fraction(-1 if exponent % 2 else 1)
-        if abs(exponent) * max(a.numerator.bit_length(), a.denominator.bit_length()) <= _MOST_BITS:
+        if abs(exponent) * max((abs(part) - 1).bit_length() for part in a.as_integer_ratio()) <= _MOST_BITS:
             return a**exponent
     a, b = real(a), real(b)
     if a == 0:
@@ -122,6 +149,8 @@ def binomial(n: Value, k: Value) -> Value:
         return Fraction(0)
     if n > 20_000:
         raise Refused("a binomial of a number above 20,000")
+    if min(k, n - k) > 2_500:
+        return mp.binomial(real(n), real(k))
     return Fraction(math.comb(n.numerator, k.numerator))
 
 
@@ -163,7 +192,7 @@ def ordered(a: Value) -> Value:
 
 def checked(a: Value) -> Value:
     if isinstance(a, Fraction):
-        if a.numerator.bit_length() > 4 * _MOST_BITS or a.denominator.bit_length() > 4 * _MOST_BITS:
+        if a.numerator.bit_length() > 1.5 * _MOST_BITS or a.denominator.bit_length() > 1.5 * _MOST_BITS:
             return checked(real(a))
         return a
     for part in (a.real, a.imag) if isinstance(a, mpc) else (a,):
@@ -174,14 +203,6 @@ def checked(a: Value) -> Value:
     if isinstance(a, mpc) and a.imag == 0:
         return a.real
     return a
-
-
-BINARY: dict[str, Callable[[Value, Value], Value]] = {
-    "add": add,
-    "mul": multiply,
-    "div": divide,
-    "pow": power,
-}
 
 
 def _guarded(function: Callable[[Value], Value]) -> Callable[[Value], Value]:
