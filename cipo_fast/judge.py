@@ -35,7 +35,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,15 +71,28 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit codes as above."""
     args = list(sys.argv[1:] if argv is None else argv)
-    return command(lambda: run(args), "interrupted: the same command goes on from where it was")
+    with ended_by_sigterm():
+        return command(lambda: run(args), "interrupted: the same command goes on from where it was")
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends it as Ctrl-C does, while it lasts; in a thread, where that cannot be had, as ever."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(args: Sequence[str]) -> None:
     if not args or {"-h", "--help"} & set(args):
         put((__doc__ or "").strip())
         return
-    with suppress(ValueError):  # not in a thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = parse(args)
     files, of_a_run = files_of(options.path)
     if options.out.resolve() in [file.resolve() for file in files]:

@@ -91,6 +91,8 @@ def test_cpu_time_counts_and_not_the_clock(sandbox):
         "import os, time\nfor _ in range(2): os.fork()\nx = bytearray(b'x') * (100 << 20)\ntime.sleep(5)",
         "import os, mmap, time\nfor _ in range(2): os.fork()\nm = mmap.mmap(-1, 100 << 20)\nm.write(b'x' * (100 << 20))\ntime.sleep(5)",
         "import ctypes, os, time\nfor _ in range(2): os.fork()\nctypes.CDLL(None).prctl(4, 0)\nx = bytearray(b'x') * (100 << 20)\ntime.sleep(5)",
+        "import ctypes, os, time\nctypes.CDLL(None).prctl(15, b'\\xff\\xfe')\nfor _ in range(2): os.fork()\n"
+        "x = bytearray(b'x') * (100 << 20)\ntime.sleep(5)",  # a name that is no text
     ],
 )
 def test_memory_runs_out(sandbox, program):

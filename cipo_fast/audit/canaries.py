@@ -119,7 +119,7 @@ def _bait() -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory(prefix="cipo-canary-") as folder:
         Path(folder).chmod(0o755)
         path = Path(folder) / "secret"
-        path.write_text(token)
+        path.write_text(token, encoding="utf-8")
         os.environ[ENVIRONMENT] = token
         try:
             yield str(path), token

@@ -136,7 +136,7 @@ def limit(limits: dict[str, Any], tasks: int) -> None:
     """Resource limits of the calling process and all it starts; `tasks`: most processes and threads of its uid in its
     user namespace, 0: any number. The supervisor keeps finer limits."""
     seconds = math.ceil(limits["cpu_s"]) + 1
-    base = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: SIM115 (closed at once)
+    base = int(open("/proc/self/statm", encoding="ascii").read().split()[0]) * resource.getpagesize()  # noqa: SIM115 (closed at once)
     memory = base + (limits["memory_mib"] << 20)
     file_bytes = limits["file_mib"] << 20
     wanted = {

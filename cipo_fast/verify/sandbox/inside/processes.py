@@ -40,17 +40,18 @@ def _children(pid: int) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as file:
+            with open(f"/proc/{pid}/task/{task}/children", encoding="latin-1") as file:
                 found += map(int, file.read().split())
     return found
 
 
 def survey(namespaces: bool) -> Survey:
+    """A process gives itself any name, of bytes that are no text too: each byte is a character here."""
     times = os.times()
     seen = Survey(cpu_s=times.children_user + times.children_system)
     for pid in ours(namespaces):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            with open(f"/proc/{pid}/stat") as file:
+            with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
                 fields = file.read().rpartition(")")[2].split()
             seen.cpu_s += (int(fields[11]) + int(fields[12])) / _TICKS
             seen.threads += int(fields[17])
@@ -61,11 +62,12 @@ def survey(namespaces: bool) -> Survey:
 
 def _proportional(pid: int) -> int:
     try:
-        with open(f"/proc/{pid}/smaps_rollup") as file:
+        with open(f"/proc/{pid}/smaps_rollup", encoding="latin-1") as file:
             return sum(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
     except OSError:
         pass
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/statm") as file:  # it hides its maps: the upper bound
+    # It hides its maps: the upper bound.
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", encoding="latin-1") as file:
         return int(file.read().split()[1]) * _PAGE
     return 0
 

@@ -77,7 +77,7 @@ def _confine(request: dict[str, Any], isolation: str) -> None:
 def _streams() -> None:
     for name, descriptor, mode in (("stdin", 0, "rb"), ("stdout", 1, "wb"), ("stderr", 2, "wb")):
         errors = "surrogateescape" if name == "stdin" else "backslashreplace"
-        buffer = open(descriptor, mode, closefd=False)  # noqa: SIM115 (lives as long as the process)
+        buffer = os.fdopen(descriptor, mode, closefd=False)  # lives as long as the process
         buffer.raw.name = f"<{name}>"  # type: ignore[attr-defined]
         stream = io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=name == "stderr")
         stream.mode = mode[0]  # type: ignore[misc]  # templates for fast input ask for it
