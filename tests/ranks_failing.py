@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from cipo_fast import checkpoint, engines, sampling, train
+from cipo_fast import checkpoint, engines, marking, train
 from cipo_fast.distributed import leave_after
 from cipo_fast.learner import Learner
 from cipo_fast.policy import Policy
@@ -27,7 +27,7 @@ PHASES = {
     "build": (engines, "twin_of", 1, "build"),
     "evaluate": (LocalEngine, "generate", 1, "timed_evaluation"),
     "sample": (LocalEngine, "generate", 1, "cipo_step"),
-    "verify": (sampling, "verify", 1, "cipo_step"),
+    "verify": (marking.Marking, "rollouts", 1, "cipo_step"),
     "update": (Learner, "update", 1, "cipo_step"),
     "gather": (Policy, "full_weights", 1, "cipo_step"),
     "sync": (LocalEngine, "sync", 1, "cipo_step"),
