@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ T = TypeVar("T")
 # A message is all there is to them. What is derived stands before what it is derived from.
 OURS = (PolicyBroken, RankFailure, TrainingStopped, Preempted, UserError, EngineFailure)
 START_TIMEOUT = timedelta(minutes=5)  # for the other ranks to start
+WAIT_TO_ASK_S = 2.0  # for the other ranks to end with the same error
 
 
 @contextmanager
@@ -145,9 +147,19 @@ def _first_to_tell(store: dist.Store, error: BaseException) -> bool:
     """True on one of the ranks that have this error. Asks no other rank: it may be gone."""
     name = hashlib.sha256(f"{type(error).__name__}: {error}".encode(errors="replace")).hexdigest()
     try:
-        return store.add(f"told/{name}", 1) == 1
+        first = store.add(f"told/{name}", 1) == 1
+        _wait_for_others(store)
+        return first
     except RuntimeError:  # the store went with the rank or the launcher that held it
         return True
+
+
+def _wait_for_others(store: dist.Store) -> None:
+    """The first rank may hold the store, which ends with it: it stays a moment for those that are about to ask."""
+    asked, deadline = store.add("asked", 1), time.monotonic() + WAIT_TO_ASK_S
+    while dist.get_rank() == 0 and asked < dist.get_world_size() and time.monotonic() < deadline:
+        time.sleep(0.01)
+        asked = store.add("asked", 0)
 
 
 def _from_a_collective(error: RuntimeError) -> bool:
