@@ -42,9 +42,9 @@ from typing import Any, BinaryIO
 
 from cipo_fast.answers import ADDED, BEFORE, Answer, Line, files_of, plain, read_lines
 from cipo_fast.config import OVERRIDE, Config, parse_args, read_config
+from cipo_fast.config.settings import expand
 from cipo_fast.errors import Ending, UserError, command, note, put
 from cipo_fast.judge_view import Bar, Tally
-from cipo_fast.settings import expand
 from cipo_fast.verify import Judgement, VerifierFailure
 from cipo_fast.verify.workers.pool import Judges
 

@@ -24,10 +24,10 @@ from cipo_kernels import device_rates
 from pydantic import BaseModel, Field, ValidationError
 from rich.table import Table
 
+from cipo_fast.config.settings import expand
 from cipo_fast.errors import UserError, command, put
 from cipo_fast.packing import CostModel, Node, build_trees, pack_trees
 from cipo_fast.records import Conversation, Segment
-from cipo_fast.settings import expand
 from cipo_fast.view import Terminal
 
 

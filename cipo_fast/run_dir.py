@@ -23,9 +23,9 @@ from typing import Any, TextIO
 
 from cipo_fast.checkpoint import saved
 from cipo_fast.config import Config, read_config
+from cipo_fast.config.settings import FUNCTION
 from cipo_fast.distributed import from_main, on_main
 from cipo_fast.errors import UserError, note
-from cipo_fast.settings import FUNCTION
 from cipo_fast.tasks.hub import fingerprint
 from cipo_fast.tasks.sources import Role
 

@@ -31,9 +31,9 @@ from rich.text import Text
 from cipo_fast.audit.gaming import Report, Submitted, gaming
 from cipo_fast.audit.intervals import Estimate
 from cipo_fast.config import OVERRIDE, Config, parse_args
+from cipo_fast.config.settings import expand
 from cipo_fast.errors import Ending, UserError, command, put, visible
 from cipo_fast.judge_view import Bar
-from cipo_fast.settings import expand
 from cipo_fast.view import Terminal
 
 BUILT_IN = ("exact", "math", "code")

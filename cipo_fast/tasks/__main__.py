@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from cipo_fast.config import OVERRIDE
+from cipo_fast.config.settings import from_system
 from cipo_fast.errors import UserError, command, note, put
-from cipo_fast.settings import from_system
 
 
 def main(argv: Sequence[str] | None = None) -> int:

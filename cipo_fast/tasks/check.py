@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from cipo_fast.config import Config, load_config
+from cipo_fast.config.settings import HUB_DATA
 from cipo_fast.errors import UserError, put
 from cipo_fast.golds import Gold, judged_golds
 from cipo_fast.records import Problem
-from cipo_fast.settings import HUB_DATA
 from cipo_fast.tasks.formats import INSTRUCTION
 from cipo_fast.tasks.problems import Say, read_all
 from cipo_fast.tasks.sources import Role, Source

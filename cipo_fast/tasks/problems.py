@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cipo_fast.config import DataConfig
+from cipo_fast.config.settings import FUNCTION
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem
-from cipo_fast.settings import FUNCTION
 from cipo_fast.tasks.fields import Draft, Number, Record, Unusable, number_text
 from cipo_fast.tasks.formats import instructed, read_row, recognised
 from cipo_fast.tasks.sources import Role, Source, name_of, read_source, stem

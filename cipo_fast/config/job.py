@@ -1,0 +1,129 @@
+"""The model, the optimiser, the loop, and what a run writes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cipo_fast.config.section import NonNegative, Positive, Section, Share, Weight
+from cipo_fast.config.settings import FilePath, NameOrPath
+
+
+class EmbeddedModel(Section):
+    """Shape and warm start of the tiny Qwen3 built when `model.path=embedded` [ours]."""
+
+    layers: Positive = 2
+    """Decoder layers."""
+    hidden: Annotated[int, Field(ge=8, multiple_of=8)] = 128
+    """Hidden size; a head has hidden / heads."""
+    heads: Positive = 4
+    """Query heads."""
+    kv_heads: Positive = 2
+    """Key and value heads (GQA)."""
+    mlp: Positive = 320
+    """Inner size of the feed-forward part."""
+    warm_accuracy: Share = 0.42
+    """Supervised steps stop at the first check with this greedy accuracy on training problems."""
+    warm_steps: NonNegative = 600
+    """... or after this many, whichever comes first."""
+    warm_lr: Annotated[float, Field(gt=0, le=1)] = 2e-3
+    """Learning rate of the supervised steps."""
+    warm_batch: Positive = 64
+    """Conversations a supervised step."""
+
+
+class ModelConfig(Section):
+    path: NameOrPath = "embedded"
+    """`embedded`, a local folder or a hub name; anything `AutoModelForCausalLM` loads and that has a chat template."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the forward and backward pass. Weights, their gradients and the optimiser are float32 in either case."""
+    attention: Literal["auto", "torch", "triton", "flash"] = "auto"
+    """Back-end of the tree attention; auto: the fastest measured on this GPU (device_rates.json), torch elsewhere."""
+    loss: Literal["logits", "exp"] = "logits"
+    """Kernel of the fused loss on a GPU, V0 or V1 of kernels/README.md; V0 wherever V1 does not apply."""
+    activation_checkpointing: bool = False
+    """Recompute each layer but its attention in the backward pass, instead of keeping its activations."""
+    embedded: EmbeddedModel = EmbeddedModel()
+    """Shape and warm start of the embedded model."""
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    """Peak learning rate of AdamW [f2f, ThinkTwice]."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's decay of the second moment."""
+    weight_decay: Weight = 0.0
+    """AdamW's decoupled weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; linear and cosine end at 0."""
+    warmup_steps: NonNegative = 0
+    """Optimiser steps of linear warm-up."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    long_act: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of each head's query and key dimensions only this share, those of the largest activations, is trained; 0.3 in the
+    paper [LongAct, arXiv 2604.14922]; null trains all."""
+
+
+class TrainConfig(Section):
+    steps: NonNegative = 500
+    """Steps of the loop [paper]."""
+    updates_per_step: Positive = 1
+    """Optimiser steps a batch, each on its share of the prompts. With 1 the ratio is 1 and no old_logp pass runs."""
+    packing: Literal["tree", "rows"] = "tree"
+    """`rows` feeds one row a conversation, nothing shared: the control the speed-up is measured against."""
+    pack_tokens: Positive = 16384
+    """Capacity of a pack (one forward and backward pass), in tokens."""
+    measure_every: NonNegative = 1
+    """Every so many steps, entropy, KL and mismatch also over the answers that teach nothing (`*/all_*`), which costs
+    their forward pass; 0 never [ours]."""
+
+
+class EvalConfig(Section):
+    problems: Positive | None = None
+    """Held-out problems; None: all of `data.eval`, else 400 and at most a tenth of `data.train` [ours]."""
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Answers a problem at T=1, for accuracy and pass@k [k = this]."""
+    checked: Positive = 4
+    """How many of them are shown back to be checked, each by itself [ours]."""
+    checks: NonNegative = 1
+    """Rounds of that: in the second the answer to the first is checked, and so on [ours]."""
+    every: NonNegative = 0
+    """Evaluate every so many steps, too; 0 means before and after only."""
+    max_tokens: Positive = 8192
+    """Longest answer in evaluation [f2f]."""
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = 50
+    """Save every so many steps, and at the end; 0 means at the end only."""
+    keep: Positive = 2
+    """Checkpoints kept, newest first."""
+    resume: Literal["auto"] | bool = "auto"
+    """`auto`: go on with an unfinished run of the same settings in `run.dir`; true: that or nothing; false: begin anew.
+    Whatever is not gone on with is set aside under `previous/` [verl]."""
+    allow_changes: bool = False
+    """Go on although settings, data or model that make the run what it is are not those it was started with [ours]."""
+    export: bool = True
+    """At the end write `model/`, which `AutoModelForCausalLM.from_pretrained` loads."""
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^\.*[\w-][\w.-]*$")] = "cipo"
+    """Name of the run."""
+    dir: FilePath | None = None
+    """Where everything is written; None means `runs/<name>`."""
+    view: Literal["auto", "live", "plain"] = "auto"
+    """`live` redraws one terminal view, `plain` prints a line a step; auto asks the terminal."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars too."""
+    save_rollouts_every: NonNegative = 1
+    """Write rollouts and corrections as JSONL every so many steps; 0 never."""
+    rank_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Longest wait of a rank for another one, whose rollouts may be longer, in seconds [torch]."""
+    alarm_after: Positive = 10
+    """Steps in a row in which nothing is learned (no reward varies, every answer is cut off...) that raise an alarm,
+    and how often it is said again [ours]."""
