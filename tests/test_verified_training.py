@@ -240,13 +240,19 @@ def test_a_signal_leaves_no_worker(tmp_path: Path, model: Path) -> None:
     """Sent while answers hang: the run ends as it would, and so does every process under it."""
     hanging = verifier(tmp_path, "while response.strip().endswith('3'): pass")
     folder = tmp_path / "run"
-    command = [sys.executable, str(TRAIN_PY), *settings(model, folder, hanging, "verify.timeout_s=3", "train.steps=50")]
+    command = [
+        sys.executable,
+        str(TRAIN_PY),
+        *settings(model, folder, hanging, "verify.timeout_s=3", "verify.max_failed=1", "train.steps=50"),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:
             if line.startswith("step "):
                 break
+        else:
+            pytest.fail(f"it ended before its first step: {process.stderr.read()[-3000:]}")
         below = descendants(process.pid)
         assert below  # the nursery and workers
         process.send_signal(signal.SIGTERM)

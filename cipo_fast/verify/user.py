@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cipo_fast.errors import UserError
+from cipo_fast.verify.statements import top_level
 from cipo_fast.verify.verdict import Judgement, VerifierFailure
 
 Row = dict[str, Any]
@@ -181,7 +182,7 @@ def _written_signature(verifier: str) -> inspect.Signature | None:
     path, name = _split(verifier)
     tree = ast.parse(path.read_bytes(), str(path))
     bound: list[ast.AST] = []
-    for node in _top_level(tree.body):
+    for node in top_level(tree.body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             bound += [node] if node.name == name else []
         elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -194,18 +195,6 @@ def _written_signature(verifier: str) -> inspect.Signature | None:
     last = bound[-1]
     plain = isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef) and not last.decorator_list
     return _signature(last.args) if plain else None  # type: ignore[attr-defined]
-
-
-def _top_level(body: list[ast.stmt]) -> list[ast.stmt]:
-    """Statements of a module, those inside `if`, `try` and `with` too."""
-    found = []
-    for node in body:
-        found.append(node)
-        if isinstance(node, ast.If | ast.Try | ast.With):
-            inner = [*node.body, *getattr(node, "orelse", []), *getattr(node, "finalbody", [])]
-            inner += [statement for handler in getattr(node, "handlers", []) for statement in handler.body]
-            found += _top_level(inner)
-    return found
 
 
 def _signature(arguments: ast.arguments) -> inspect.Signature:

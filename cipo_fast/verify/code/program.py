@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from cipo_fast.verify.statements import top_level
+
 MAX_RESPONSE = 1_000_000  # characters
 MAX_PROGRAM = 200_000  # characters: parsing takes about 1 s and 200 MB at worst
 MAX_BLOCKS = 100  # the last ones
@@ -244,21 +246,10 @@ def _stored(tree: ast.Module) -> set[str]:
     return names
 
 
-def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a module, those inside its `if`, `try` and `with` too."""
-    for node in body:
-        yield node
-        if isinstance(node, ast.If | ast.Try | ast.With):
-            for part in ("body", "orelse", "finalbody"):
-                yield from _top_level(getattr(node, part, []))
-            for handler in getattr(node, "handlers", []):
-                yield from _top_level(handler.body)
-
-
 def _home(tree: ast.Module, name: str) -> str:
     """Where a program has a name: `module`, `Solution`, or "" for nowhere."""
     home = ""
-    for node in _top_level(tree.body):
+    for node in top_level(tree.body):
         if isinstance(node, ast.ClassDef) and node.name == "Solution" and name in _methods(node, tree):
             home = home or "Solution"
         elif name in _bound(node):
