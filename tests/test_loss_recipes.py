@@ -17,8 +17,7 @@ def test_a_recipe_trains(recipe: str, tmp_path: Path, warm: Path, capsys: pytest
     [row] = metrics(folder)
     assert row["train/skipped"] == 0
     assert row["grad/norm"] > 0
-    assert row["rollout/ratio_max"] > 1.001  # there was something to clip, or to weigh
-    assert (row["rollout/clip_fraction"] > 0.5) == (recipe == "gspo")
+    assert row["rollout/ratio_max"] > 1.001  # there is something to clip, or to weigh
     printed = capsys.readouterr()
     assert "ratios" not in printed.out + printed.err  # no caution
 
