@@ -18,7 +18,7 @@ import torch
 from cipo_kernels import device_rates
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from cipo_fast.config import Config, EmbeddedModel, parse_args
+from cipo_fast.config import Config, EmbeddedModel, cautions, parse_args
 from cipo_fast.engines import fit_to_model
 from cipo_fast.errors import UserError
 from cipo_fast.model import load_shape
@@ -148,6 +148,7 @@ def _sizes(config: Config) -> list[str]:
         f"{config.anchors_per_step} anchors a step, {corrections} corrections ({config.samples_per_anchor} an anchor)",
         f"{config.train.steps} steps, {config.train.steps * config.train.updates_per_step} updates",
         f"at most {tree:,} tokens forwarded a step ({rows:,} as one row a conversation)",
+        *cautions(config),
     ]
     if config.model.path != "embedded":
         lines.append("only the model's config is read here: whether its weights are all there, a run says")

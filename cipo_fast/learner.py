@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cipo_fast.config import OptimConfig
+from cipo_fast.n_step import with_n_step
 from cipo_fast.packing import Pack, make_pack
 from cipo_fast.policy import Policy
 
@@ -72,7 +73,9 @@ class Learner:
 
     def update(self, packs: Sequence[Pack], step: int) -> Update:
         """One optimiser step on this rank's packs; `step` counts optimiser steps from 0 and sets the learning rate.
-        Every rank must bring equally many packs: a pack is a collective."""
+        Every rank must bring equally many packs: a pack is a collective. loss.n_step above 1 takes a forward pass more,
+        for the ratios of the weights as they are before it."""
+        packs = [self._with_n_step(pack) for pack in packs]
         lr = learning_rate(self.config, step, self.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -105,6 +108,13 @@ class Learner:
             ref = self.reference.log_probs(moved) if need_ref and self.reference is not None else None
             filled.append(dataclasses.replace(moved, old_logp=old, ref_logp=ref))
         return filled
+
+    def _with_n_step(self, pack: Pack) -> Pack:
+        loss = self.policy.loss
+        if loss.n_step == 1:
+            return pack
+        pack = pack.to(self.device)
+        return with_n_step(pack, self.policy.log_probs(pack), loss.n_step, loss.n_step_cap)
 
     def _clip_gradients(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)

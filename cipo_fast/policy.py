@@ -118,6 +118,8 @@ class Policy(nn.Module):
             sampler_logp=self._sampler_logp(pack),
             eps_low=self.loss.eps_low,
             eps_high=self.loss.eps_high,
+            clip=self.loss.clip,
+            dual_clip=self.loss.dual_clip,
             beta=self.loss.beta,
             entropy_coef=self.loss.entropy_coef,
             is_cap=self.loss.is_cap,

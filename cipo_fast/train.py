@@ -35,7 +35,7 @@ from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics, verdict_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
-from cipo_fast.config import Config, parse_args
+from cipo_fast.config import Config, cautions, parse_args
 from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
@@ -133,7 +133,7 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
     )
     with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
         folder = open_files.enter_context(opened(config, mesh.size()))
-        for line in folder.lines:
+        for line in (*folder.lines, *cautions(config)):
             view.say(line)
         config = gather([pinned_date(config, folder.resume)])[0]  # one day on all ranks, recorded with the run
         given = config  # what is recorded; `embedded` is a folder from here on

@@ -196,7 +196,7 @@ def exp_loss_kernel(
     e, e_stride, first, target_id, inv_temperature, z_target, anchor, sums, n_rows, parts,
     old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
     loss_out, logp_out, entropy_out, ratio_out, clipped_out, u_out,
-    eps_low, eps_high, beta, is_cap,
+    eps_low, eps_high, dual_clip, beta, is_cap, CISPO: tl.constexpr,
 ):  # fmt: skip
     """Row i of E belongs to target first + i. Writes the target's outputs, E'_target over E_target, and u [n]."""
     i = tl.program_id(0).to(tl.int64)
@@ -207,7 +207,7 @@ def exp_loss_kernel(
     entropy = tl.log(s) - t / s
     loss, q, clipped, g, _ = target_loss_of_token(
         n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
-        eps_low, eps_high, beta, None, is_cap,
+        eps_low, eps_high, dual_clip, beta, None, is_cap, CISPO,
     )  # fmt: skip
     tl.store(loss_out + n, loss)
     tl.store(logp_out + n, logp)
@@ -281,6 +281,7 @@ def exp_loss(head: ExpHead, group: list[tuple[int, int]], terms: dict[str, Any],
         terms["ref_logp"] if terms["beta"] != 0 else None,
         terms["sampler_logp"] if terms["is_cap"] is not None else None,
         out.loss, out.logp, out.entropy, out.ratio, out.clipped, u,
-        terms["eps_low"], terms["eps_high"], terms["beta"], terms["is_cap"],
+        terms["eps_low"], terms["eps_high"], terms["dual_clip"], terms["beta"], terms["is_cap"],
+        terms["clip"] == "cispo",
     )  # fmt: skip
     head.accumulate(head.pred_index[start:end], x, head.e[: end - start], scale=u)

@@ -6,6 +6,13 @@ With logp, H as in fused_linear_logprob.py and q = exp(logp - old_logp):
                                  + beta * k3(ref_logp, logp) - entropy_coef * H) - ce_weight[n] * logp
     is[n] = min(exp(old_logp - sampler_logp), is_cap), a constant
 
+The term of the policy, min(...), is that of PPO. Two others, with clip(q) between the same bounds:
+
+    dual_clip=c, for A < 0:  max(min(q A, clip(q) A), c A)
+    clip="cispo":            clip(q) A logp, clip(q) a constant; no token is dropped, d/d logp = clip(q) A
+
+CISPO's value is what its authors differentiate, and means nothing by itself: logp is in it, where PPO has q.
+
 The gradients of hidden, weight and bias are taken in the forward pass. A chunk of n targets is one GEMM to the
 logits, `target_loss` and its derivative on [n] vectors, d(logits) in place of the logits, and two GEMMs: 6NHV
 FLOPs, nothing recomputed, no [N, V] tensor. On Triton all between the GEMMs is one kernel when q is a token's.
@@ -41,7 +48,7 @@ class LossOutput(NamedTuple):
     logp: Tensor  # [N]
     entropy: Tensor  # [N]
     ratio: Tensor  # [N] q; 1 where rl_weight is 0
-    clipped: Tensor  # [N] bool: the clipped branch is the minimum, the policy gradient of the target is 0
+    clipped: Tensor  # [N] bool: the policy gradient of the target is 0; with clip="cispo": q is beyond the bounds
     clip_fraction: Tensor  # [] over targets with rl_weight != 0, as the two below
     approx_kl: Tensor  # [] mean of k3(logp, old_logp): KL(old || policy), nats per token
     ratio_max: Tensor  # [] 0 without such targets
@@ -65,6 +72,8 @@ def target_loss(
     sampler_logp: Tensor | None,
     eps_low: float,
     eps_high: float,
+    clip: Literal["ppo", "cispo"],
+    dual_clip: float | None,
     beta: float,
     entropy_coef: float,
     is_cap: float | None,
@@ -85,8 +94,14 @@ def target_loss(
         assert row_id is not None
         log_q = _row_mean(log_q, rl, row_id)
     q, a = log_q.exp(), torch.where(rl, advantage, 0.0)
-    free, bounded = q * a, q.clamp(1 - eps_low, 1 + eps_high) * a
-    policy = torch.minimum(free, bounded)
+    held = q.clamp(1 - eps_low, 1 + eps_high)
+    if clip == "cispo":
+        policy, clipped = held.detach() * a * p, held != q
+    else:
+        policy, clipped = torch.minimum(q * a, held * a), held * a < q * a
+        if dual_clip is not None:
+            below = (a < 0) & (policy < dual_clip * a)
+            policy, clipped = torch.where(below, dual_clip * a, policy), clipped | below
     if sampler_logp is not None and is_cap is not None:
         policy = policy * _importance(old, torch.where(rl, sampler_logp, 0.0), is_cap)
     loss = -policy
@@ -96,7 +111,7 @@ def target_loss(
     if entropy_coef != 0:
         loss = loss - entropy_coef * torch.where(rl, entropy, 0.0)
     loss = rl_weight * loss - ce_weight * torch.where(ce_weight != 0, logp, 0.0)
-    return loss, q.detach(), bounded.detach() < free.detach()
+    return loss, q.detach(), clipped
 
 
 def _importance(old_logp: Tensor, sampler_logp: Tensor, is_cap: float) -> Tensor:
@@ -118,10 +133,13 @@ def target_loss_gradient(
     """d sum(target_loss) / d logp and / d entropy, [n]; None without an entropy bonus. q, clipped: target_loss's.
 
     d/d logp = rl_weight * (-is * q A [not clipped] + beta * (1 - exp(ref_logp - logp))) - ce_weight, the first term
-    averaged over the row for a sequence's q: q is exp of a row mean, and that mean is its own adjoint.
+    averaged over the row for a sequence's q: q is exp of a row mean, and that mean is its own adjoint. CISPO's is
+    -is * clip(q) A, clipped or not.
     """
     rl = terms["rl_weight"] != 0
     p = torch.where(rl, logp, 0.0)
+    if terms["clip"] == "cispo":
+        q, clipped = q.clamp(1 - terms["eps_low"], 1 + terms["eps_high"]), torch.zeros_like(clipped)
     g = -terms["rl_weight"] * torch.where(rl & ~clipped, q * terms["advantage"], 0.0)
     if terms["sampler_logp"] is not None and terms["is_cap"] is not None:
         old = torch.where(rl, logp if terms["old_logp"] is None else terms["old_logp"], 0.0)
@@ -200,6 +218,8 @@ def _linear_cipo_loss(
     sampler_logp: Tensor | None,
     eps_low: float,
     eps_high: float,
+    clip: str,
+    dual_clip: float | None,
     beta: float,
     entropy_coef: float,
     is_cap: float | None,
@@ -220,6 +240,8 @@ def _linear_cipo_loss(
         "sampler_logp": sampler_logp,
         "eps_low": eps_low,
         "eps_high": eps_high,
+        "clip": clip,
+        "dual_clip": dual_clip,
         "beta": beta,
         "entropy_coef": entropy_coef,
         "is_cap": is_cap,
@@ -278,7 +300,7 @@ def _backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None,
         d * g_loss.to(d.dtype) if needed and g_loss is not None else None
         for d, needed in zip(ctx.saved_tensors, needs_grad, strict=True)
     ]
-    return *grads, *(None,) * 21
+    return *grads, *(None,) * 23
 
 
 _linear_cipo_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -356,6 +378,8 @@ def fused_linear_cipo_loss(
     sampler_logp: Tensor | None = None,
     eps_low: float = 0.2,
     eps_high: float = 0.28,
+    clip: Literal["ppo", "cispo"] = "ppo",
+    dual_clip: float | None = None,
     beta: float = 0.0,
     entropy_coef: float = 0.0,
     is_cap: float | None = None,
@@ -374,7 +398,8 @@ def fused_linear_cipo_loss(
     old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp: [N], constants; log-probs in nats at the
     sampling temperature. old_logp=None: on-policy, logp itself, so q = 1 and the gradient still flows.
     is_cap needs sampler_logp to act; is = 1 without either. ratio="sequence" (GSPO): q is that of the row; needs
-    row_id [N], integers, the targets of a row contiguous. chunk_targets changes memory and rounding, not results.
+    row_id [N], integers, the targets of a row contiguous. clip="cispo" goes with neither it nor dual_clip, which is
+    above 1. chunk_targets changes memory and rounding, not results.
     impl, on Triton: "logits", or "exp" (exp_gemm.py) where that applies: bf16 on a GPU, with grad, ratio="token", no
     softcap and no entropy_coef; elsewhere "logits" runs.
     main_grad [V, H], fp32 (fp64 for fp64 inputs), such as Megatron's weight.main_grad: backward adds the weight's
@@ -384,7 +409,8 @@ def fused_linear_cipo_loss(
     gradient other than 1 is rounded to the parameters' dtype (main_grad's apart): put factors into the weights.
     Raises ValueError for shapes, dtypes and options that do not fit.
     Sources: CIPO (arXiv 2605.14539) over PPO's clipped objective (arXiv 1707.06347) with DAPO's two clips
-    (arXiv 2503.14476); gradients in the forward pass after Liger-Kernel (arXiv 2410.10989).
+    (arXiv 2503.14476); CISPO is MiniMax-M1's (arXiv 2506.13585), dual clip arXiv 1912.09729's; gradients in the
+    forward pass after Liger-Kernel (arXiv 2410.10989).
     """
     check_inputs(hidden, weight, pred_index, target_id, bias, temperature, softcap)
     if impl not in ("logits", "exp"):
@@ -398,6 +424,8 @@ def fused_linear_cipo_loss(
         "sampler_logp": sampler_logp,
         "eps_low": eps_low,
         "eps_high": eps_high,
+        "clip": clip,
+        "dual_clip": dual_clip,
         "beta": beta,
         "entropy_coef": entropy_coef,
         "is_cap": is_cap,
@@ -460,6 +488,12 @@ def _check_terms(n: int, terms: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {list(terms[name].shape)}: expected [N] = [{n}], one value per target")
     if terms["ratio"] not in ("token", "sequence"):
         raise ValueError(f'ratio={terms["ratio"]!r}: expected "token" or "sequence"')
+    if terms["clip"] not in ("ppo", "cispo"):
+        raise ValueError(f'clip={terms["clip"]!r}: expected "ppo" or "cispo"')
+    if terms["dual_clip"] is not None and not terms["dual_clip"] > 1:
+        raise ValueError(f"dual_clip={terms['dual_clip']}: must be above 1, for at q = 1 nothing is clipped")
+    if terms["clip"] == "cispo" and (terms["ratio"] == "sequence" or terms["dual_clip"] is not None):
+        raise ValueError('clip="cispo" is defined for ratio="token" and without dual_clip: it bounds every weight')
     if terms["ratio"] == "sequence" and terms["row_id"] is None:
         raise ValueError('ratio="sequence" needs row_id [N]: which targets form a sequence')
     if terms["row_id"] is not None and terms["row_id"].is_floating_point():

@@ -39,6 +39,12 @@ def minimum(a, b):
 
 
 @triton.jit
+def maximum(a, b):
+    """As `minimum`."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _logits(row, bias, v, vocab, inv_t, softcap):
     """z at columns v of the row of raw logits, and dz/dr. inv_t: 1 / temperature, correctly rounded by its maker."""
     z = tl.load(row + v, mask=v < vocab, other=0.0)
@@ -107,9 +113,25 @@ def load_or(pointer, n, value):
 
 
 @triton.jit
+def _policy_term(q, a, p, eps_low, eps_high, dual_clip, CISPO: tl.constexpr):
+    """(term of the policy, its d/d logp, clipped); that of q is q."""
+    if CISPO:
+        held = minimum(maximum(q, 1.0 - eps_low), 1.0 + eps_high)
+        return held * a * p, held * a, held != q
+    else:  # Triton would compile what follows a return
+        free = q * a
+        bounded = tl.minimum(tl.maximum(q, 1.0 - eps_low), 1.0 + eps_high) * a
+        policy, clipped = minimum(free, bounded), bounded < free
+        if dual_clip is not None:
+            below = (a < 0) & (policy < dual_clip * a)
+            policy, clipped = tl.where(below, dual_clip * a, policy), clipped | below
+        return policy, tl.where(clipped, 0.0, free), clipped
+
+
+@triton.jit
 def target_loss_of_token(
     n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
-    eps_low, eps_high, beta, entropy_coef, is_cap,
+    eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, CISPO: tl.constexpr,
 ):  # fmt: skip
     """(loss, q, clipped, g_logp, g_entropy) of target n: `target_loss` and `target_loss_gradient` of a token."""
     rl, ce = tl.load(rl_weight + n), tl.load(ce_weight + n)
@@ -118,14 +140,12 @@ def target_loss_of_token(
     old = tl.where(on, load_or(old_logp, n, logp), 0.0)
     a = tl.where(on, tl.load(advantage + n), 0.0)
     q = tl.exp(p - old)
-    free = q * a
-    bounded = tl.minimum(tl.maximum(q, 1.0 - eps_low), 1.0 + eps_high) * a
-    clipped = bounded < free
+    policy, slope, clipped = _policy_term(q, a, p, eps_low, eps_high, dual_clip, CISPO)
     importance = 1.0
     if sampler_logp is not None:
         importance = minimum(tl.exp(old - tl.where(on, tl.load(sampler_logp + n), 0.0)), is_cap)
-    loss = -importance * minimum(free, bounded)
-    g = -importance * tl.where(clipped, 0.0, free)  # d/d logp; that of q is q
+    loss = -importance * policy
+    g = -importance * slope  # d/d logp
     if ref_logp is not None:
         d = tl.where(on, tl.load(ref_logp + n), 0.0) - p
         loss += beta * (tl.exp(d) - d - 1.0)  # k3
@@ -143,8 +163,8 @@ def token_loss_kernel(
     logits, d_logits, row_stride, d_row_stride, first, bias, target_id, inv_temperature,
     old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
     loss_out, logp_out, entropy_out, ratio_out, clipped_out,
-    vocab, softcap, eps_low, eps_high, beta, entropy_coef, is_cap,
-    BLOCK_V: tl.constexpr,
+    vocab, softcap, eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap,
+    CISPO: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Row i of logits belongs to target first + i. d_logits None: no gradient. Other None: a term that is not there."""
     i = tl.program_id(0).to(tl.int64)
@@ -153,7 +173,7 @@ def token_loss_kernel(
     m, log_s, logp, entropy = _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V)
     loss, q, clipped, g_logp, g_entropy = target_loss_of_token(
         n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
-        eps_low, eps_high, beta, entropy_coef, is_cap,
+        eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, CISPO,
     )  # fmt: skip
     tl.store(loss_out + n, loss)
     tl.store(logp_out + n, logp)
@@ -275,8 +295,8 @@ def token_loss(head: TritonHead, group: list[tuple[int, int]], terms: dict[str, 
         terms["ref_logp"] if terms["beta"] != 0 else None,
         terms["sampler_logp"] if terms["is_cap"] is not None else None,
         out.loss, out.logp, out.entropy, out.ratio, out.clipped, head.weight.shape[0], head.softcap,
-        terms["eps_low"], terms["eps_high"], terms["beta"], terms["entropy_coef"] or None, terms["is_cap"],
-        BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        terms["eps_low"], terms["eps_high"], terms["dual_clip"], terms["beta"], terms["entropy_coef"] or None,
+        terms["is_cap"], CISPO=terms["clip"] == "cispo", BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
     )  # fmt: skip
     if needs_grad:
         head.accumulate(head.pred_index[start:end], x, head.d_logits[: end - start])

@@ -28,6 +28,7 @@ from cipo_fast.errors import UserError
         ("correction.loss=x", "correction.loss='x': input should be 'rl', 'ce' or 'both'"),
         ("optim.lr=nan", "optim.lr"),
         ("loss.eps_low=0", "loss.eps_low=0"),
+        ("loss.dual_clip=1", "loss.dual_clip=1: input should be greater than 1"),
         ("data.train=/no/such.jsonl", "data.train: no file /no/such.jsonl"),
         ("correction.tier_low=0.9", "correction.tier_low=0.9 is above"),
         ("replay.rho0=0.1", "outside [replay.rho_min, replay.rho_max]"),

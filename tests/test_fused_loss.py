@@ -75,11 +75,17 @@ TERMS = {
     "is_cap": {"is_cap": 1.1},
     "all": {"beta": 0.3, "entropy_coef": 0.2, "is_cap": 1.1},
     "all on-policy": {"beta": 0.3, "entropy_coef": 0.2, "is_cap": 1.1, "old_logp": None},
+    "dual clip": {"dual_clip": 1.5},
+    "all dual clip": {"dual_clip": 1.5, "beta": 0.3, "entropy_coef": 0.2, "is_cap": 1.1},
+    "cispo": {"clip": "cispo"},
+    "all cispo": {"clip": "cispo", "beta": 0.3, "entropy_coef": 0.2, "is_cap": 1.1},
 }
+EVERY_TERM = [
+    (name, ratio) for name in TERMS for ratio in ("token", "sequence") if ratio == "token" or "cispo" not in name
+]
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize(("name", "ratio"), EVERY_TERM)
 def test_matches_reference_for_every_term(name, ratio, monkeypatch):
     inputs = make_inputs()
     kwargs = make_terms(*inputs) | TERMS[name] | {"ratio": ratio}
@@ -92,6 +98,10 @@ def test_matches_reference_for_every_term(name, ratio, monkeypatch):
             assert (beyond & (a > 0)).any()
             assert (beyond & (a < 0)).any()
         assert 0 < expected[0].clip_fraction < 1
+    if name == "dual clip" and ratio == "token":  # on top of PPO's there are targets that only the dual clip holds
+        out, a = expected[0], kwargs["advantage"]
+        assert (out.clipped & (out.ratio > 1.5) & (a < 0)).any()
+        assert ((out.ratio < 1.5) & (out.ratio > 1.28) & (a < 0)).any()
 
 
 @pytest.mark.parametrize("which", ["rl_weight", "ce_weight"])
@@ -191,7 +201,15 @@ BY_HAND = {
     "kl": ((-LN2, 0, 2, 0, {"beta": 0.5, "ref_logp": -2 * LN2}), 0.1931471805599453),  # k3 = 1/2 + ln 2 - 1
     "is below the cap": ((-LN2, 1, 1, 0, {"is_cap": 4.0, "sampler_logp": -LN2 - LN3}), -3.0),  # is = 3, q = 1
     "is above the cap": ((-LN2, 1, 1, 0, {"is_cap": 2.0, "sampler_logp": -LN2 - LN3}), -2.0),
+    "dual clip, q above it": ((-3 * LN2, -1, 1, 0, {"dual_clip": 3.0}), 3.0),  # q = 4: max(min(-4, -1.28), -3)
+    "dual clip, q below it": ((-2 * LN2, -1, 1, 0, {"dual_clip": 3.0}), 2.0),  # max(min(-2, -1.28), -3)
+    "dual clip, A > 0": ((-3 * LN2, 1, 1, 0, {"dual_clip": 3.0}), -1.28),  # PPO's
+    "cispo above": ((-2 * LN2, 1, 1, 0, {"clip": "cispo"}), 1.28 * LN2),  # -clip(2) A logp
+    "cispo below": ((0, -2, 1, 0, {"clip": "cispo"}), -2 * 0.8 * LN2),
+    "cispo within": ((-LN2, 1, 1, 0, {"clip": "cispo", "is_cap": 2.0, "sampler_logp": -LN2 - LN3}), 2 * LN2),
 }
+CLIPPED = {"above the clip, A > 0", "below the clip, A < 0", "dual clip, q above it", "dual clip, A > 0",
+           "cispo above", "cispo below"}  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
@@ -212,7 +230,29 @@ def test_values_worked_by_hand(name, impl, monkeypatch):
     assert out.loss.item() == pytest.approx(loss, rel=1e-12)
     assert out.logp.item() == pytest.approx(-LN2, rel=1e-12)
     assert out.entropy.item() == pytest.approx(1.5 * LN2, rel=1e-12)
-    assert out.clipped.item() == (name in ("above the clip, A > 0", "below the clip, A < 0"))
+    assert out.clipped.item() == (name in CLIPPED)
+
+
+SLOPES = {
+    # (clip, dual_clip): d loss / d logp of targets with q, A = (2, 1), (1/2, 1), (1, -1), (2, -1), (1/2, -1), (4, -1)
+    ("ppo", None): [0, -0.5, 1, 2, 0, 4],
+    ("ppo", 3.0): [0, -0.5, 1, 2, 0, 0],
+    ("cispo", None): [-1.28, -0.8, 1, 1.28, 0.8, 1.28],  # every token teaches: the clipped ones with a bounded weight
+}
+
+
+@pytest.mark.parametrize(("clip", "dual_clip"), SLOPES)
+def test_gradients_worked_by_hand(clip, dual_clip):
+    q = torch.tensor([2, 0.5, 1, 2, 0.5, 4], dtype=torch.float64)
+    logp = torch.full((6,), -5.0, dtype=torch.float64, requires_grad=True)
+    one, zero = torch.ones_like(q), torch.zeros_like(q)
+    options = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None, "ratio": "token"}
+    options |= {"ref_logp": None, "sampler_logp": None, "row_id": None, "clip": clip, "dual_clip": dual_clip}
+    terms = {"old_logp": logp.detach() - q.log(), "advantage": torch.tensor([1.0, 1, -1, -1, -1, -1]).double()}
+    loss, _, _ = target_loss(logp, zero, **terms, rl_weight=one, ce_weight=zero, **options)
+    loss.sum().backward()
+    expected = torch.tensor(SLOPES[clip, dual_clip], dtype=torch.float64)
+    torch.testing.assert_close(logp.grad, expected, rtol=1e-12, atol=0)
 
 
 def test_sequence_ratio_and_stats_by_hand():
@@ -228,6 +268,7 @@ def test_sequence_ratio_and_stats_by_hand():
     row_id = torch.tensor([5, 5, 5, 2])
     options = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None}
     options |= {"ref_logp": None, "sampler_logp": None, "ratio": "sequence", "row_id": row_id}
+    options |= {"clip": "ppo", "dual_clip": None}
     loss, q, clipped = target_loss(logp, torch.zeros(4), **terms, **options)
     torch.testing.assert_close(loss, torch.tensor([-1.28, 2.0, 0.0, -5.0], dtype=torch.float64))
     torch.testing.assert_close(q, torch.tensor([2.0, 2.0, 1.0, 0.5], dtype=torch.float64))
@@ -287,13 +328,14 @@ def test_zero_weight_targets_give_exactly_nothing(impl, ratio, monkeypatch):
     assert all((g == 0).all() for g in grads)
 
 
-def test_target_loss_keeps_infinite_logp_out():
+@pytest.mark.parametrize("clip", ["ppo", "cispo"])
+def test_target_loss_keeps_infinite_logp_out(clip):
     logp = torch.tensor([-math.inf, math.nan, -1.0], requires_grad=True)
     entropy = torch.tensor([math.nan, 1.0, 1.0], requires_grad=True)
     zero, one = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])
     terms = {"old_logp": logp.detach(), "advantage": torch.ones(3), "rl_weight": one, "ce_weight": one}
     terms |= {"ref_logp": zero, "sampler_logp": zero, "eps_low": 0.2, "eps_high": 0.28, "beta": 0.1}
-    terms |= {"entropy_coef": 0.1, "is_cap": 2.0, "ratio": "token", "row_id": None}
+    terms |= {"entropy_coef": 0.1, "is_cap": 2.0, "ratio": "token", "row_id": None, "clip": clip, "dual_clip": None}
     loss, _, _ = target_loss(logp, entropy, **terms)
     assert loss[:2].tolist() == [0, 0]
     loss.sum().backward()
@@ -471,6 +513,10 @@ BAD = {
     "no row_id": ({"ratio": "sequence", "row_id": None}, "needs row_id"),
     "float row_id": ({"row_id": torch.zeros(41)}, "row_id is torch.float32"),
     "scattered row_id": ({"ratio": "sequence", "row_id": torch.arange(41) % 3}, "must be contiguous"),
+    "clip": ({"clip": "tight"}, "clip='tight': expected"),
+    "dual_clip": ({"dual_clip": 1.0}, "dual_clip=1.0: must be above 1"),
+    "cispo of sequences": ({"clip": "cispo", "ratio": "sequence"}, 'defined for ratio="token"'),
+    "cispo with a dual clip": ({"clip": "cispo", "dual_clip": 3.0}, "without dual_clip"),
     "no ref_logp": ({"beta": 0.1, "ref_logp": None}, "needs ref_logp"),
 }
 

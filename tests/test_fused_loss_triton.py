@@ -25,7 +25,7 @@ from cipo_kernels.fused_linear_logprob import (
     fused_linear_logprob_reference,
     gemm,
 )
-from test_fused_loss import HEADS, TERMS, extreme_head, make_inputs, make_terms
+from test_fused_loss import EVERY_TERM, HEADS, TERMS, extreme_head, make_inputs, make_terms
 
 if torch.cuda.is_available():
     DEVICE, DTYPE, RTOL, ATOL = "cuda", torch.float32, 1e-4, 1e-5
@@ -87,11 +87,11 @@ def assert_matches_reference(inputs, kwargs, monkeypatch, place=to_device):
 # ---- the formula
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize(("name", "ratio"), EVERY_TERM)
 def test_derivative_of_the_target_loss(name, ratio):
     inputs = make_inputs()
     terms = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None, "ratio": ratio}
+    terms |= {"clip": "ppo", "dual_clip": None}
     terms |= make_terms(*inputs) | TERMS[name]
     logp = fused_linear_logprob_reference(*inputs[0][:2], *inputs[1:], bias=inputs[0][2])[0].detach().requires_grad_()
     entropy = torch.rand_like(logp).requires_grad_()
@@ -105,8 +105,7 @@ def test_derivative_of_the_target_loss(name, ratio):
         torch.testing.assert_close(g_entropy, expected[1], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize(("name", "ratio"), EVERY_TERM)
 def test_matches_reference_for_every_term(name, ratio, monkeypatch):
     inputs = make_inputs(n=N)
     assert_matches_reference(inputs, make_terms(*inputs) | TERMS[name] | {"ratio": ratio}, monkeypatch)
@@ -195,7 +194,8 @@ cpu_only = pytest.mark.skipif(DEVICE == "cuda", reason="fp64 inputs need the int
 
 
 @cpu_only
-@pytest.mark.parametrize("name", ["rl", "rl tight clip", "kl", "is_cap", "temperature", "per-target temperature"])
+@pytest.mark.parametrize("name", ["rl", "rl tight clip", "kl", "is_cap", "dual clip", "cispo", "temperature",
+                                  "per-target temperature"])  # fmt: skip
 def test_exp_matches_reference(name, exp_chunks, monkeypatch):
     inputs = make_inputs(n=N)
     head = {"temperature": HEADS[name]["temperature"]} if name in HEADS else {}
@@ -310,6 +310,7 @@ def test_bf16_inputs(impl, exp_chunks):
         logp_v = torch.log_softmax(z, -1)
         logp, entropy = logp_v.gather(1, index[1][:, None])[:, 0], -(logp_v.exp() * logp_v).sum(1)
         defaults = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "is_cap": None, "ratio": "token", "row_id": None}
+        defaults |= {"clip": "ppo", "dual_clip": None}
         loss, _, _ = target_loss(logp, entropy, **(defaults | kwargs), ref_logp=None, sampler_logp=None)
         (loss.sum() * 1.7).backward()
         return logp.detach(), [h.grad.double(), w.grad.double()]
@@ -566,6 +567,7 @@ def test_opcheck(impl, monkeypatch):
     leaves, index = [to_device(p).requires_grad_() for p in parameters], [to_device(i) for i in index]
     head = (*leaves, *index, torch.rand_like(terms["old_logp"]) + 0.5, 3.0, 3)
     options = {"eps_low": 0.2, "eps_high": 0.3, "beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0, "ratio": "token"}
+    options |= {"clip": "ppo", "dual_clip": 3.0}
     for main_grad in (None, torch.zeros_like(leaves[1])):
         torch.library.opcheck(_linear_cipo_loss, (*head, [True] * 3, main_grad), terms | options | {"impl": "logits"})
     torch.library.opcheck(_linear_logprob, head)

@@ -50,6 +50,8 @@ class Seen:
     below: int = 0
     capped: int = 0
     uncapped: int = 0
+    dual: int = 0  # tokens of a negative advantage beyond the dual clip
+    weights: list[float] = field(default_factory=list)  # of N-step
 
 
 def padded(values: Sequence[Sequence[float]], fill: float, **kwargs: Any) -> Tensor:
@@ -84,7 +86,15 @@ def rl(
         drift = drift.sum(1, keepdim=True)
     ratio = difference.exp().expand_as(mask)
     low, high = 1 - c.loss.eps_low, 1 + c.loss.eps_high
+    if c.loss.n_step > 1:
+        advantage = advantage * n_step(difference.detach(), mask, c, seen)
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    if c.loss.dual_clip is not None:
+        dual = (advantage < 0) & (ratio > c.loss.dual_clip) & (mask > 0)
+        surrogate = torch.where(dual, c.loss.dual_clip * advantage, surrogate)
+        seen.dual += int(dual.sum())
+    if c.loss.clip == "cispo":
+        surrogate = ratio.clamp(low, high).detach() * advantage * logp
     weight = drift.exp() if c.loss.is_cap is None else drift.exp().clamp(max=c.loss.is_cap)
     if c.loss.is_cap is None:
         weight = torch.ones_like(weight)
@@ -99,6 +109,19 @@ def rl(
     if c.loss.normalize == "tokens":
         return (token * mask).sum() / mask.sum()
     return ((token * mask).sum(1, keepdim=True) / lengths).mean()
+
+
+def n_step(log_ratio: Tensor, mask: Tensor, c: Config, seen: Seen) -> Tensor:
+    """exp of the sum of the next n_step - 1 log-ratios of the same answer, bounded by the cap: token by token."""
+    weights = torch.ones_like(log_ratio)
+    for i, row in enumerate(mask):
+        sampled = row.nonzero()[:, 0].tolist()
+        for place, t in enumerate(sampled):
+            window = sampled[place + 1 : place + c.loss.n_step]
+            total = float(sum(log_ratio[i, s] for s in window))
+            weights[i, t] = np.exp(min(max(total, -c.loss.n_step_cap), c.loss.n_step_cap))
+            seen.weights.append(float(weights[i, t]))
+    return weights
 
 
 def spread(rewards: Tensor, c: Config) -> Tensor:
@@ -312,6 +335,24 @@ def test_two_grpo_updates_clip_on_both_sides(mesh, settings: list[str]) -> None:
     seen = compare(GRPO, "train.updates_per_step=2", *narrow, *settings, corrections=False)
     assert seen.above > 3
     assert seen.below > 3
+
+
+def test_dual_clip_and_cispo(mesh) -> None:
+    updates = [GRPO, "train.updates_per_step=2", "loss.eps_low=0.05", "loss.eps_high=0.08"]
+    seen = compare(*updates, "loss.dual_clip=1.1", "loss.beta=0.1", corrections=False)
+    assert seen.dual > 3
+    seen = compare(*updates, "loss.clip=cispo", "loss.entropy_coef=0.05", corrections=False)
+    assert min(seen.above, seen.below) > 3
+
+
+@pytest.mark.parametrize("cap", [0.05, 5.0])
+def test_n_step(mesh, cap: float) -> None:
+    """KL and entropy bonus keep their weights; the second update's ratios are not 1, and leave the smaller cap."""
+    settings = ["loss.n_step=3", f"loss.n_step_cap={cap}", "loss.beta=0.1", "loss.entropy_coef=0.05"]
+    seen = compare(GRPO, "train.updates_per_step=2", *settings, corrections=False)
+    beyond = [abs(np.log(w)) > 0.05 + 1e-9 for w in seen.weights]
+    assert any(beyond) == (cap > 0.05)
+    assert len(set(seen.weights)) > 5
 
 
 @pytest.mark.parametrize("layout", ["followup", "quoted"])

@@ -17,11 +17,11 @@ import pytest
 
 RESULTS = Path(__file__).parents[1] / "bench/results/offline.md"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
-ROW_TERMS = ("bias", "inv_temperature", "softcap", "entropy_coef", "ref_logp", "sampler_logp", "is_cap")
+ROW_TERMS = ("bias", "inv_temperature", "softcap", "entropy_coef", "ref_logp", "sampler_logp", "is_cap", "dual_clip")
 TYPES = {"target_id": "*i64", "clipped_out": "*i1", "e": "*bf16", "e_out": "*bf16", "x": "*bf16", "weight": "*bf16"}
 TYPES |= dict.fromkeys(("d_logits",), "*bf16")
 TYPES |= dict.fromkeys(("first", "vocab", "row_stride", "d_row_stride", "e_stride", "n", "n_rows", "H", "parts"), "i32")
-TYPES |= dict.fromkeys(("softcap", "eps_low", "eps_high", "beta", "entropy_coef", "is_cap"), "fp32")
+TYPES |= dict.fromkeys(("softcap", "eps_low", "eps_high", "dual_clip", "beta", "entropy_coef", "is_cap"), "fp32")
 ALIGNED = ("row_stride", "d_row_stride", "vocab", "e_stride", "H")  # multiples of 16; so are the pointers
 
 
@@ -32,15 +32,19 @@ def cases(arch: int) -> dict:
 
     row, warps = {"BLOCK_V": v0.BLOCK_V}, {"num_warps": v0.NUM_WARPS}
     repair = {"BLOCK_V": e.REPAIR_V, "BLOCK_H": e.REPAIR_H}
+    ppo, cispo = {"CISPO": False}, {"CISPO": True}
     found = {
-        "token_loss_kernel": (v0.token_loss_kernel, ROW_TERMS, row, warps, {}),
-        "token_loss_kernel, every term": (v0.token_loss_kernel, (), row, warps, {}),
-        "token_loss_kernel, no gradient": (v0.token_loss_kernel, (*ROW_TERMS, "d_logits"), row, warps, {}),
+        "token_loss_kernel": (v0.token_loss_kernel, ROW_TERMS, row | ppo, warps, {}),
+        "token_loss_kernel, every term": (v0.token_loss_kernel, (), row | ppo, warps, {}),
+        "token_loss_kernel, every term, CISPO": (v0.token_loss_kernel, ("dual_clip",), row | cispo, warps, {}),
+        "token_loss_kernel, no gradient": (v0.token_loss_kernel, (*ROW_TERMS, "d_logits"), row | ppo, warps, {}),
         "logp_kernel, every term": (v0.logp_kernel, (), row, warps, {}),
         "gradient_kernel, every term": (v0.gradient_kernel, (), row, warps, {}),
         "anchor_kernel": (e.anchor_kernel, (), {"BLOCK_H": e.BLOCK_H}, {}, {}),
         "reanchor_kernel": (e.reanchor_kernel, (), repair, {}, {}),
-        "exp_loss_kernel": (e.exp_loss_kernel, (), {}, {}, {}),
+        "exp_loss_kernel": (e.exp_loss_kernel, ("dual_clip",), ppo, {}, {}),
+        "exp_loss_kernel, dual clip": (e.exp_loss_kernel, (), ppo, {}, {}),
+        "exp_loss_kernel, CISPO": (e.exp_loss_kernel, ("dual_clip",), cispo, {}, {}),
     }
     tma = arch >= 90
     t = e.TMA_TILES if tma else e.POINTER_TILES
@@ -108,8 +112,8 @@ def test_nothing_spills_and_everything_fits(compiled):
 
 
 def test_row_kernels_leave_room_for_two_programs_and_load_16_bytes_at_once(compiled):
-    rows = [row for row in compiled if "loss_kernel" in row["kernel"] and row["kernel"] != "exp_loss_kernel"]
-    assert len(rows) == 3 * len(SHARED_LIMIT)
+    rows = [row for row in compiled if row["kernel"].startswith("token_loss_kernel")]
+    assert len(rows) == 4 * len(SHARED_LIMIT)
     for row in rows:
         assert 2 * row["registers"] * 32 * row["warps"] <= 65536, row  # of the multiprocessor's registers
         assert "ld.global.v4" in row["instructions"], row
@@ -119,7 +123,7 @@ def test_rows_are_overwritten_only_after_a_barrier(compiled):
     """d(logits) lies over the logits: in the last loop, a block is loaded by all warps before one stores."""
     rows = [row for row in compiled if row["kernel"].startswith(("token_loss", "gradient"))]
     rows = [row for row in rows if "no gradient" not in row["kernel"]]
-    assert len(rows) == 3 * len(SHARED_LIMIT)
+    assert len(rows) == 4 * len(SHARED_LIMIT)
     for row in rows:
         assert row["accesses"][-3:] == ["ld.global", "bar.sync", "st.global"], row
 

@@ -86,8 +86,8 @@ class ReplayConfig(Section):
 
 
 class LossConfig(Section):
-    eps_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Lower clip of the ratio [DAPO]."""
+    eps_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Lower clip of the ratio [DAPO]; 1 is none."""
     eps_high: Annotated[float, Field(gt=0)] = 0.28
     """Upper clip of the ratio [DAPO]."""
     beta: Weight = 0.0
@@ -101,11 +101,12 @@ class LossConfig(Section):
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio a token, or one a sequence [GSPO], whose clip range is a hundred times narrower: gspo.yaml."""
     clip: Literal["ppo", "cispo"] = "ppo"
-    """Beyond the clip range a token teaches nothing, or its ratio is held there [CISPO, MiniMax-M1]."""
+    """Beyond the clip range a token teaches nothing, or its ratio is held there [CISPO, MiniMax-M1]; token ratios."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Of a negative advantage the loss is at most this many times it (3 is usual) [dual-clip PPO]; null for none."""
+    """Of a negative advantage the loss is at most this many times it (3 is usual) [arXiv 1912.09729]; null for none."""
     n_step: Positive = 1
-    """Ratios a token's weight multiplies: its own and the following n_step - 1 of its answer's [NFPO]. 1 is PPO's."""
+    """Ratios a token's weight multiplies: its own and the following n_step - 1 of its answer's [NFPO]. 1 is PPO's; a
+    forward pass dearer above, and of use where a batch has several updates, or overlaps sampling; n_step.py."""
     n_step_cap: Annotated[float, Field(gt=0)] = 1.0
     """Largest |log| of the following ratios' product [ours]."""
     normalize: Literal["tokens", "sequences"] = "tokens"

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
+from cipo_fast.config.algorithm import LossConfig
 from cipo_fast.config.config import Config
 from cipo_fast.config.data import DataConfig
 from cipo_fast.config.settings import (
@@ -111,12 +112,46 @@ def _check(config: Config) -> None:
             f"rollout.max_tokens is {longest} tokens"
         )
     _check_engine(config)
+    _check_loss(config.loss)
     e = config.model.embedded
     if e.hidden % (2 * e.heads) or e.heads % e.kv_heads:
         raise UserError("model.embedded: hidden must be a multiple of 2*heads, and heads of kv_heads")
     _check_data(config.data)
     if is_file(config.run_dir):
         raise UserError(f"run.dir={config.run_dir} is a file; name a folder")
+
+
+def _check_loss(loss: LossConfig) -> None:
+    """Combinations that nobody has defined."""
+    if loss.clip == "cispo" and loss.ratio == "sequence":
+        raise UserError("loss.clip=cispo holds the ratios of tokens, loss.ratio=sequence has none: choose one of them")
+    if loss.clip == "cispo" and loss.dual_clip is not None:
+        raise UserError("loss.dual_clip bounds the loss of loss.clip=ppo; cispo bounds every token's itself")
+    if loss.n_step > 1 and (loss.clip == "cispo" or loss.ratio == "sequence"):
+        raise UserError("loss.n_step multiplies the ratios of tokens under PPO's clip: it needs clip=ppo, ratio=token")
+
+
+def cautions(config: Config) -> list[str]:
+    """What may be meant and hardly is: a line each, to be said at the start."""
+    loss, usual, lines = config.loss, LossConfig(), []
+    if loss.ratio == "sequence" and (loss.eps_low == usual.eps_low or loss.eps_high == usual.eps_high):
+        lines.append(
+            f"loss.ratio=sequence with loss.eps_low={loss.eps_low:g}, loss.eps_high={loss.eps_high:g}: that is a range "
+            "for the ratios of tokens, a sequence's hardly ever leaves it; GSPO's is 3e-4 and 4e-4 (gspo.yaml)"
+        )
+    on_ratios = {
+        f"loss.ratio={loss.ratio}": loss.ratio != "token",
+        f"loss.clip={loss.clip}": loss.clip != "ppo",
+        f"loss.dual_clip={loss.dual_clip}": loss.dual_clip is not None,
+        f"loss.n_step={loss.n_step}": loss.n_step > 1 and not config.rollout.overlap,
+    }
+    idle = [setting for setting, given in on_ratios.items() if given]
+    if idle and config.train.updates_per_step == 1:
+        lines.append(
+            f"{', '.join(idle)}: with one update a batch all ratios are 1, and the loss is GRPO's; "
+            "raise train.updates_per_step"
+        )
+    return lines
 
 
 def _check_data(data: DataConfig) -> None:
