@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cipo_fast.config import OptimConfig
+from cipo_fast.long_act import LongAct
 from cipo_fast.n_step import with_n_step
 from cipo_fast.packing import Pack, make_pack
 from cipo_fast.policy import Policy
@@ -61,6 +63,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
+        self.long_act = LongAct(policy.model, config.long_act) if config.long_act is not None else None
 
     def measure(self, packs: Sequence[Pack]) -> Sampled:
         """What an `update` would see of these packs, by the weights as they are; nothing is learned from them. Every
@@ -80,23 +83,25 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses, stats, sampled = [], _Stats(self.device), _SampledStats(self.device)
+        long_act = self.long_act
+        if long_act is not None:
+            long_act.reset()
         for pack in packs:
             pack = pack.to(self.device)
-            output = self.policy(pack)
+            with long_act.seeing(pack) if long_act is not None else nullcontext():
+                output = self.policy(pack)
             output.loss.backward()
             losses.append(output.loss.detach())
             stats.add(output.logp, output.entropy, output.ratio, output.clipped, pack)
             sampled.add(output.logp, output.entropy, pack)
-        norm = self._clip_gradients()
-        loss = _reduce(torch.stack(losses).sum(), dist.ReduceOp.SUM).item()
-        applied = math.isfinite(loss) and math.isfinite(norm)
-        bad_pack = None
-        if applied:
-            self.optimizer.step()
-        else:
-            self.optimizer.zero_grad()
-            bad_pack = self._find_bad(packs)
+        with long_act.masked() if long_act is not None else nullcontext():
+            norm = self._clip_gradients()
+            loss = _reduce(torch.stack(losses).sum(), dist.ReduceOp.SUM).item()
+            applied = math.isfinite(loss) and math.isfinite(norm)
+            if applied:
+                self.optimizer.step()
         self.optimizer.zero_grad()
+        bad_pack = None if applied else self._find_bad(packs)
         return Update(loss, norm, lr, applied, stats.result(), sampled.result(), bad_pack)
 
     def with_log_probs(self, packs: Sequence[Pack], need_old: bool, need_ref: bool = True) -> list[Pack]:

@@ -70,6 +70,7 @@ class Pack:
     rl_weight: Tensor  # [N] fp32
     ce_weight: Tensor  # [N] fp32
     sampler_logp: Tensor  # [N] fp32, nan where no engine sampled the token
+    last_token: Tensor  # [conversations] int64, where each one ends in the stream
     conversations: tuple[Conversation, ...]
     old_logp: Tensor | None = None  # [N] fp32
     ref_logp: Tensor | None = None  # [N] fp32
@@ -186,6 +187,7 @@ def make_pack(trees: list[Node]) -> Pack:
     pred_index: list[int] = []
     target_id: list[int] = []
     found: list[Conversation] = []
+    last_token: list[int] = []
     for node, parent in _preorder(trees or [Node([0])]):
         start, n = len(input_ids), len(node.token_ids)
         input_ids += node.token_ids
@@ -200,6 +202,7 @@ def make_pack(trees: list[Node]) -> Pack:
             pred_index += [branch, *range(start + first, start + n - 1)]
             target_id += node.token_ids[first:]
             found.append(node.conversation)
+            last_token.append(ends[-1] - 1)
     counts = torch.tensor([len(c.segments[-1].token_ids) for c in found], dtype=torch.int64)
     return Pack(
         input_ids=torch.tensor(input_ids),
@@ -211,6 +214,7 @@ def make_pack(trees: list[Node]) -> Pack:
         rl_weight=torch.tensor([c.rl_weight for c in found], dtype=torch.float32).repeat_interleave(counts),
         ce_weight=torch.tensor([c.ce_weight for c in found], dtype=torch.float32).repeat_interleave(counts),
         sampler_logp=torch.tensor([lp for c in found for lp in _sampler_logps(c)], dtype=torch.float32),
+        last_token=torch.tensor(last_token, dtype=torch.int64),
         conversations=tuple(found),
     )
 

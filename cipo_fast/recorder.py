@@ -93,7 +93,8 @@ class Recorder:
                     "source": group.problem.source,
                 }
                 for i, rollout in enumerate(group.rollouts):
-                    record = {**asked, **_record(rollout), "corrections": corrections.get((g, i))}
+                    seen = {"hint": rollout.hint} if self.config.nudge.hints else {}  # its place; null: none
+                    record = {**asked, **seen, **_record(rollout), "corrections": corrections.get((g, i))}
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

@@ -17,7 +17,8 @@ class Problem:
 
     `verifier` is `exact`, `math`, `code` or `path/to/file.py:function`; `answer` the text that exact and math compare
     with ("" where there is none); `fields` all else that the verifier reads, plain JSON: tests, policies, a row as it
-    stood in its file. `where` is what an error calls it: file and line. `weight`: how often an epoch has it."""
+    stood in its file. `where` is what an error calls it: file and line. `weight`: how often an epoch has it. `hints`:
+    how it may be solved; no verifier reads them."""
 
     id: str
     messages: tuple[Message, ...]
@@ -27,6 +28,7 @@ class Problem:
     verifier: str = "exact"
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
     weight: float = field(default=1.0, compare=False)
+    hints: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property
     def row(self) -> dict[str, Any]:
@@ -68,11 +70,13 @@ class Rollout:
     policy_version: int
     verdict: str = ""  # right, wrong, unparsable or timeout
     why: str = ""
+    hint: int | None = None  # which of the problem's hints `prompt_ids` has after the problem
 
 
 @dataclass
 class Group:
-    """G rollouts of one problem; fewer, where some could not be judged: `failures` has a line for each of those."""
+    """G rollouts of one problem; fewer, where some could not be judged: `failures` has a line for each of those.
+    `prompt_ids` are the problem's without a hint."""
 
     problem: Problem
     prompt_ids: list[int]

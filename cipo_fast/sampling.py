@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch.distributed as dist
 
 from cipo_fast.chat import Chat
+from cipo_fast.cipo.nudge import Hint
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config
 from cipo_fast.distributed import gather, share, together
@@ -30,24 +31,53 @@ def seed_for(seed: int, step: int, purpose: str, rank: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem and its prompt, as the policy sees it."""
+    """A problem and its prompt, as the policy sees it: alone, and with each of its hints after it, by their places."""
 
     problem: Problem
     token_ids: list[int]
+    hinted: Mapping[int, list[int]] = field(default_factory=dict)
 
 
-def encode_prompts(problems: Sequence[Problem], chat: Chat) -> list[Prompt]:
+def encode_prompts(problems: Sequence[Problem], chat: Chat, hints: bool = False) -> list[Prompt]:
     """Raises UserError, naming the first row and counting the others, where the template cannot take one."""
     prompts, errors = [], []
     for problem in problems:
+        where = problem.where or problem.id
         try:
-            prompts.append(Prompt(problem, chat.prompt(problem.messages, problem.where or problem.id)))
+            prompt = Prompt(problem, chat.prompt(problem.messages, where))
+            prompts.append(replace(prompt, hinted=_hinted(problem, chat, where)) if hints else prompt)
         except UserError as error:
             errors.append(str(error))
     if errors:
         more = len(errors) - 1
         raise UserError(errors[0] + (f" (and {more} more row{'s' * (more > 1)})" if more else ""))
     return prompts
+
+
+def _hinted(problem: Problem, chat: Chat, where: str) -> dict[int, list[int]]:
+    *before, last = problem.messages
+    return {
+        i: chat.prompt([*before, {**last, "content": f"{last['content']}\n\n{hint}"}], f"{where}: field 'hints[{i}]'")
+        for i, hint in enumerate(problem.hints)
+    }
+
+
+def fitting_hints(prompts: list[Prompt], config: Config, say: Say) -> list[Prompt]:
+    """Prompts with the hints that fit in `data.max_prompt_tokens`. Says how many problems have fewer than nudge.hints
+    of them, and so are sampled bare; none having as many is an error."""
+    limit, m = config.data.max_prompt_tokens, config.nudge.hints
+    if m == 0:
+        return prompts
+    found = [replace(p, hinted={i: ids for i, ids in p.hinted.items() if len(ids) <= limit}) for p in prompts]
+    bare = sum(len(p.hinted) < m for p in found)
+    if bare == len(found):
+        raise UserError(
+            f"nudge.hints={m}: no row of data.train has a field 'hints' with as many texts that fit in "
+            f"data.max_prompt_tokens={limit}"
+        )
+    if bare:
+        say(f"data.train: {bare} of {len(found)} problems have fewer than nudge.hints={m} hints: sampled without")
+    return found
 
 
 def fitting(prompts: list[Prompt], limit: int, what: str, say: Say) -> list[Prompt]:
@@ -97,7 +127,8 @@ def encode_dataset(dataset: Dataset, chat: Chat, config: Config, say: Say) -> tu
         (dataset.train, "data.train", ("rollout.max_tokens", config.rollout.max_tokens)),
         (dataset.held_out, "held-out problems", ("eval.max_tokens", config.eval.max_tokens)),
     ):
-        prompts = encode_prompts(problems, chat)
+        hints = config.nudge.hints > 0 and problems is dataset.train
+        prompts = encode_prompts(problems, chat, hints)
         found.append(prompts)
         if not prompts:  # an evaluation has no training problems
             continue
@@ -141,6 +172,21 @@ class Sampler:
         mine = share(prompts)
         found = self._judged([p.token_ids for p in mine], [p.problem for p in mine], n, sampling, step, purpose)
         groups = [Group(p.problem, p.token_ids, *judged) for p, judged in zip(mine, found, strict=True)]
+        return gather(groups, self.group)
+
+    def nudged(
+        self, prompts: Sequence[Prompt], hints: Sequence[list[Hint]], sampling: Sampling, step: int, purpose: str
+    ) -> list[Group]:
+        """`groups` whose rollout i was sampled with the hint hints[prompt][i] after the problem, or without one."""
+        mine = share(list(zip(prompts, hints, strict=True)))
+        asked = [(p, hint) for p, seen in mine for hint in seen]
+        contexts = [p.token_ids if hint is None else p.hinted[hint] for p, hint in asked]
+        found = self._judged(contexts, [p.problem for p, _ in asked], 1, sampling, step, purpose)
+        groups = [Group(p.problem, p.token_ids, []) for p, _ in mine]
+        owners = [group for group, (_, seen) in zip(groups, mine, strict=True) for _ in seen]
+        for group, (_, hint), (rollouts, failures) in zip(owners, asked, found, strict=True):
+            group.rollouts += [replace(rollout, hint=hint) for rollout in rollouts]
+            group.failures += failures
         return gather(groups, self.group)
 
     def correct(self, anchors: list[Anchor], n: int, sampling: Sampling, step: int, purpose: str) -> None:

@@ -32,7 +32,8 @@ from cipo_fast.audit.own import own_metrics
 from cipo_fast.chat import Chat, pinned_date
 from cipo_fast.checkpoint import CheckpointFailed, Checkpoints, Progress, export
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
-from cipo_fast.cipo.metrics import Metrics, batch_metrics, verdict_metrics
+from cipo_fast.cipo.metrics import Metrics, batch_metrics, nudge_metrics, verdict_metrics
+from cipo_fast.cipo.nudge import draw_hints
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, update_replay
 from cipo_fast.config import Config, cautions, parse_args
@@ -52,7 +53,7 @@ from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import EngineFailure, Sampling
 from cipo_fast.run_dir import check_writable, opened
-from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, prompts_of_step, seed_for
+from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, fitting_hints, prompts_of_step, seed_for
 from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import check_data, load_dataset
@@ -245,6 +246,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, T
         **batch_metrics(batch.groups, batch.anchors, batch.counts),
         **verdict_metrics(batch.groups, batch.anchors, len(batch.failures), run.sources),
         **own_metrics(batch.groups, batch.anchors),
+        **(nudge_metrics(batch.groups) if config.nudge.hints else {}),
         "rollout/prefix_hit_rate": run.sampler.take_prefix_hit_rate() if stop is None else None,
         "replay/rho": batch.rho,
         "replay/retention": batch.replay.retention,
@@ -308,7 +310,7 @@ def sample(run: Run, step: int, replay: ReplayState) -> Batch:
     config = run.config
     rng = np.random.default_rng(seed_for(config.seed, step, "anchors"))
     prompts = prompts_of_step(run.train, config, step)
-    asked = run.sampler.groups(prompts, config.rollout.samples_per_prompt, run.sampling, step, "rollout")
+    asked = rollouts(run, prompts, step)
     failures, groups = failures_of(asked), [group for group in asked if group.rollouts]
     answers = len(asked) * config.rollout.samples_per_prompt
     expected = config.anchors_per_step * config.samples_per_anchor if groups else 0
@@ -321,6 +323,16 @@ def sample(run: Run, step: int, replay: ReplayState) -> Batch:
     anchors = [anchor for anchor in chosen if anchor.corrections]
     kept = [r.reward for anchor in anchors if anchor.right for r in anchor.corrections]
     return Batch(groups, anchors, counts, replay.rho, update_replay(replay, kept, config.replay), failures)
+
+
+def rollouts(run: Run, prompts: list[Prompt], step: int) -> list[Group]:
+    """G judged rollouts of each prompt, some of them with a hint where `nudge.hints` asks for that."""
+    config, n = run.config, run.config.rollout.samples_per_prompt
+    if not config.nudge.hints:
+        return run.sampler.groups(prompts, n, run.sampling, step, "rollout")
+    rng = np.random.default_rng(seed_for(config.seed, step, "hints"))
+    hints = [draw_hints(list(prompt.hinted), n, config.nudge, rng) for prompt in prompts]
+    return run.sampler.nudged(prompts, hints, run.sampling, step, "rollout")
 
 
 # ----------------------------------------------------------------------------------------------- before and after
@@ -350,7 +362,7 @@ def build(
     open_engine.callback(engine.close)
     config = fit_to_engine(config, engine, view.say)
     limit = config.data.max_prompt_tokens
-    train_prompts = fitting(train_prompts, limit, "data.train", view.say)
+    train_prompts = fitting_hints(fitting(train_prompts, limit, "data.train", view.say), config, view.say)
     held_out = fitting(held_out, limit, "held-out problems", view.say)
     correct = CorrectionPrompts(chat, config.correction)
     view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")

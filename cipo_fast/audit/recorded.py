@@ -65,6 +65,7 @@ def _rollout(problem: Problem, record: dict[str, Any]) -> Rollout:
         bool(record.get("truncated")),
         int(record.get("policy_version") or 0),
         str(record.get("verdict") or ""),
+        hint=record.get("hint"),
     )
 
 

@@ -2,5 +2,5 @@
 
 anchors.py   which attempts are shown back          prompts.py   how they are shown
 replay.py    rho, the share of right anchors        advantages.py  rewards to advantages, risk shaping
-objective.py advantages to per-token loss weights
+objective.py advantages to per-token loss weights   nudge.py    rollouts with strategy hints (NudgeRL)
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -88,7 +88,8 @@ class _Pool:
         while queue and self.taken[g] < self.cap:
             index = queue.pop()
             rollout = self.groups[g].rollouts[index]
-            prompt = self.prompt_of(rollout)
+            # What is shown back is the problem as it is asked, without the hint of one attempt [ours].
+            prompt = self.prompt_of(replace(rollout, prompt_ids=self.groups[g].prompt_ids))
             if prompt is None:
                 self.dropped += 1
                 continue

@@ -62,14 +62,25 @@ def verdict_shares(answers: Sequence[Rollout]) -> Metrics:
     return {f"verify/{verdict}": _mean([float(r.verdict == verdict) for r in answers]) for verdict in VERDICTS}
 
 
+def nudge_metrics(groups: Sequence[Group]) -> Metrics:
+    """Share of the rollouts that saw a hint, and the accuracy of those and of the others: does a hint help?"""
+    rollouts = [r for group in groups for r in group.rollouts]
+    return {
+        "nudge/hinted": _mean([float(r.hint is not None) for r in rollouts]),
+        "nudge/hinted_accuracy": _mean([r.reward for r in rollouts if r.hint is not None]),
+        "nudge/bare_accuracy": _mean([r.reward for r in rollouts if r.hint is None]),
+    }
+
+
 def correction_gap(groups: list[Group], anchors: list[Anchor]) -> float | None:
     """Does showing a wrong attempt help more than trying afresh? Wrong-to-right rate minus the pass rate of the other
-    rollouts (leave one out) of the same anchors' prompts."""
+    rollouts (leave one out) of the same anchors' prompts, of those that saw no hint: a correction sees none [ours]."""
     gaps = []
     for anchor in anchors:
-        rewards = [r.reward for r in groups[anchor.group].rollouts]
-        if not anchor.right and anchor.corrections and len(rewards) > 1:
-            fresh = sum(rewards) / (len(rewards) - 1)  # the anchor's own reward is 0
+        rollouts = groups[anchor.group].rollouts
+        others = [r.reward for i, r in enumerate(rollouts) if i != anchor.index and r.hint is None]
+        if not anchor.right and anchor.corrections and others:
+            fresh = sum(others) / len(others)
             gaps.append(sum(r.reward for r in anchor.corrections) / len(anchor.corrections) - fresh)
     return _mean(gaps)
 

@@ -4,16 +4,20 @@
     RL(S) = 1/Z_S sum_{i in S} sum_t (clipped policy loss, kernels/fused_linear_cipo_loss.py)
     CE = -1/(sum_j |y_j|) sum_j sum_t log pi(y_jt | context), j over verified corrections of wrong anchors
 
-Z_S is the stream's own count over the global batch, never a micro-batch's.
+Z_S is the stream's own count over the global batch, never a micro-batch's. With hints L has one more term, and the
+rollouts other advantages: cipo/nudge.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cipo_fast.cipo.advantages import correction_advantages, group_advantages, rewards_of
+from cipo_fast.cipo.advantages import Array, correction_advantages, group_advantages, rewards_of
+from cipo_fast.cipo.nudge import Hint, nudge_advantages, prompt_segments
 from cipo_fast.config import Config
 from cipo_fast.records import Anchor, Conversation, Group, Rollout, Segment
+
+Prompts = list[dict[Hint, tuple[Segment, ...]]]  # of each group
 
 
 def conversations(groups: list[Group], anchors: list[Anchor], config: Config) -> list[Conversation]:
@@ -32,10 +36,10 @@ def left_out(groups: list[Group], anchors: list[Anchor], teaching: list[Conversa
     """The sampled answers that `teaching` does not hold after what they were sampled from, without weights: they are
     only measured. Cross-entropy alone leaves out most corrections, on the bare prompt all of them."""
     taught = {id(c.sampler_logps) for c in teaching}  # an answer's log-probs are a list of its own
-    prompts = [Segment(group.prompt_ids) for group in groups]
+    prompts = [prompt_segments(group) for group in groups]
     attempts = [[Segment(rollout.token_ids) for rollout in group.rollouts] for group in groups]
     answers: list[tuple[tuple[Segment, ...], Rollout, str]] = [
-        ((prompts[g], attempts[g][i]), rollout, "rollout")
+        (_sampled(rollout, prompts[g], attempts[g][i]), rollout, "rollout")
         for g, group in enumerate(groups)
         for i, rollout in enumerate(group.rollouts)
     ]
@@ -50,9 +54,11 @@ def left_out(groups: list[Group], anchors: list[Anchor], teaching: list[Conversa
 
 
 def _all_conversations(groups: list[Group], anchors: list[Anchor], config: Config) -> list[Conversation]:
-    prompts = [Segment(group.prompt_ids) for group in groups]
+    prompts = [prompt_segments(group) for group in groups]
     attempts = [[Segment(rollout.token_ids) for rollout in group.rollouts] for group in groups]
     rollouts = _rollout_stream(groups, prompts, attempts, config)
+    if config.nudge.hints and config.nudge.distill:
+        _add_distillation(rollouts, groups, prompts, attempts, config.nudge.distill)
     if config.correction.lambda_corr == 0 or not anchors:
         return rollouts
     contexts = [_context(anchor, prompts, attempts) for anchor in anchors]
@@ -66,18 +72,52 @@ def _all_conversations(groups: list[Group], anchors: list[Anchor], config: Confi
 
 
 def _rollout_stream(
-    groups: list[Group], prompts: list[Segment], attempts: list[list[Segment]], config: Config
+    groups: list[Group], prompts: Prompts, attempts: list[list[Segment]], config: Config
 ) -> list[Conversation]:
-    rewards = [rewards_of(group.rollouts) for group in groups]
-    advantages = group_advantages(rewards, scale=config.loss.scale_advantages, eps=config.loss.advantage_eps)
+    advantages = _rollout_advantages(groups, config)
     weights = _rl_weights([r for group in groups for r in group.rollouts], config)
     return [
         Conversation(
-            (prompts[g], attempts[g][i]), rollout.sampler_logps, "rollout", advantages[g][i], next(weights), 0.0
+            _sampled(rollout, prompts[g], attempts[g][i]),
+            rollout.sampler_logps,
+            "rollout",
+            advantages[g][i],
+            next(weights),
+            0.0,
         )
         for g, group in enumerate(groups)
         for i, rollout in enumerate(group.rollouts)
     ]
+
+
+def _rollout_advantages(groups: list[Group], config: Config) -> list[Array]:
+    rewards = [rewards_of(group.rollouts) for group in groups]
+    scale, eps = config.loss.scale_advantages, config.loss.advantage_eps
+    if not config.nudge.hints:
+        return group_advantages(rewards, scale=scale, eps=eps)
+    return [
+        nudge_advantages(r, [o.hint for o in group.rollouts], between=config.nudge.between, scale=scale, eps=eps)
+        for r, group in zip(rewards, groups, strict=True)
+    ]
+
+
+def _add_distillation(
+    rollouts: list[Conversation],
+    groups: list[Group],
+    prompts: Prompts,
+    attempts: list[list[Segment]],
+    distill: float,
+) -> None:
+    """L_d: give every rollout its ce_weight, distill * A / (|y| * R), on the bare prompt. A bare rollout is that
+    conversation already, a hinted one gets another, whose attempt is the segment that corrections follow."""
+    answers = [(g, i, rollout) for g, group in enumerate(groups) for i, rollout in enumerate(group.rollouts)]
+    for n, (g, i, rollout) in enumerate(answers):
+        weight = distill * float(rollouts[n].advantage) / (len(rollout.token_ids) * len(answers))
+        if rollout.hint is None:
+            rollouts[n].ce_weight += weight
+        else:  # its log-probs were sampled with the hint, so they say nothing about the bare prompt
+            segments = (*prompts[g][None], attempts[g][i])
+            rollouts.append(Conversation(segments, None, "rollout", 0.0, 0.0, weight))
 
 
 def _correction_stream(
@@ -111,7 +151,7 @@ def _add_cross_entropy(
     corrections: list[Conversation],
     anchors: list[Anchor],
     contexts: list[tuple[Segment, ...]],
-    prompts: list[Segment],
+    prompts: Prompts,
     config: Config,
 ) -> None:
     """Give verified corrections of wrong anchors their ce_weight: on the RL conversation where there is one with the
@@ -129,7 +169,7 @@ def _add_cross_entropy(
             corrections[index[a, j]].ce_weight = weight
             continue
         correction = anchors[a].corrections[j]
-        context = contexts[a] if c.context == "anchor" else (prompts[anchors[a].group],)
+        context = contexts[a] if c.context == "anchor" else prompts[anchors[a].group][None]
         segments = (*context, Segment(correction.token_ids))
         # Its log-probs were sampled after the anchor, so they say nothing about a bare prompt.
         logps = correction.sampler_logps if c.context == "anchor" else None
@@ -143,10 +183,16 @@ def verified_corrections(anchor: Anchor, at_most: int) -> list[int]:
     return [j for j, r in enumerate(anchor.corrections) if r.reward > 0 and not r.truncated][:at_most]
 
 
-def _context(anchor: Anchor, prompts: list[Segment], attempts: list[list[Segment]]) -> tuple[Segment, ...]:
+def _sampled(rollout: Rollout, prompts: dict[Hint, tuple[Segment, ...]], attempt: Segment) -> tuple[Segment, ...]:
+    """What a rollout was sampled from, and its tokens there. `attempt` are its tokens after the bare prompt, where
+    corrections follow; after a hint they are a segment of their own, because there they are other activations."""
+    return (*prompts[rollout.hint], attempt if rollout.hint is None else Segment(rollout.token_ids))
+
+
+def _context(anchor: Anchor, prompts: Prompts, attempts: list[list[Segment]]) -> tuple[Segment, ...]:
     if anchor.glue_ids is None:
         return (Segment(anchor.prompt_ids),)
-    return (prompts[anchor.group], attempts[anchor.group][anchor.index], Segment(anchor.glue_ids))
+    return (*prompts[anchor.group][None], attempts[anchor.group][anchor.index], Segment(anchor.glue_ids))
 
 
 def _check_identity(anchors: list[Anchor], contexts: list[tuple[Segment, ...]]) -> None:

@@ -121,12 +121,13 @@ class NudgeConfig(Section):
     """Rollouts with strategy hints, alone or beside corrections [NudgeRL, arXiv 2605.15726]."""
 
     hints: NonNegative = 0
-    """M: hints of a problem's `hints` field that its rollouts are shared among; 0 is off."""
+    """M: texts of a row's `hints` that a problem's G rollouts are shared among, each shown after the problem; 0 is off.
+    G is a multiple of it; a problem with fewer is sampled without."""
     choose: Literal["first", "random"] = "first"
-    """Which M of a problem's hints."""
+    """Which M of a problem's hints: the first, or any, by the seed and the step."""
     dropout: Share = 0.5
     """Chance of each hinted rollout to be sampled from the bare prompt instead."""
     between: Weight = 1.1
     """Weight of a hint's mean reward over the problem's, in the advantage of its rollouts."""
     distill: Weight = 0.1
-    """Weight of the advantage-weighted cross-entropy of all of them on the bare prompt."""
+    """Weight of the advantage-weighted cross-entropy of all rollouts on the bare prompt."""

@@ -99,6 +99,11 @@ def _check(config: Config) -> None:
         )
     if config.train.updates_per_step > config.rollout.prompts_per_step:
         raise UserError("train.updates_per_step is above rollout.prompts_per_step: an update needs a prompt at least")
+    if config.nudge.hints and config.rollout.samples_per_prompt % config.nudge.hints:
+        raise UserError(
+            f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} is no multiple of nudge.hints="
+            f"{config.nudge.hints}: every hint gets as many rollouts"
+        )
     if config.correction.lambda_corr > 0 and config.anchors_per_step == 0:
         raise UserError(
             "correction.anchors_per_prompt gives no anchor a step: raise it, or set correction.lambda_corr=0"

@@ -119,6 +119,14 @@ def list_field(record: Record, where: str, name: str) -> list[Any]:
     return value
 
 
+def hints_field(record: Record, where: str) -> tuple[str, ...]:
+    """The texts of field `hints`, which a row of any form may have."""
+    value = record.get("hints")
+    if value is not None and not isinstance(value, list):
+        raise UserError(f"{where}: field 'hints' is not a list of texts")
+    return tuple(as_text(hint, where, f"hints[{i}]") for i, hint in enumerate(value or ()))
+
+
 def plain(value: Any, where: str, name: str) -> Any:
     """`value` with its numbers as int and float, as a verifier takes it."""
     if isinstance(value, Number):

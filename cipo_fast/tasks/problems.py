@@ -11,7 +11,7 @@ from cipo_fast.config import DataConfig
 from cipo_fast.config.settings import FUNCTION
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem
-from cipo_fast.tasks.fields import Draft, Number, Record, Unusable, number_text
+from cipo_fast.tasks.fields import Draft, Number, Record, Unusable, hints_field, number_text
 from cipo_fast.tasks.formats import instructed, read_row, recognised
 from cipo_fast.tasks.sources import Role, Source, name_of, read_source, stem
 
@@ -81,7 +81,7 @@ class _Reader:
         if draft.once and self._again(draft):
             self.repeated += 1
             return
-        self.problems.append(self._problem(draft, number, where))
+        self.problems.append(replace(self._problem(draft, number, where), hints=hints_field(record, where)))
 
     def _format(self, record: Record) -> str:
         """As the settings say or the row shows; a row that shows nothing has the form of those before it."""
