@@ -147,7 +147,7 @@ def test_lengths_are_what_a_run_would_say_for_every_engine(engine: str, tmp_path
 
 
 def test_a_start_and_a_rho_that_cannot_be_measured_are_said() -> None:
-    start, held = "first 20 steps learn from verified corrections, without RL", "rho stays at replay.rho_min"
+    start, held = "first 20 steps learn from verified corrections alone, without RL", "rho stays at replay.rho_min"
     plain = planner.dry_run([], embedded_config)
     assert start not in plain
     assert held not in plain
