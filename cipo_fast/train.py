@@ -34,8 +34,9 @@ from cipo_fast.checkpoint import CheckpointFailed, Checkpoints, Progress, export
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics, nudge_metrics, verdict_metrics
 from cipo_fast.cipo.nudge import draw_hints
+from cipo_fast.cipo.objective import lambda_corr_at, right_weight
 from cipo_fast.cipo.prompts import CorrectionPrompts
-from cipo_fast.cipo.replay import ReplayState, update_replay
+from cipo_fast.cipo.replay import ReplayState, retention_target, retry_rate, update_replay
 from cipo_fast.config import Config, cautions, parse_args
 from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first
 from cipo_fast.embedded.model import embedded_config
@@ -248,8 +249,12 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, T
         **own_metrics(batch.groups, batch.anchors),
         **(nudge_metrics(batch.groups) if config.nudge.hints else {}),
         "rollout/prefix_hit_rate": run.sampler.take_prefix_hit_rate() if stop is None else None,
+        "correction/lambda_corr": lambda_corr_at(step, config.correction),
+        "correction/right_weight": right_weight(batch.anchors, config),
         "replay/rho": batch.rho,
         "replay/retention": batch.replay.retention,
+        "replay/attainable": batch.replay.attainable,
+        "replay/target": retention_target(batch.replay, config.replay),
         **update_metrics(updates),
         **tokens,
         **sync,
@@ -322,7 +327,8 @@ def sample(run: Run, step: int, replay: ReplayState) -> Batch:
     refuse_failures(failures, answers, config.verify.max_failed)
     anchors = [anchor for anchor in chosen if anchor.corrections]
     kept = [r.reward for anchor in anchors if anchor.right for r in anchor.corrections]
-    return Batch(groups, anchors, counts, replay.rho, update_replay(replay, kept, config.replay), failures)
+    state = update_replay(replay, kept, retry_rate(groups, anchors), config.replay)
+    return Batch(groups, anchors, counts, replay.rho, state, failures)
 
 
 def rollouts(run: Run, prompts: list[Prompt], step: int) -> list[Group]:

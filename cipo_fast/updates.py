@@ -32,7 +32,7 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
     forwarded = rows = 0
     for part in range(n):
         members = [replace(a, group=a.group // n) for a in anchors if a.group % n == part]
-        batch = conversations(groups[part::n], members, run.config)
+        batch = conversations(groups[part::n], members, run.config, step)
         rest = left_out(groups[part::n], members, batch) if measured else []
         packs, tokens = make_packs(batch, run)
         batches.append(packs)

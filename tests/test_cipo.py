@@ -11,12 +11,10 @@ from cipo_fast.cipo.anchors import order_prompts, select_anchors
 from cipo_fast.cipo.metrics import batch_metrics, correction_gap, verdict_metrics
 from cipo_fast.cipo.objective import conversations, verified_corrections
 from cipo_fast.cipo.prompts import CorrectionPrompts
-from cipo_fast.cipo.replay import ReplayState, update_replay
-from cipo_fast.config import Config, CorrectionConfig, DataConfig, ReplayConfig, load_config
+from cipo_fast.config import Config, CorrectionConfig, DataConfig, load_config
 from cipo_fast.embedded.model import embedded_tokenizer
 from cipo_fast.records import Anchor, Group, Problem, Rollout
 
-F2F = ReplayConfig(ema_decay=0.0, n_min=1)
 TOKENIZER = embedded_tokenizer()
 CHAT = Chat(TOKENIZER, DataConfig())
 
@@ -40,39 +38,6 @@ def group(rewards: list[float], i: int = 0) -> Group:
 
 def fits(r: Rollout) -> tuple[list[int], list[int]]:
     return r.prompt_ids, [1, 2, 3]
-
-
-# ---------------------------------------------------------------------------------------------------------- replay
-
-
-@pytest.mark.parametrize(
-    ("retention", "expected"),
-    [
-        (0.95, [0.264, 0.232, 0.204, 0.2]),
-        (0.70, [0.339, 0.400, 0.492, 0.605, 0.744, 0.8]),
-    ],
-)
-def test_rho_sequences(retention: float, expected: list[float]) -> None:
-    kept = [1.0] * round(100 * retention) + [0.0] * round(100 * (1 - retention))
-    state, found = ReplayState(0.3), []
-    for _ in expected:
-        state = update_replay(state, kept, F2F)
-        found.append(state.rho)
-    assert found == pytest.approx(expected, abs=1e-3)
-
-
-def test_rho_holds_below_n_min_and_when_fixed() -> None:
-    state = ReplayState(0.3, 0.9, 1)
-    assert update_replay(state, [0.0] * 15, ReplayConfig()) == state
-    assert update_replay(state, [0.0] * 16, ReplayConfig()) != state
-    assert update_replay(state, [0.0] * 99, ReplayConfig(adaptive=False)) == state
-
-
-def test_retention_is_smoothed_and_a_drop_raises_rho() -> None:
-    state = update_replay(ReplayState(0.3, 1.0), [0.0] * 16, ReplayConfig(ema_decay=0.7))
-    assert state.retention == pytest.approx(0.7)
-    # f1 = 0.8 - 0.7, f2 = 1.0 - 0.7, f3 = 1
-    assert state.rho == pytest.approx(0.3 * (1 + 0.8 * 0.1 + 0.3 * 0.3 + 0.05))
 
 
 # ------------------------------------------------------------------------------------------------------ advantages
@@ -305,7 +270,7 @@ def batch(config: Config) -> tuple[list[Group], list[Anchor]]:
 
 def test_each_stream_is_normalised_by_its_own_count() -> None:
     config = load_config([], ["correction.lambda_corr=0.5"])
-    found = conversations(*batch(config), config)
+    found = conversations(*batch(config), config, 1)
     for stream, weight in [("rollout", 1.0), ("correction", 0.5)]:
         members = [c for c in found if c.stream == stream]
         assert sum(c.rl_weight * len(c.segments[-1].token_ids) for c in members) == pytest.approx(weight)
@@ -314,13 +279,13 @@ def test_each_stream_is_normalised_by_its_own_count() -> None:
 
 def test_normalize_by_sequences() -> None:
     config = load_config([], ["loss.normalize=sequences"])
-    members = [c for c in conversations(*batch(config), config) if c.stream == "rollout"]
+    members = [c for c in conversations(*batch(config), config, 1) if c.stream == "rollout"]
     assert [c.rl_weight * len(c.segments[-1].token_ids) for c in members] == pytest.approx([1 / 8] * 8)
 
 
 def test_corrections_share_the_segments_of_their_attempt() -> None:
     config = load_config([], [])
-    found = conversations(*batch(config), config)
+    found = conversations(*batch(config), config, 1)
     attempt = next(
         c
         for c in found
@@ -337,12 +302,12 @@ def test_a_correction_sampled_from_another_prompt_is_refused() -> None:
     groups, anchors = batch(config)
     anchors[0].corrections[1].prompt_ids = anchors[0].corrections[1].prompt_ids[:-1]
     with pytest.raises(RuntimeError, match="p0 was sampled from another prompt"):
-        conversations(groups, anchors, config)
+        conversations(groups, anchors, config, 1)
 
 
 def test_lambda_corr_0_is_grpo() -> None:
     config = load_config([], ["correction.lambda_corr=0"])
-    assert {c.stream for c in conversations(*batch(config), config)} == {"rollout"}
+    assert {c.stream for c in conversations(*batch(config), config, 1)} == {"rollout"}
     assert config.anchors_per_step == 0
 
 
@@ -351,7 +316,7 @@ def test_lambda_corr_0_is_grpo() -> None:
 def test_cross_entropy_weights(loss: str, context: str) -> None:
     config = load_config([], [f"correction.loss={loss}", f"correction.context={context}", "correction.lambda_corr=2"])
     groups, anchors = batch(config)
-    found = [c for c in conversations(groups, anchors, config) if c.ce_weight]
+    found = [c for c in conversations(groups, anchors, config, 1) if c.ce_weight]
     assert len(found) == 2  # verified corrections of wrong anchors, at most 2 an anchor
     total = sum(c.ce_weight * len(c.segments[-1].token_ids) for c in found)
     assert total == pytest.approx(2 * (0.1 if loss == "both" else 1.0))
@@ -395,7 +360,7 @@ def ragged(config: Config) -> tuple[list[Group], list[Anchor]]:
 def test_what_could_not_be_judged_weighs_nothing(normalize: str) -> None:
     config = load_config([], [f"loss.normalize={normalize}", "correction.loss=both", "loss.beta=0.1"])
     groups, anchors = ragged(config)
-    found = conversations(groups, anchors, config)
+    found = conversations(groups, anchors, config, 1)
     rollouts = [c for c in found if c.stream == "rollout"]
     assert len(rollouts) == 3 + 3 + 1
     assert len(found) - len(rollouts) == 1 + 3
@@ -427,7 +392,7 @@ def test_no_other_reward_than_0_and_1_gets_into_the_algorithm(reward: float) -> 
     groups, anchors = batch(config)
     groups[1].rollouts[1].reward = reward
     for enters in (
-        lambda: conversations(groups, anchors, config),
+        lambda: conversations(groups, anchors, config, 1),
         lambda: select_anchors(groups, 4, 0.5, CorrectionConfig(), fits, rng()),
         lambda: batch_metrics(groups, anchors, None),
     ):
@@ -436,7 +401,7 @@ def test_no_other_reward_than_0_and_1_gets_into_the_algorithm(reward: float) -> 
     groups, anchors = batch(config)
     anchors[1].corrections[0].reward = reward
     with pytest.raises(RuntimeError, match="only 0 and 1 exist"):
-        conversations(groups, anchors, config)
+        conversations(groups, anchors, config, 1)
 
 
 def test_verdicts_and_sources_are_counted() -> None:

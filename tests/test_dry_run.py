@@ -146,6 +146,19 @@ def test_lengths_are_what_a_run_would_say_for_every_engine(engine: str, tmp_path
     assert "sliding" not in printed(sliding_window=16384, **window).split("# ", 1)[1]
 
 
+def test_a_start_and_a_rho_that_cannot_be_measured_are_said() -> None:
+    start, held = "first 20 steps learn from verified corrections alone, without RL", "rho stays at replay.rho_min"
+    plain = planner.dry_run([], embedded_config)
+    assert start not in plain
+    assert held not in plain
+    assert start in planner.dry_run(["correction_start.yaml"], embedded_config)
+    assert held not in planner.dry_run(["attainable.yaml"], embedded_config)
+    low = planner.dry_run(["attainable.yaml", "replay.rho_min=0.04"], embedded_config)
+    assert f"{held} once it is there: 8 corrections of right anchors a step are below replay.n_min=16" in low
+    for off in ("replay.adaptive=false", "correction.lambda_corr=0"):
+        assert held not in planner.dry_run(["attainable.yaml", "replay.rho_min=0.04", off], embedded_config)
+
+
 def test_more_ranks_where_no_setting_helps(tmp_path: Path) -> None:
     seed = folder_of(SEED_CODER_8B, tmp_path)
     printed = dry_run(["seed_coder_8b_code.yaml", seed, "--world", "1", "--device-memory", "80", "--dry-run"])

@@ -145,6 +145,7 @@ def context_of(anchor: Anchor) -> list[int]:
 def correction_rows(anchors: list[Anchor], c: Config) -> list[Row]:
     """raw_std: a wrong correction of a right attempt costs lambda_risk; divided by the spread of the bare rewards."""
     rows = []
+    weights = [0.0, 0.0]  # loss weight of wrong and of right anchors: a token's is the same in all of them
     for anchor in anchors:
         rewards = torch.tensor([r.reward for r in anchor.corrections], dtype=torch.float64)
         risk = c.correction.lambda_risk if anchor.rollout.reward == 1 else 0.0
@@ -152,7 +153,30 @@ def correction_rows(anchors: list[Anchor], c: Config) -> list[Row]:
         advantages = (shaped - shaped.mean()) / spread(rewards, c)
         for r, advantage in zip(anchor.corrections, advantages.tolist(), strict=True):
             rows.append(Row(context_of(anchor), r.token_ids, r.sampler_logps, advantage))
+            weights[int(anchor.rollout.reward)] += abs(advantage) * len(r.token_ids)
+    share = c.replay.right_weight_max
+    if weights[1] > share * sum(weights):  # right anchors are scaled down to that share
+        n = 0
+        for anchor in anchors:
+            for row in rows[n : (n := n + len(anchor.corrections))]:
+                row.advantage *= share / (1 - share) * weights[0] / weights[1] if anchor.rollout.reward else 1.0
     return rows
+
+
+def start_loss(model: PreTrainedModel, anchors: list[Anchor], c: Config) -> Tensor:
+    """Half the mean over tokens of corrected answers, half of kept ones; corrected ones alone where none was kept."""
+    means = []
+    for reward in (0, 1):
+        rows = [
+            Row(context_of(anchor), r.token_ids, r.sampler_logps, 0.0)
+            for anchor in anchors
+            if anchor.rollout.reward == reward
+            for r in [r for r in anchor.corrections if r.reward and not r.truncated][: c.correction.max_ce_per_anchor]
+        ]
+        if rows:
+            logp, _, mask = log_probs(model, rows, c.rollout.temperature)
+            means.append(-(logp * mask).sum() / mask.sum())
+    return torch.stack(means).mean()
 
 
 def cross_entropy(model: PreTrainedModel, anchors: list[Anchor], c: Config) -> Tensor:
@@ -182,9 +206,16 @@ class Reference:
         n, found = self.config.train.updates_per_step, []
         for update in range(n):  # each update has every n-th prompt, and its anchors
             own = [a for a in anchors if a.group % n == update]
+            if self.config.correction.start_steps:  # the step is the first
+                self.model.load_state_dict(weights[update], strict=False)
+                self.model.zero_grad()
+                start_loss(self.model, own, self.config).backward()
+                found.append({name: p.grad.clone() for name, p in self.model.named_parameters()})
+                continue
             streams = [(1.0, rollout_rows(groups[update::n], self.config))]
+            lambda_corr = self.config.correction.lambda_corr / max(1, self.config.correction.warmup_steps)
             if own and self.config.correction.loss != "ce":
-                streams.append((self.config.correction.lambda_corr, correction_rows(own, self.config)))
+                streams.append((lambda_corr, correction_rows(own, self.config)))
             olds = [self._fixed(self.model, weights[0], rows) for _, rows in streams]
             refs = [self._fixed(self.frozen, None, rows) for _, rows in streams]
             self.model.load_state_dict(weights[update], strict=False)
@@ -194,7 +225,7 @@ class Reference:
                 (factor * rl(self.model, rows, self.config, old if n > 1 else None, ref, self.seen)).backward()
             if own and self.config.correction.loss != "rl":
                 factor = self.config.correction.mu if self.config.correction.loss == "both" else 1.0
-                factor *= self.config.correction.lambda_corr
+                factor *= lambda_corr
                 (factor * cross_entropy(self.model, own, self.config)).backward()
             found.append({name: p.grad.clone() for name, p in self.model.named_parameters()})
         return found
@@ -362,6 +393,8 @@ def test_n_step(mesh, cap: float) -> None:
         [], ["train.updates_per_step=2"], ["loss.normalize=sequences", "rollout.temperature=0.7"],
         ["loss.scale_advantages=false"], ["correction.loss=both"], ["correction.loss=ce"],
         ["correction.loss=both", "correction.context=bare", "train.updates_per_step=2"],
+        ["replay.right_weight_max=0.3"], ["replay.right_weight_max=0.2", "train.updates_per_step=2"],
+        ["correction.warmup_steps=4", "correction.loss=both"], ["correction.start_steps=1"],
     ],
     ids=" ".join,
 )  # fmt: skip

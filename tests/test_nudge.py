@@ -237,7 +237,7 @@ def test_the_problem_is_shared_and_a_hinted_attempt_has_two_places() -> None:
     assert [t for s in prompts[1] for t in s.token_ids] == groups[0].rollouts[4].prompt_ids
     assert [len(s) for s in prompt_segments(groups[3]).values()] == [1]
 
-    found = conversations(groups, anchors, config)
+    found = conversations(groups, anchors, config, 1)
     trees = build_trees(found)
     assert len(trees) == 4  # one of each problem
     assert sum(tree.num_tokens for tree in trees) < row_tokens(found)
@@ -258,7 +258,7 @@ def test_without_hints_the_conversations_are_grpos() -> None:
     """Bare rollouts alone, and no distillation: the segments of a run without hints."""
     config = load_config([], [])
     groups, _ = batch(config)
-    found = conversations(groups[3:], [], config)
+    found = conversations(groups[3:], [], config, 1)
     assert all(len(c.segments) == 2 and c.ce_weight == 0 for c in found)
 
 

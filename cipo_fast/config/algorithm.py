@@ -47,10 +47,11 @@ class CorrectionConfig(Section):
     )
     """The user turn after the attempt; in layout=quoted it follows the quotation [ours]."""
     warmup_steps: NonNegative = 0
-    """lambda_corr rises linearly from 0 over so many steps [ours]."""
+    """lambda_corr rises linearly over so many steps, those after start_steps, to its full value in the last [ours]."""
     start_steps: NonNegative = 0
     """So many first steps learn by cross-entropy on the policy's own verified corrections alone, before any RL: a
-    supervised correction start by rejection sampling [ours]."""
+    supervised correction start by rejection sampling [ours]. Of right attempts those that stayed right are learned too,
+    with as much weight as all of the others."""
     max_prompt_tokens: Positive = 8192
     """An anchor whose correction prompt is longer is dropped and counted, never cut [ours]."""
 
@@ -63,26 +64,28 @@ class ReplayConfig(Section):
     rho0: Share = 0.3
     """rho at the start [f2f]."""
     rho_min: Share = 0.2
-    """Smallest rho [f2f]."""
+    """Smallest rho [f2f]. Where so few anchors give less than n_min corrections, a rho that came down to it stays."""
     rho_max: Share = 0.8
     """Largest rho [f2f]."""
     rule: Literal["literal", "attainable"] = "literal"
     """How rho follows retention: [f2f], or two-sided and against what a fresh retry attains [ours]; cipo/replay.py."""
     tau: Share = 0.8
-    """Retention aimed at [f2f]; with rule=attainable the share aimed at of what lies between a retry and certainty."""
+    """rule=literal: retention aimed at [f2f]."""
+    tau_beyond: Share = 0.2
+    """rule=attainable: retention aimed at, as the share of the way from what a fresh retry attains to 1 [ours]."""
     w1: Weight = 0.8
-    """Weight of tau - retention [f2f]."""
+    """Weight of the retention aimed at less retention [f2f]."""
     w2: Weight = 0.3
-    """Weight of the drop in retention since the last step [f2f]."""
+    """rule=literal: weight of the drop in retention since the last step [f2f]."""
     w3: Weight = 0.05
-    """Weight of the steps in a row below tau, counted to 3 [f2f]."""
+    """rule=literal: weight of the steps in a row below tau, counted to 3 [f2f]."""
     n_min: Positive = 16
     """Fewest corrections of right anchors that move rho [ours]; 1 is the f2f form."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.7
-    """Smoothing of retention [ours]; 0 is the f2f form."""
+    """Smoothing of retention and of what is attainable [ours]; 0 is the f2f form."""
     right_weight_max: Share = 1.0
-    """Largest share of right anchors' corrections in the correction stream's loss weight, sum of |advantage| times
-    tokens; above it they are scaled down. 1 is no bound [ours]."""
+    """Largest share of right anchors in the loss weight of an update's corrections, the sum of |advantage| times weight
+    over their tokens; above it their advantages are scaled down. 1 is no bound [ours]."""
 
 
 class LossConfig(Section):

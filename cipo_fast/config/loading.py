@@ -108,6 +108,10 @@ def _check(config: Config) -> None:
         raise UserError(
             "correction.anchors_per_prompt gives no anchor a step: raise it, or set correction.lambda_corr=0"
         )
+    if c.start_steps and c.lambda_corr == 0:
+        raise UserError(
+            f"correction.start_steps={c.start_steps} learns from corrections, and correction.lambda_corr=0 samples none"
+        )
     longest = (
         max(config.data.max_prompt_tokens, c.max_prompt_tokens if c.lambda_corr > 0 else 0) + config.rollout.max_tokens
     )
