@@ -77,7 +77,7 @@ def compare(a: Path, b: Path) -> Paired:
     """The paired comparison of two evaluations' folders, written into the second as compared-with-A.json and .md.
     Raises UserError, OSError."""
     found = paired(read_records(a), read_records(b))
-    name = f"compared-with-{a.resolve().parents[1].name}-{a.resolve().name}"
+    name = f"compared-with-{a.resolve().parent.parent.name}-{a.resolve().name}"
     _write(b / f"{name}.json", json.dumps({"a": str(a), "b": str(b), **asdict(found)}, indent=1))
     rows = [
         (label, number(d.a), number(d.b), number(d.value, "+.3f"), interval(d))
