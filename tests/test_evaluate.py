@@ -40,6 +40,12 @@ def values(folder: Path) -> dict[str, float | None]:
     return {name: figure["value"] for name, figure in results(folder)["figures"].items()}
 
 
+def samples(folder: Path) -> list[dict]:
+    """All that was answered, less the time it took."""
+    found = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+
+
 def rows(run: Path) -> dict[int, dict[str, float | None]]:
     found = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     return {row.pop("step"): {key.removeprefix("eval/"): value for key, value in row.items()} for row in found}
@@ -61,11 +67,13 @@ def test_the_command_gives_the_runs_own_figures(finished: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     for label in ("accuracy, greedy", "pass@2", "pass^2", "maj@2", "accuracy after a check"):
         assert label in printed
-    assert values(finished / "evaluations" / "model-n2") == rows(finished)[2]
+    own = {step: samples(finished / "evaluations" / f"step-{step:05d}") for step in (1, 2)}
+    assert own[1] != own[2]
+    assert samples(finished / "evaluations" / "model-n2") == own[2]
     for step in (1, 2):
         assert main([str(finished), "--checkpoint", str(step), *SAME]) == 0
+        assert samples(finished / "evaluations" / f"step-{step:05d}-n2") == own[step]
         assert values(finished / "evaluations" / f"step-{step:05d}-n2") == rows(finished)[step]
-    assert rows(finished)[1] != rows(finished)[2]
     assert results(finished / "evaluations" / "step-00001-n2")["settings"]["n"] == 2
 
 
