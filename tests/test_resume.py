@@ -406,11 +406,14 @@ def test_going_on_forgets_what_came_after(unfinished: Path) -> None:
     write(unfinished / "metrics.jsonl", "\n".join([*rows[:6], "\0\0\0", rows[6]]) + "\n" + '{"step": 8, "se')
     write(unfinished / "rollouts" / "step-00005.jsonl", "")
     write(unfinished / "rollouts" / "step-00006.jsonl", "")
+    for name in ("step-00005", "step-00006", "step-00010-n64", "model-n64"):
+        write(unfinished / "evaluations" / name / "samples.jsonl", "")
     write(unfinished / "summary.json", "{}")
     config = config_of(unfinished)
     life.enter(config, Opened(True, {}), 5)
     assert (unfinished / "metrics.jsonl").read_text() == "\n".join(rows[:5]) + "\n"
     assert [p.name for p in (unfinished / "rollouts").iterdir()] == ["step-00005.jsonl"]
+    assert {p.name for p in (unfinished / "evaluations").iterdir()} == {"step-00005", "model-n64"}
     assert not (unfinished / "summary.json").exists()
     assert (unfinished / "summary-until-step-5.json").exists()
     assert not list(unfinished.glob("config-from*"))  # nothing has changed

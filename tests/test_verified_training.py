@@ -78,9 +78,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_users_function_trains_the_run_that_exact_match_trains(
-    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_users_function_trains_the_run_that_exact_match_trains(tmp_path: Path, model: Path) -> None:
     """Bit for bit, where both say the same: judging beside generation changes nothing."""
     assert main(settings(model, tmp_path / "exact")) == 0
     assert main(settings(model, tmp_path / "user", verifier(tmp_path))) == 0
@@ -91,9 +89,8 @@ def test_a_users_function_trains_the_run_that_exact_match_trains(
     assert shares == pytest.approx([1.0] * len(user))
     before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("exact", "user"))
     assert before["after"]["t1"] == after["after"]["t1"]
-    assert "wrong" in after["after"]
-    assert "wrong" not in before["after"]
-    assert "judged wrong, T=1" in capsys.readouterr().out
+    without = {key: value for key, value in before["after"].items() if not key.startswith("maj_at_")}
+    assert after["after"] == without != before["after"]  # a function of one's own knows no equal answers
     for record in rollouts(tmp_path / "user"):
         assert record["row"]["verifier"] == verifier(tmp_path).removeprefix("data.verifier=")
         assert record["row"]["prompt"] == record["prompt"]
@@ -143,9 +140,10 @@ def test_a_verifier_that_always_raises_ends_before_training(
     always = verifier(tmp_path, "raise KeyError('tests')")
     assert main(settings(model, tmp_path / "run", always)) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "16 of 16 answers could not be judged" in line
+    assert "48 of 48 answers could not be judged" in line
     assert "KeyError at sums.py:4: 'tests'" in line
-    assert evaluate_main(settings(model, tmp_path / "evaluated", always)) == 1
+    tasks = ["--tasks", str(model / "held_out.jsonl"), "--n", "2", "--checks", "1", "--out", str(tmp_path / "out")]
+    assert evaluate_main([str(model), *tasks, "eval.max_tokens=6", "correction.followup=check", always]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == line
 
 
