@@ -14,7 +14,16 @@ from cipo_fast.config.algorithm import CorrectionConfig, LossConfig, NudgeConfig
 from cipo_fast.config.config import Config
 from cipo_fast.config.data import DataConfig
 from cipo_fast.config.job import EmbeddedModel, ModelConfig, OptimConfig
-from cipo_fast.config.loading import HUB_NAME, OVERRIDE, configs_dir, known_keys, load_config, parse_args, read_config
+from cipo_fast.config.loading import (
+    HUB_NAME,
+    OVERRIDE,
+    configs_dir,
+    known_keys,
+    load_config,
+    parse_args,
+    read_as,
+    read_config,
+)
 from cipo_fast.config.rollout import RolloutConfig
 from cipo_fast.config.verify import SandboxConfig, VerifyConfig
 
@@ -22,5 +31,5 @@ __all__ = [
     "HUB_NAME", "OVERRIDE", "Config", "CorrectionConfig", "DataConfig", "EmbeddedModel", "LossConfig", "ModelConfig",
     "NudgeConfig",
     "OptimConfig", "ReplayConfig", "RolloutConfig", "SandboxConfig", "VerifyConfig", "configs_dir", "known_keys",
-    "load_config", "parse_args", "read_config",
+    "load_config", "parse_args", "read_as", "read_config",
 ]  # fmt: skip
