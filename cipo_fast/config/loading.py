@@ -225,7 +225,7 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
 
 def _explain(error: ValidationError, places: Place, schema: type[BaseModel] = Config, source: str = "") -> str:
     """The first problem, in one line; `source` is named where the key stands nowhere."""
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda e: e["type"] == "missing")  # a key that is misspelt is missing, too
     key = _field_of(first["loc"], schema)
     known = next((k for k in (key, key.rpartition(".")[0]) if k in places), None)
     where = f"{places[known]}: " if known else source

@@ -192,9 +192,10 @@ def _provenance(report: Report) -> Iterator[str]:
     lines = [f"- Seeds {seeds}; the control is {grid.experiment.control}."]
     for found in {json.dumps(one): one for one in begun}.values():
         gpu = f", {found['gpu']}" if found["gpu"] else ""
+        where = f"{_many(found['cores'], 'core')} of {found['cpu']}{gpu}"
         lines.append(
-            f"- `{found['command']}`: {found['date']}, {_many(found['jobs'], 'run')} at once on {_many(found['cores'], 'core')} of "
-            f"{found['cpu']}{gpu}, torch {found['torch']}, commit {found['commit'] or 'unknown'}."
+            f"- `{found['command']}`: {found['date']}, {_many(found['jobs'], 'run')} at once on {where}, "
+            f"torch {found['torch']}, commit {found['commit'] or 'unknown'}."
         )
     lines.append(f"- Written by `python -m cipo_fast.experiment {shlex.quote(grid.name)} --report`.")
     yield "\n".join(lines)
