@@ -31,6 +31,7 @@ from cipo_fast.cipo.replay import ReplayState
 from cipo_fast.distributed import from_main, gather, on_main, share
 from cipo_fast.errors import RankFailure, TrainingStopped, UserError
 from cipo_fast.learner import Learner
+from cipo_fast.model import named_tensors
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Checkpoints:
         """Restore weights and optimiser from the newest checkpoint that is whole; raises UserError if none is."""
         on_main(self._say_unfinished)
         for name in reversed(from_main(lambda: [path.name for path in _candidates(self.folder)])):
-            wrong = self._damage(name)
+            wrong = _damage(self.folder / name)
             if wrong is None:
                 try:
                     self.held = _load(self.folder / name, learner)
@@ -119,23 +120,6 @@ class Checkpoints:
             f"{self.folder}: no checkpoint to go on from ({found}); checkpoint.resume=false sets them aside and begins "
             "anew"
         )
-
-    def _damage(self, name: str) -> str | None:
-        """What is wrong with a checkpoint's files; each rank reads its share of them."""
-        folder = self.folder / name
-        manifest = from_main(lambda: _manifest(folder))
-        if isinstance(manifest, str):
-            return manifest
-        found = _checksums(folder, list(manifest), strict=False)
-        for file, (size, digest) in manifest.items():
-            there, hashed = found[file]
-            if there is None:
-                return f"{file} is missing or cannot be read"
-            if there != size:
-                return f"{file} has {there:,} bytes of {size:,}"
-            if hashed != digest:
-                return f"{file} is not what was written (another checksum)"
-        return None
 
     def _publish(self, part: Path, final: Path, files: dict[str, Checksum]) -> None:
         """Give a whole checkpoint its name. What has that name steps aside, and counts until the new one is there."""
@@ -163,6 +147,7 @@ class Checkpoints:
 
 Checksum = tuple[int | None, str]  # bytes, sha256; None: cannot be read
 STATE, MANIFEST = "state.json", "manifest.json"
+SHAPE = "shape"  # folder of a run: what model its checkpoints are of, as `export_shape` writes it
 
 
 def saved(folder: Path) -> list[Path]:
@@ -188,6 +173,47 @@ def _load(folder: Path, learner: Learner) -> Progress:
         learner.policy, learner.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
     return progress
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; each rank reads its share of them."""
+    manifest = from_main(lambda: _manifest(folder))
+    if isinstance(manifest, str):
+        return manifest
+    found = _checksums(folder, list(manifest), strict=False)
+    for file, (size, digest) in manifest.items():
+        there, hashed = found[file]
+        if there is None:
+            return f"{file} is missing or cannot be read"
+        if there != size:
+            return f"{file} has {there:,} bytes of {size:,}"
+        if hashed != digest:
+            return f"{file} is not what was written (another checksum)"
+    return None
+
+
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Put the weights of the checkpoint in `folder`, alone, into a model of the same shape in fp32. A collective;
+    raises UserError where the checkpoint is not whole or of another model."""
+    wrong = _damage(folder)
+    if wrong is None:
+        own = {
+            f"model.{name}": tensor.detach() for name, tensor in named_tensors(model)
+        }  # the learner's are a Policy's
+        try:
+            dcp.load({"model": own}, checkpoint_id=folder)
+        except (Exception, CheckpointException) as error:
+            wrong = f"it does not fit this model ({_reason(error)})"
+    if wrong is not None:
+        raise UserError(f"{folder} cannot be read: {wrong}")
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hexadecimal digits that follow from all of a checkpoint's files. Raises UserError."""
+    try:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {MANIFEST}: {error.strerror}") from None
 
 
 def _manifest(folder: Path) -> dict[str, tuple[int, str]] | str:
@@ -278,7 +304,22 @@ def export(
         raise OSError(str(error)) from None
     finally:
         model.generation_config = own
-    if own is not None:
-        own.to_json_file(part / "generation_config.json", keys_to_pop=["compile_config"])
+    _write_generation(part, own)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+
+
+def export_shape(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """An `export` without weights: what a checkpoint's weights are loaded into. Raises OSError."""
+    part = folder.with_name(folder.name + ".part")
+    _empty(part)
+    model.config.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    _write_generation(part, model.generation_config)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def _write_generation(folder: Path, own: GenerationConfig | None) -> None:
+    if own is not None:
+        own.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])

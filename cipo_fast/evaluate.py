@@ -1,161 +1,190 @@
-"""How good a policy is on held-out problems, alone and as its own corrector.
+"""How good a model is on problems, alone and as its own corrector; docs/evaluation.md explains the figures.
 
-On its own: `python -m cipo_fast.evaluate model.path=FOLDER [configs/x.yaml ...] [key.path=value ...]`.
+    python -m cipo_fast.evaluate MODEL_OR_RUN [--checkpoint N] --tasks FILE... [--n 64] [--checked 4] [--checks 3]
+            [--out DIR] [configs/x.yaml ...] [key.path=value ...]
+        MODEL_OR_RUN: a model's folder, a hub name, or a run's folder: then its settings are the run's, its weights
+        those of checkpoints/step-N, of model/ without --checkpoint, and its held_out.jsonl stands for --tasks.
+        --n: answers a problem at T=1. --checked: how many of them are checked, --checks: in so many rounds.
+        --out: where samples.jsonl, results.json and results.md go; RUN/evaluations/NAME if not given. The same command
+        goes on with what a killed one has left there.
+
+    python -m cipo_fast.evaluate --compare DIR_A DIR_B
+        The second less the first, paired over the problems that both have; written into the second.
+
+Under torchrun the ranks share the work.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import numpy as np
-import torch
-
-from cipo_fast.chat import Chat
-from cipo_fast.cipo.metrics import VERDICTS, batch_metrics, verdict_shares
+from cipo_fast.checkpoint import fingerprint
 from cipo_fast.cipo.prompts import CorrectionPrompts
-from cipo_fast.config import Config, parse_args
-from cipo_fast.distributed import is_main, leave_after, prepared_group, starts_first
-from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model
-from cipo_fast.errors import UserError, command, put
-from cipo_fast.marking import build_judges, failures_of, refuse_failures
-from cipo_fast.model import cast_weights, load_model, load_shape, load_tokenizer
-from cipo_fast.records import Anchor, Group
-from cipo_fast.rollout import Sampling
-from cipo_fast.run_dir import check_writable
-from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting
-from cipo_fast.tasks import Dataset, load_held_out, quiet
-from cipo_fast.try_out import prepare_judges
-from cipo_fast.view import Terminal, evaluation_table
+from cipo_fast.config import OVERRIDE, Config, load_config
+from cipo_fast.config.settings import as_setting, expand
+from cipo_fast.distributed import is_main, leave_after, on_main, prepared_group, starts_first
+from cipo_fast.errors import TrainingStopped, UserError, command, put
+from cipo_fast.evaluation.model import Weights, is_run, sampler_of, weights_of_run
+from cipo_fast.evaluation.report import Results, compare, left_out
+from cipo_fast.evaluation.sample import evaluate
+from cipo_fast.run_dir import check_writable, hash_model, locked
+from cipo_fast.view import Steps, Terminal, comparison_table, figures_table
 
-Evaluation = dict[str, float | None]
+NUMBERS = {"--n": "eval.samples", "--checked": "eval.checked", "--checks": "eval.checks"}
+DEFAULTS = ["eval.samples=64", "eval.checks=3", "eval.problems=null", "data.train=null", "data.weights=null"]
 
 
-def evaluate(
-    sampler: Sampler,
-    prompts: Sequence[Prompt],
-    correct: CorrectionPrompts,
-    config: Config,
-    pause: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """greedy, t1 and pass_at_k accuracy; wrong_to_right and right_to_wrong rates of corrections of one T=1 attempt a
-    problem; correction_gap, the former minus the accuracy of fresh retries (the problem's other samples). Where another
-    verifier than exact match judges, the shares of its other verdicts on the T=1 answers. Answers that nobody could
-    judge are left out and counted as `failed`, `answers` being those that were judged; too many are a TrainingStopped.
-    `pause` is called between the parts: it may raise to end the evaluation."""
-    k, most = config.eval.samples, config.verify.max_failed
-    greedy = sampler.groups(prompts, 1, Sampling(0.0, 1.0, config.eval.max_tokens), 0, "eval-greedy")
-    refuse_failures(failures_of(greedy), len(greedy), most)
-    pause()
-    sampling = Sampling(1.0, 1.0, config.eval.max_tokens)
-    groups = sampler.groups(prompts, k, sampling, 0, "eval")
-    refuse_failures(failures_of(groups), k * len(groups), most)
-    pause()
-    failures = failures_of([*greedy, *groups])
-    groups = [group for group in groups if group.rollouts]
-    anchors, corrections = first_attempts(groups, correct), min(k, 4)
-    sampler.correct(anchors, corrections, sampling, 0, "eval-correct")
-    refuse_failures(failures_of([], anchors), corrections * len(anchors), most)
-    failures += failures_of([], anchors)
-    sampler.take_times()
-    anchors = [anchor for anchor in anchors if anchor.corrections]
-    return results(greedy, groups, anchors, k) | _judged(greedy, groups, anchors, failures)
+@dataclass
+class Asked:
+    """What a command line says."""
 
-
-def results(greedy: list[Group], groups: list[Group], anchors: list[Anchor], k: int) -> Evaluation:
-    metrics = batch_metrics(groups, anchors, None)
-    return {
-        "greedy": float(np.mean([r.reward for g in greedy for r in g.rollouts])),
-        "t1": metrics["rollout/accuracy"],
-        f"pass_at_{k}": float(np.mean([any(r.reward for r in g.rollouts) for g in groups])),
-        "wrong_to_right": metrics["correction/wrong_to_right"],
-        "right_to_wrong": metrics["correction/right_to_wrong"],
-        "correction_gap": metrics["correction/gap"],
-    }
-
-
-def _judged(greedy: list[Group], groups: list[Group], anchors: list[Anchor], failures: list[str]) -> Evaluation:
-    """What there is to say of the judges."""
-    found: Evaluation = {}
-    sampled = [r for group in groups for r in group.rollouts]
-    if any(r.problem.verifier != "exact" for r in sampled):
-        shares = verdict_shares(sampled)
-        found |= {verdict: shares[f"verify/{verdict}"] for verdict in VERDICTS if verdict != "right"}
-    if failures:
-        judged = sum(len(g.rollouts) for g in (*greedy, *groups)) + sum(len(a.corrections) for a in anchors)
-        found |= {"answers": judged, "failed": len(failures)}
-    return found
-
-
-def first_attempts(groups: list[Group], correct: CorrectionPrompts) -> list[Anchor]:
-    """The first rollout of every group as an anchor, where it is complete and its correction prompt fits."""
-    anchors = []
-    for g, group in enumerate(groups):
-        rollout = group.rollouts[0]
-        prompt = None if rollout.truncated else correct(rollout)
-        if prompt is not None:
-            anchors.append(Anchor(rollout, g, 0, *prompt))
-    return anchors
+    model: str = ""
+    checkpoint: int | None = None
+    tasks: list[str] = field(default_factory=list)
+    out: str = ""
+    files: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: prints the table for `model.path`. Exit codes as train.py's."""
-    return command(lambda: run(sys.argv[1:] if argv is None else argv))
+    """The command. Exit codes as train.py's."""
+    return command(
+        lambda: run(list(sys.argv[1:] if argv is None else argv)), "interrupted: the same command goes on with it"
+    )
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: list[str]) -> None:
+    if not args or {"-h", "--help"} & set(args):
+        put((__doc__ or "").strip())
+        return
+    if args[0] == "--compare":
+        if len(args) != 3:
+            raise UserError("--compare: two evaluations' folders are expected")
+        compare_command(*map(Path, args[1:]))
+        return
+    found: list[tuple[Weights, Path]] = []
+
     def prepare() -> Config:
-        config = parse_args(args)
-        if config.model.path == "embedded":
-            raise UserError(
-                "model.path=embedded has no weights to evaluate: name a folder, such as runs/embedded/model"
-            )
-        if config.rollout.engine != "local" and starts_first():
-            check_writable(config.run_dir)  # vLLM starts from a folder in it
+        config, weights, out = prepared(parse(args))
+        found.append((weights, out))
         return config
 
     with prepared_group(prepare) as (mesh, config):
-        result = evaluate_model(config, mesh.device_type)
+        weights, out = found[0]
+        results = evaluate_model(config, weights, out, mesh.device_type)
         if is_main():
-            Terminal().print(evaluation_table(result))
+            Terminal().print(figures_table(results.figures))
+            for source, figures in results.sources.items():
+                Terminal().print(figures_table(figures, source))
+            put(f"everything sampled is in {out}/")
 
 
-def evaluate_model(config: Config, device: str) -> Evaluation:
-    """`evaluate` of the weights in `model.path`, on the config's held-out problems, by the config's engine."""
-    with sampler_of(config, device) as (sampler, prompts, fitted):
-        return evaluate(sampler, prompts, CorrectionPrompts(sampler.chat, fitted.correction), fitted)
-
-
-@contextmanager
-def sampler_of(config: Config, device: str) -> Iterator[tuple[Sampler, list[Prompt], Config]]:
-    """A sampler from the weights in `model.path`, the prompts of the config's held-out problems, and the config as it
-    fits model and engine; ended with the context. A collective."""
-    say = put if is_main() else quiet
-    problems = load_held_out(config, say)
+def evaluate_model(config: Config, weights: Weights, out: Path, device: str) -> Results:
+    """`evaluate` of those weights on the config's held-out problems, by the config's engine. A collective."""
+    about = {
+        "model": str(weights.checkpoint or weights.path),
+        "weights_sha256": fingerprint(weights.checkpoint) if weights.checkpoint else hash_model(weights.path),
+        "tasks": [str(source) for source in config.data.sources("eval")],
+    }
     with ExitStack() as opened:
-        judges = opened.enter_context(build_judges(config, say))
-        prepare_judges(judges, problems)
-        chat = Chat(load_tokenizer(config), config.data)
-        _, prompts = encode_dataset(Dataset([], problems), chat, config, say)
-        chat.refuse_beyond(load_shape(config).get_text_config().vocab_size)
-        model = load_model(config, "sdpa")
-        config = config.model_copy(deep=True)
-        config.rollout.max_tokens = min(
-            config.rollout.max_tokens, config.eval.max_tokens
-        )  # nothing longer is asked for
-        config = fit_to_model(config, model.config, say)
-        say(f"an answer ends with {chat.names(chat.end_ids(model.generation_config))}")
-        engine = opened.enter_context(closing(build_engine(config, model, chat, device, say)))
-        config = fit_to_engine(config, engine, say)
-        prompts = fitting(prompts, config.data.max_prompt_tokens, "held-out problems", say)
+        sampler, prompts, fitted = opened.enter_context(sampler_of(config, device, weights.checkpoint))
+        on_main(lambda: opened.enter_context(locked(out)))
+        steps = opened.enter_context(Steps(len(prompts), "problems", quiet=not is_main()))
+        correct = CorrectionPrompts(sampler.chat, fitted.correction)
+        return evaluate(sampler, prompts, correct, fitted, out, about, progress=steps.at, anew=False)
 
-        def publish(version: int) -> None:
-            engine.sync(cast_weights(model, getattr(torch, config.model.dtype)), version)
 
-        engine.publish = publish
-        publish(0)
-        yield Sampler(engine, chat, config.seed, judges), prompts, config
+def compare_command(a: Path, b: Path) -> None:
+    try:
+        found = compare(a, b)
+    except OSError as error:
+        raise TrainingStopped(f"{b} cannot be written ({error})") from None
+    Terminal().print(comparison_table(found, a.name, b.name))
+    put(left_out(found))
+
+
+# ---------------------------------------------------------------------------------------------------- the arguments
+
+
+def parse(args: Sequence[str]) -> Asked:
+    """Raises UserError. --tasks takes what follows it, up to an option or a setting."""
+    asked, rest = Asked(), list(args)
+    while rest:
+        arg = rest.pop(0)
+        if arg == "--tasks":
+            asked.tasks += [expand(one, "--tasks") for one in _taken(rest)]
+            if not asked.tasks:
+                raise UserError("--tasks: a file of problems is expected")
+        elif arg in (*NUMBERS, "--checkpoint", "--out"):
+            value = rest.pop(0) if rest else ""
+            if arg == "--out":
+                if not value:
+                    raise UserError("--out: a folder is expected")
+                asked.out = expand(value, "--out")
+                continue
+            if not re.fullmatch(r"[0-9]{1,9}", value):
+                raise UserError(f"{arg}: a whole number is expected, not {value!r}")
+            if arg == "--checkpoint":
+                asked.checkpoint = int(value)
+            else:
+                asked.settings.append(f"{NUMBERS[arg]}={value}")
+        elif arg.startswith("-"):
+            raise UserError(f"unknown option {arg}; --help says which there are")
+        elif _is_setting(arg):
+            (asked.settings if OVERRIDE.match(arg) else asked.files).append(arg)
+        elif asked.model:
+            raise UserError(f"{arg}: one model or run is expected, and {asked.model} is named already")
+        else:
+            asked.model = expand(arg, "MODEL_OR_RUN")
+    if not asked.model:
+        raise UserError("name a model's folder, a hub name or a run's folder first")
+    return asked
+
+
+def _taken(rest: list[str]) -> list[str]:
+    found = []
+    while rest and not rest[0].startswith("-") and not _is_setting(rest[0]):
+        found.append(rest.pop(0))
+    return found
+
+
+def _is_setting(arg: str) -> bool:
+    return bool(OVERRIDE.match(arg)) or arg.endswith((".yaml", ".yml"))
+
+
+def prepared(asked: Asked) -> tuple[Config, Weights, Path]:
+    """Settings, weights and the folder to write to; raises UserError."""
+    path, files, defaults = Path(asked.model), asked.files, DEFAULTS
+    if is_run(path):
+        weights = weights_of_run(path, asked.checkpoint)
+        files = [str(path / "config.yaml"), *files]
+        defaults = [*defaults, f"data.eval={as_setting(path / 'held_out.jsonl')}"]
+        if not asked.tasks and not (path / "held_out.jsonl").is_file():
+            raise UserError(f"{path}: holds no held_out.jsonl; name the problems: --tasks FILE")
+    elif asked.checkpoint is not None:
+        raise UserError(f"--checkpoint: {path} is no run's folder (no config.yaml in it)")
+    else:
+        weights = Weights(asked.model, path.name)
+    model = as_setting(Path(weights.path)) if Path(weights.path).is_dir() else weights.path
+    tasks = [task if task.startswith("hub:") else as_setting(Path(task)) for task in asked.tasks]
+    last = [f"model.path={model}", *([f"data.eval={json.dumps(tasks)}"] if tasks else [])]
+    config = load_config(files, [*defaults, *asked.settings, *last])
+    if config.data.eval is None:
+        raise UserError("--tasks: name the files of problems to evaluate on")
+    if config.eval.checked > config.eval.samples and any(s.startswith("eval.checked=") for s in asked.settings):
+        raise UserError(f"--checked {config.eval.checked}: more than --n {config.eval.samples} answers a problem")
+    name = f"{weights.name}-n{config.eval.samples}"
+    out = Path(asked.out) if asked.out else (path if is_run(path) else config.run_dir) / "evaluations" / name
+    config.run.dir = out  # where an engine starts from, too
+    if starts_first():
+        check_writable(out)
+    return config, weights, out
 
 
 if __name__ == "__main__":

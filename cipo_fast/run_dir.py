@@ -33,7 +33,8 @@ from cipo_fast.tasks.sources import Role
 OUTPUTS = (
     "checkpoints", "config.yaml", "config-from-step-*.yaml", "inputs.json", "inputs-from-step-*.json", "held_out.jsonl",
     "eval.jsonl", "metrics.jsonl", "rollouts", "rollouts.judged.jsonl", "rollouts.judged.jsonl.part", "tensorboard",
-    "summary.json", "summary-until-step-*.json", "model", "model.part", "failed",
+    "summary.json", "summary-until-step-*.json", "model", "model.part", "failed", "shape", "shape.part", "evaluations",
+    "exported",
 )  # fmt: skip
 LOCK_WAIT_S = 5.0  # for a process of this run that torchrun has killed and restarted
 # A run that goes on may change these: where and how it is computed and shown, not what. Resources and the number of
@@ -197,10 +198,16 @@ def inputs_of(config: Config, ranks: int) -> dict[str, Any]:
     function = FUNCTION.fullmatch(config.data.verifier or "")
     if function:
         found["data.verifier content"] = _hash([Path(function["file"])])
-    model = Path(config.model.path)
-    if model.is_dir():
-        found["model.path content"] = _hash(sorted(p for p in model.iterdir() if p.is_file()), WHOLE)
+    content = hash_model(config.model.path)
+    if content is not None:
+        found["model.path content"] = content
     return found
+
+
+def hash_model(path: str) -> str | None:
+    """Of a local model's files; None for a hub's name."""
+    folder = Path(path)
+    return _hash(sorted(p for p in folder.iterdir() if p.is_file()), WHOLE) if folder.is_dir() else None
 
 
 def _hash_sources(sources: list[Path | str], role: Role) -> str:
@@ -318,6 +325,9 @@ def forget_after(run_dir: Path, step: int) -> None:
         for path in run_dir.glob(pattern):
             if _step(path) > step:
                 path.unlink()
+    for folder in run_dir.glob("evaluations/step-[0-9]*"):
+        if int(folder.name.split("-")[1]) > step:
+            shutil.rmtree(folder)
     summary = run_dir / "summary.json"
     if summary.exists():  # of a run that had ended and is prolonged: until the new end there is none
         summary.rename(run_dir / f"summary-until-step-{step}.json")

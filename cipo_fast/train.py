@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from cipo_fast.alarms import Alarms
 from cipo_fast.audit.own import own_metrics
 from cipo_fast.chat import Chat, pinned_date
-from cipo_fast.checkpoint import CheckpointFailed, Checkpoints, Progress, export
+from cipo_fast.checkpoint import SHAPE, CheckpointFailed, Checkpoints, Progress, export, export_shape
 from cipo_fast.cipo.anchors import AnchorCounts, select_anchors
 from cipo_fast.cipo.metrics import Metrics, batch_metrics, verdict_metrics
 from cipo_fast.cipo.prompts import CorrectionPrompts
@@ -41,7 +41,8 @@ from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
 from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model, starting
 from cipo_fast.errors import PolicyBroken, Preempted, TrainingStopped, command, put
-from cipo_fast.evaluate import evaluate
+from cipo_fast.evaluation.report import Evaluation
+from cipo_fast.evaluation.sample import evaluate
 from cipo_fast.learner import Learner
 from cipo_fast.marking import build_judges, failures_of, refuse_failures
 from cipo_fast.model import load_model, load_shape, load_tokenizer
@@ -58,7 +59,7 @@ from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import check_data, load_dataset
 from cipo_fast.try_out import prepare_judges, refuse_exploits, with_good_golds
 from cipo_fast.updates import learn, update_metrics
-from cipo_fast.view import View, summary_table
+from cipo_fast.view import View, evaluation_line, summary_table
 
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
 NO_SYNC: Metrics = dict.fromkeys(
@@ -148,6 +149,8 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
         open_files.callback(recorder.close)
         held_out = [prompt.problem for prompt in run.held_out]
         written(config, lambda: recorder.open(folder, progress.step if folder.resume else None, held_out))
+        model, tokenizer = run.learner.policy.model, run.sampler.chat.tokenizer
+        written(config, lambda: export_shape(config.run_dir / SHAPE, model, tokenizer))
         if progress.before is None:
             before = timed_evaluation(run, progress, "before training")
             written(config, partial(recorder.evaluation, before, progress))
@@ -389,18 +392,22 @@ def build(
     return run, progress
 
 
-def timed_evaluation(run: Run, progress: Progress, when: str) -> dict[str, float | None]:
-    started = time.perf_counter()
-    run.view.busy(f"evaluating {len(run.held_out)} held-out problems {when}")
+def timed_evaluation(run: Run, progress: Progress, when: str) -> Evaluation:
+    """All of it is kept in `evaluations/step-N`; one that was ended on its way goes on."""
+    started, total = time.perf_counter(), len(run.held_out)
+    folder = run.config.run_dir / "evaluations" / f"step-{progress.step:05d}"
+    about = {"model": f"{run.config.run_dir} step {progress.step}"}
+
+    def shown(done: int) -> None:
+        run.view.busy(f"evaluating {when}: {done} of {total} held-out problems")
+
     with saved_if_stopped(run, progress):
-        result = evaluate(run.sampler, run.held_out, run.correct, run.config, run.signals.check)
-    seconds = time.perf_counter() - started
-    failed = f", {result['failed']:.0f} answers not judged" if result.get("failed") else ""
-    run.view.say(f"{when}: greedy {result['greedy']:.3f}, T=1 {result['t1']:.3f}{failed} ({seconds:.1f}s)")
-    return result
+        results = evaluate(run.sampler, run.held_out, run.correct, run.config, folder, about, run.signals.check, shown)
+    run.view.say(f"{when}: {evaluation_line(results.values)} ({time.perf_counter() - started:.1f}s)")
+    return results.values
 
 
-def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: dict[str, float | None]) -> None:
+def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: Evaluation) -> None:
     """Export, summary, table. Gathering the weights is a collective; the rest is the first rank's."""
     config, before = run.config, progress.before
     assert before is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,10 @@ from rich.text import Text
 
 from cipo_fast.cipo.metrics import Metrics
 from cipo_fast.errors import note, stop_printing, visible
+from cipo_fast.evaluation.figures import Figure, Paired
+from cipo_fast.evaluation.report import interval, number
 
+SECONDS_BETWEEN_LINES = 10.0  # of `Steps`, where there is no terminal
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PHASES = ("generate", "verify", "old_logp", "train", "sync", "probe", "idle")
 COLORS = {
@@ -163,21 +167,47 @@ LABELS = {
     "t1": "accuracy, T=1",
     "wrong_to_right": "correction of wrong attempts: right",
     "right_to_wrong": "correction of right attempts: broken",
+    "after_check_1": "accuracy after a check",
+    "after_check_2": "accuracy after two checks",
+    "after_check_3": "accuracy after three checks",
     "correction_gap": "correction gap (over a fresh retry)",
-    "wrong": "judged wrong, T=1",
+    "verbatim_copies": "checks that repeat the answer",
+    "not_shown": "checks with nothing to show",
+    "truncated": "cut off, T=1",
     "unparsable": "no answer found, T=1",
     "timeout": "out of time, T=1",
     "answers": "answers judged",
     "failed": "answers that could not be judged",
 }
 COUNTED = ("answers", "failed")
+IF_ANY = ("not_shown", "truncated", "unparsable", "timeout")  # rows of the summary only where there are some
+SHORT = ("greedy", "t1", "wrong_to_right", "right_to_wrong", "after_check_1", "correction_gap")
+
+
+def evaluation_line(result: dict[str, float | None]) -> str:
+    """The six figures of an evaluation on one line."""
+    k = max((int(key[8:]) for key in result if key.startswith("pass_at_")), default=0)
+    shown = {
+        "greedy": "greedy",
+        "t1": "T=1",
+        f"pass_at_{k}": f"pass@{k}",
+        "wrong_to_right": "wrong>right",
+        "right_to_wrong": "right>wrong",
+        "after_check_1": "after a check",
+    }
+    parts = [f"{label} {_number(result[key], '.3f').strip()}" for key, label in shown.items() if key in result]
+    return ", ".join(parts) + (f", {result['failed']:.0f} answers not judged" if result.get("failed") else "")
 
 
 def summary_table(before: dict[str, float | None], after: dict[str, float | None], saved: float | None) -> Table:
-    """Before and after, on held-out problems, and the share of tokens that sharing saved."""
-    table = _table("before", "after", "change")
+    """Before and after, on held-out problems, and the share of tokens that sharing saved. Of all the figures, which are
+    in eval.jsonl, those that tell how training went."""
+    table = _table("held-out problems", "before", "after", "change")
+    largest = max((int(key[8:]) for key in after if key.startswith("pass_at_")), default=0)
     for key in after:
         b, a = before.get(key), after[key]
+        if not (key in (*SHORT, *COUNTED, f"pass_at_{largest}") or (key in IF_ANY and (a or b))):
+            continue
         change = "" if a is None or b is None or key in COUNTED else f"{a - b:+.3f}"
         table.add_row(_label(key), _number(b, _form(key)), _number(a, _form(key)), change)
     if saved is not None:
@@ -186,23 +216,73 @@ def summary_table(before: dict[str, float | None], after: dict[str, float | None
     return table
 
 
-def evaluation_table(result: dict[str, float | None]) -> Table:
-    table = _table("value")
-    for key, value in result.items():
-        table.add_row(_label(key), _number(value, _form(key)))
+def figures_table(found: dict[str, Figure], title: str = "all problems") -> Table:
+    """An evaluation's figures with their intervals, and what each is a share of."""
+    table = _table(title, "value", "95%", "of")
+    for name, figure in found.items():
+        table.add_row(_label(name), number(figure.value), interval(figure), f"{figure.count:.0f}")
     return table
 
 
-def _table(*columns: str) -> Table:
-    table = Table(title="held-out problems", title_justify="left", title_style="bold")
+def comparison_table(found: Paired, a: str, b: str) -> Table:
+    """`b` less `a`, with intervals of the difference."""
+    table = _table("paired over problems", a, b, "difference", "95%")
+    for name, d in found.differences.items():
+        table.add_row(_label(name), number(d.a), number(d.b), number(d.value, "+.3f"), interval(d))
+    return table
+
+
+class Steps:
+    """So many of a total, in one line that is drawn again; a line now and then where there is no terminal."""
+
+    def __init__(self, total: int, what: str, quiet: bool):
+        self.console = Terminal(quiet)
+        self.total, self.what, self.said = total, what, time.monotonic()
+        self.progress = Progress(
+            TextColumn(what, style="bold", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left", markup=False),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            expand=True,
+        )
+        self.task = self.progress.add_task("", total=total)
+
+    def __enter__(self) -> Steps:
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def at(self, done: int) -> None:
+        self.progress.update(self.task, completed=done)
+        if not self.console.is_terminal and time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
+            self.console.print(f"{done:,} of {self.total:,} {self.what}")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(visible(title)), title_justify="left", title_style="bold")
     table.add_column("")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(Text(visible(column)), justify="right")
     return table
 
 
 def _label(key: str) -> str:
-    return LABELS.get(key, key.replace("pass_at_", "pass@"))
+    """`pass_at_8` is pass@8, `all_at_8` pass^8."""
+    for name, short in (("pass_at_", "pass@"), ("all_at_", "pass^"), ("maj_at_", "maj@")):
+        if key.startswith(name):
+            return short + key.removeprefix(name)
+    base, _, nth = key.rpartition("_")
+    if base in ("wrong_to_right", "right_to_wrong"):
+        return f"{LABELS[base]}, round {nth}"
+    return LABELS.get(key, key)
 
 
 def _form(key: str) -> str:

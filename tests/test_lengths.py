@@ -112,12 +112,15 @@ def test_a_run_keeps_to_the_positions(folder: Path, tmp_path: Path, capfd: pytes
     assert "an evaluation's answer is cut before eval.max_tokens=24" in out
 
 
-@pytest.mark.parametrize("command", [train.main, evaluate.main])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_nothing_is_written_where_a_model_is_refused(
-    command, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    command: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert command(arguments(folder, run, "rollout.max_tokens=32", "eval.max_tokens=32")) == 2
+    run, long = tmp_path / "run", ["rollout.max_tokens=32", "eval.max_tokens=32"]
+    if command == "train":
+        assert train.main(arguments(folder, run, *long)) == 2
+    else:
+        assert evaluate.main([str(folder), "--tasks", f"{folder}/train.jsonl", "--out", str(run), *long]) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: the model has 32 positions")
     assert not run.exists()

@@ -18,13 +18,11 @@ from cipo_fast.config import configs_dir, load_config
 from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.embedded.prepare import digest
 from cipo_fast.errors import TrainingStopped
-from cipo_fast.evaluate import main as evaluate_main
 from cipo_fast.learner import Learner
 from cipo_fast.policy import Policy
 from cipo_fast.rollout import EngineFailure
 from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.train import main
-from cipo_fast.view import LABELS
 
 TRAIN_PY = Path(__file__).parents[1] / "cipo_fast" / "train.py"
 # Small, and warm enough within a second or two that some answers are right.
@@ -136,6 +134,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, warm: Path, capsys: pytes
         "wrong_to_right",
         "right_to_wrong",
         "correction_gap",
+        "after_check_1",
     }
     evaluations = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     assert [row["step"] for row in evaluations] == [0, 2, 3]
@@ -478,39 +477,6 @@ def test_an_exported_model_trains_through_model_path(tmp_path: Path, warm: Path)
             "correction.max_prompt_tokens=128", "eval.max_tokens=6", *problems_of(first)]  # fmt: skip
     assert train(tmp_path / "second", *args) == 0
     assert len(metrics(tmp_path / "second")) == 2
-
-
-def test_evaluate_alone_gives_the_runs_own_figures(
-    tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = run_dir(tmp_path, warm)
-    assert train(folder, "train.steps=1") == 0
-    after = json.loads((folder / "summary.json").read_text())["after"]
-    capsys.readouterr()
-    own = ["data.max_prompt_tokens=64", "eval.max_tokens=12", "correction.followup=check", *problems_of(folder)]
-    assert evaluate_main([*SMALL, f"model.path={folder / 'model'}", *own]) == 0
-    printed = capsys.readouterr().out
-    labels = LABELS | {"pass_at_2": "pass@2"}
-    assert len(after) == 6
-    for key, label in ((key, labels[key]) for key in after):
-        shown = "-" if after[key] is None else f"{after[key]:.3f}"
-        assert printed.split(label)[1].splitlines()[0].split("│")[1].strip() == shown, label
-    with_other_eos(folder / "model", "<|pad|>")  # as a base model's: the template's end of turn ends answers, too
-    assert evaluate_main([*SMALL, f"model.path={folder / 'model'}", *own]) == 0
-    again = capsys.readouterr().out
-    assert "an answer ends with <|pad|> (0), <|end|> (1)" in again
-    assert again.partition("accuracy, greedy")[2] == printed.partition("accuracy, greedy")[2]
-    assert evaluate_main([]) == 2
-    assert "name a folder" in capsys.readouterr().err
-
-
-def with_other_eos(folder: Path, token: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.eos_token = token
-    tokenizer.save_pretrained(folder)
-    for name in ("config.json", "generation_config.json"):
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**settings, "eos_token_id": tokenizer.eos_token_id}))
 
 
 # ------------------------------------------------------------------------------------------------- processes of its own

@@ -143,9 +143,10 @@ def test_a_verifier_that_always_raises_ends_before_training(
     always = verifier(tmp_path, "raise KeyError('tests')")
     assert main(settings(model, tmp_path / "run", always)) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "16 of 16 answers could not be judged" in line
+    assert "48 of 48 answers could not be judged" in line
     assert "KeyError at sums.py:4: 'tests'" in line
-    assert evaluate_main(settings(model, tmp_path / "evaluated", always)) == 1
+    tasks = ["--tasks", str(model / "held_out.jsonl"), "--n", "2", "--checks", "1", "--out", str(tmp_path / "out")]
+    assert evaluate_main([str(model), *tasks, "eval.max_tokens=6", "correction.followup=check", always]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == line
 
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from cipo_fast.view import View, evaluation_table
+from cipo_fast.evaluation.figures import Figure
+from cipo_fast.view import View, figures_table
 
 FOREIGN = "a[/b]c [/usr/lib/x.py] [bold]x[/] :smile: \x1b[31mred\x1b[0m \u202e"
 SHOWN = "a[/b]c [/usr/lib/x.py] [bold]x[/] :smile: \\x1b[31mred\\x1b[0m \\u202e"
@@ -38,8 +39,8 @@ def test_a_table_takes_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     view = View("plain", 1, "t", quiet=False)
-    view.console.print(evaluation_table({"aime[/24] :smile:": 0.5}))
-    assert "aime[/24] :smile:" in out.getvalue()
+    view.console.print(figures_table({"x": Figure(0.5, None, None, 3)}, FOREIGN))
+    assert SHOWN in " ".join(out.getvalue().split())
 
 
 def test_an_ascii_terminal_gets_a_substitute(monkeypatch: pytest.MonkeyPatch) -> None:

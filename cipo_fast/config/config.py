@@ -48,7 +48,8 @@ class Config(Section):
         """Longest prompt and answer together that the engine must hold, in tokens."""
         if self.rollout.vllm.max_model_len is not None:
             return self.rollout.vllm.max_model_len
-        correction = self.correction.max_prompt_tokens if self.anchors_per_step else 0
+        corrects = self.anchors_per_step or self.eval.checks
+        correction = self.correction.max_prompt_tokens if corrects else 0
         prompt = max(self.data.max_prompt_tokens, correction)
         return prompt + max(self.rollout.max_tokens, self.eval.max_tokens)
 

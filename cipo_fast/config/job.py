@@ -85,10 +85,10 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     problems: Positive | None = None
     """Held-out problems; None: all of `data.eval`, else 400 and at most a tenth of `data.train` [ours]."""
-    samples: Annotated[int, Field(ge=2)] = 8
-    """Answers a problem at T=1, for accuracy and pass@k [k = this]."""
+    samples: Annotated[int, Field(ge=2, le=1000)] = 8
+    """n: answers a problem at T=1, for accuracy and pass@1, 2, 4... n. Twice the k that counts is better than k."""
     checked: Positive = 4
-    """How many of them are shown back to be checked, each by itself [ours]."""
+    """How many of them (at most all) are shown back to be checked, each by itself [ours]."""
     checks: NonNegative = 1
     """Rounds of that: in the second the answer to the first is checked, and so on [ours]."""
     every: NonNegative = 0

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 def judge(row: Row, response: str) -> Judgement:
     """Right where the texts are equal. CRLF and LF end a line alike."""
-    if _comparable(response) == _comparable(str(row["answer"])):
+    if canonical(response) == canonical(str(row["answer"])):
         return Judgement("right")
     return Judgement("wrong", "not the answer, character for character")
 
@@ -29,5 +29,6 @@ def check_row(row: Row) -> str | None:
     return None if str(answer).strip() else "answer is empty"
 
 
-def _comparable(text: str) -> str:
+def canonical(text: str) -> str:
+    """Responses that are the same to `judge` have the same."""
     return text.replace("\r\n", "\n").strip()

@@ -72,6 +72,19 @@ def judge(row: Row, response: str) -> Judgement:
     return Judgement(judged.verdict, judged.why, time.perf_counter() - started)
 
 
+def canonical_answer(row: Row, response: str) -> str:
+    """The final answer in a form that equal answers mostly share: a number's value, a choice's letter, plain words,
+    else the text without what does not matter; "" where there is none. Without algebra: x+1 and 1+x differ."""
+    try:
+        answer = prepared(final_answer(response, policy_of(row).answer_line).text or "")
+    except Refused:
+        return ""
+    read = number(answer)
+    if read is not None:
+        return f"{read.value.numerator:x}/{read.value.denominator:x}"  # hexadecimal has no limit of digits
+    return choice(answer) or words(answer) or canonical(answer)
+
+
 def check_row(row: Row) -> str | None:
     """What is missing of a row, or wrong in its golds or its policy, in one line, or None. Reads no mathematics: cheap
     anywhere."""
