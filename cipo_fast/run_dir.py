@@ -166,8 +166,8 @@ def decide(config: Config, inputs: dict[str, Any]) -> Opened:
 
 
 def of_other_settings(config: Config, inputs: dict[str, Any]) -> list[str]:
-    """"key: old -> new" of what makes the finished run in `config`'s folder another one than `config` asks for;
-    raises UserError where its settings cannot be read."""
+    """What makes the finished run in `config`'s folder another one than `config` asks for, as "key: old -> new".
+    Raises UserError where its settings cannot be read."""
     recorded = _recorded(config.run_dir, lenient=False)
     ends = ("train.steps", "eval.every")  # free to one that goes on
     return [
