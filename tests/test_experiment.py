@@ -189,7 +189,7 @@ def test_a_grid_is_stopped_killed_and_finished(
     assert runner.returncode == 1
     assert "ours-seed0 has ended after" in shown
     assert "broken-seed0 failed at step 0" in shown
-    assert "exit code 2:\n    error: model.path" in shown
+    assert "exit code 2:\n    error: data.train is not given" in shown
     assert "1 of 2 runs failed: broken-seed0" in capfd.readouterr().err
     rows = [json.loads(line) for line in (ours / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13))

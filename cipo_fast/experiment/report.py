@@ -197,7 +197,8 @@ def _provenance(report: Report) -> Iterator[str]:
             f"- `{found['command']}`: {found['date']}, {_many(found['jobs'], 'run')} at once on {where}, "
             f"torch {found['torch']}, commit {found['commit'] or 'unknown'}."
         )
-    lines.append(f"- Written by `python -m cipo_fast.experiment {shlex.quote(grid.name)} --report`.")
+    written = ["python", "-m", "cipo_fast.experiment", grid.name, "--out", str(grid.out), "--report"]
+    lines.append(f"- Written by `{shlex.join(written)}`.")
     yield "\n".join(lines)
     if report.unfinished:
         names = ", ".join(run.name for run in report.unfinished)

@@ -25,6 +25,7 @@ from typing import Any
 from cipo_fast.errors import Preempted, TrainingStopped, UserError, put
 from cipo_fast.experiment.grid import Grid, GridRun
 from cipo_fast.run_dir import inputs_of, of_other_settings
+from cipo_fast.view import evaluation_line
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -216,7 +217,7 @@ def steps_done(run: GridRun) -> int:
 
 def figures_line(run: GridRun) -> str:
     after = json.loads((run.dir / "summary.json").read_text(encoding="utf-8"))["after"]
-    return ", ".join(f"{key} {value:.3f}" for key, value in after.items() if isinstance(value, float))
+    return evaluation_line(after)
 
 
 def last_lines(path: Path) -> list[str]:
