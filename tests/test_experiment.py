@@ -137,6 +137,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_grid_is_stopped_killed_and_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
