@@ -46,6 +46,8 @@ class Progress:
     before: dict[str, float | None] | None = None  # the evaluation before training
     evaluated: int = 0  # step of the last evaluation that was recorded
     seconds: float = 0.0  # of training, over all of the run's processes
+    sampled_tokens: int = 0  # of all answers that training sampled
+    flops: float = 0.0  # of sampling and training (updates.py says what counts)
 
     def after_step(self, replay: ReplayState, applied: Sequence[bool], seconds: float) -> Progress:
         """One step on; `applied` says which of its updates were finite."""

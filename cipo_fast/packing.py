@@ -39,11 +39,16 @@ class Node:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Time of a forward and backward pass, what packs are balanced by, in FLOPs of the linear layers."""
+    """FLOPs of a forward and backward pass; or its time, what packs are balanced by, in FLOPs of the linear layers."""
 
     per_token: float  # linear layers
-    per_pair: float  # attention, one visible (query, key) pair: its FLOPs times linear rate / attention rate
+    per_pair: float  # attention, one visible (query, key) pair; for time, its FLOPs times linear rate / attention rate
     per_target: float  # language-model head
+
+    @property
+    def forward(self) -> CostModel:
+        """Of the forward pass alone: 2 of 6 FLOPs a weight, 4 of 14 a pair and dimension (policy.flops_model)."""
+        return CostModel(self.per_token / 3, self.per_pair * 2 / 7, self.per_target / 3)
 
     def of(self, node: Node, depth: int = 0) -> float:
         n = len(node.token_ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -256,17 +257,22 @@ def refuse_shape(shape: PretrainedConfig, longest: int) -> None:
 
 
 def cost_model(config: PretrainedConfig, num_parameters: int) -> CostModel:
-    """From the shape: 6 FLOPs a weight and token, 4 + 10 (D a head) a visible pair, forward and backward."""
+    """What a forward and backward pass takes on this device: `flops_model`, a pair by the rate of attention."""
     rates = [device_rates()]
     if dist.is_initialized():
         dist.broadcast_object_list(rates)  # with costs of their own, ranks would disagree on who has which trees
+    flops = flops_model(config, num_parameters)
+    return replace(flops, per_pair=flops.per_pair * rates[0].linear / rates[0].attention_rate)
+
+
+def flops_model(config: PretrainedConfig, num_parameters: int) -> CostModel:
+    """From the shape: 6 FLOPs a weight and token, 4 + 10 (D a head) a visible pair, forward and backward."""
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     head = text.vocab_size * text.hidden_size
     tables = head if text.tie_word_embeddings else 2 * head
-    pair_flops = 14.0 * text.num_hidden_layers * text.num_attention_heads * head_dim
     return CostModel(
         per_token=6.0 * (num_parameters - tables),
-        per_pair=pair_flops * rates[0].linear / rates[0].attention_rate,
+        per_pair=14.0 * text.num_hidden_layers * text.num_attention_heads * head_dim,
         per_target=6.0 * head,
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
+from cipo_fast.checkpoint import Progress
 from cipo_fast.config import Config
 from cipo_fast.recorded_rows import RowWriter
 from cipo_fast.records import Anchor, Group, Problem, Rollout
@@ -50,10 +51,17 @@ class Recorder:
         if self.save_rollouts_every and step % self.save_rollouts_every == 0:
             self._rollouts(step, groups, anchors)
 
-    def evaluation(self, result: dict[str, float | None], step: int) -> None:
-        """A row of eval.jsonl."""
+    def evaluation(self, result: dict[str, float | None], progress: Progress) -> None:
+        """A row of eval.jsonl: the figures, and what training had taken till then."""
+        step = progress.step
+        spent = {
+            "tokens/sampled": progress.sampled_tokens,
+            "flops/total": progress.flops,
+            "seconds": progress.seconds,
+        }
+        row = {"step": step, **spent, **{f"eval/{key}": value for key, value in result.items()}}
         with (self.dir / "eval.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{f"eval/{key}": value for key, value in result.items()}}) + "\n")
+            file.write(json.dumps(row) + "\n")
         if self.tensorboard is not None:
             for key, value in result.items():
                 if value is not None:

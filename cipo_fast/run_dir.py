@@ -84,14 +84,15 @@ def opened(config: Config, ranks: int) -> Iterator[Opened]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold its lock; a folder that was made for nothing is removed again."""
+def locked(folder: Path, setting: str = "run.dir") -> Iterator[None]:
+    """Make `folder` and hold its lock; a folder that was made for nothing is removed again. `setting` names it in
+    errors."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _lock(folder / "lock")
+        file = _lock(folder / "lock", setting)
     except OSError as error:
-        raise UserError(f"run.dir={folder}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{setting}={folder}: cannot be written ({error.strerror or error})") from None
     try:
         yield
     finally:
@@ -102,7 +103,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.close()
 
 
-def _lock(path: Path) -> TextIO:
+def _lock(path: Path, setting: str) -> TextIO:
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         file = path.open("a+", encoding="utf-8")
@@ -113,7 +114,7 @@ def _lock(path: Path) -> TextIO:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise UserError(
-                    f"run.dir={path.parent}: in use by {holder}; end that run first, or name another run.dir"
+                    f"{setting}={path.parent}: in use by {holder}; end that run first, or name another {setting}"
                 ) from None
             file.close()
             time.sleep(0.1)
@@ -143,9 +144,8 @@ def decide(config: Config, inputs: dict[str, Any]) -> Opened:
     if not found:
         raise UserError(f"checkpoint.resume=true: no checkpoint in {folder / 'checkpoints'}; start without it")
     recorded = _recorded(folder, config.checkpoint.allow_changes)
-    different = differences(recorded, {**_flat(config.model_dump(mode="json")), **inputs}) if recorded else {}
-    moved = {key for key in ("data.train", "data.eval", "model.path") if _same_content(key, recorded, inputs)}
-    hard = [line for key, line in different.items() if key not in moved and not _free(key, config)]
+    different = differences(recorded, {**flat(config), **inputs}) if recorded else {}
+    hard = [line for key, line in different.items() if not _moved(key, recorded, inputs) and not _free(key, config)]
     if hard and not config.checkpoint.allow_changes:
         if resume == "auto":
             line = f"{folder} holds an unfinished run of other settings, which is set aside under previous/"
@@ -163,6 +163,18 @@ def decide(config: Config, inputs: dict[str, Any]) -> Opened:
     return Opened(
         True, inputs, bool(different) or not recorded, tuple(f"changed: {line}" for line in different.values())
     )
+
+
+def of_other_settings(config: Config, inputs: dict[str, Any]) -> list[str]:
+    """What makes the finished run in `config`'s folder another one than `config` asks for, as "key: old -> new".
+    Raises UserError where its settings cannot be read."""
+    recorded = _recorded(config.run_dir, lenient=False)
+    ends = ("train.steps", "eval.every")  # free to one that goes on
+    return [
+        line
+        for key, line in differences(recorded, {**flat(config), **inputs}).items()
+        if key in ends or not (_moved(key, recorded, inputs) or _free(key, config))
+    ]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
@@ -231,7 +243,7 @@ def _recorded(folder: Path, lenient: bool) -> dict[str, Any]:
     try:
         settings = read_config(path)
         files = json.loads(inputs.read_text(encoding="utf-8")) if inputs.exists() else {}
-        return {**_flat(settings.model_dump(mode="json")), **files}
+        return {**flat(settings), **files}
     except (OSError, ValueError, UserError) as error:
         if lenient:
             return {}
@@ -240,6 +252,11 @@ def _recorded(folder: Path, lenient: bool) -> dict[str, Any]:
             f"{path}: not the settings of a run ({why}), so nothing tells whether to go on with its checkpoints: "
             "checkpoint.resume=false sets them aside, checkpoint.resume=true checkpoint.allow_changes=true goes on"
         ) from None
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """{dotted key: value}, as JSON has it."""
+    return _flat(config.model_dump(mode="json"))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -255,8 +272,9 @@ def _free(key: str, config: Config) -> bool:
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
 
 
-def _same_content(key: str, recorded: dict[str, Any], inputs: dict[str, Any]) -> bool:
-    found = inputs.get(f"{key} content")
+def _moved(key: str, recorded: dict[str, Any], inputs: dict[str, Any]) -> bool:
+    """Whether the files that a setting names are the same, wherever they are now."""
+    found = inputs.get(f"{key} content") if key in ("data.train", "data.eval", "model.path") else None
     return found is not None and found == recorded.get(f"{key} content")
 
 

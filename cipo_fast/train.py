@@ -49,7 +49,7 @@ from cipo_fast.learner import Learner
 from cipo_fast.marking import build_judges, failures_of, refuse_failures
 from cipo_fast.model import load_model, load_shape, load_tokenizer
 from cipo_fast.packing import CostModel
-from cipo_fast.policy import ATTENTION, build_policy, cost_model, refuse_unsupported
+from cipo_fast.policy import ATTENTION, build_policy, cost_model, flops_model, refuse_unsupported
 from cipo_fast.preemption import StopSignals
 from cipo_fast.recorder import Recorder
 from cipo_fast.records import Anchor, Group
@@ -80,7 +80,8 @@ class Run:
     sampler: Sampler
     learner: Learner
     sync: WeightSync
-    cost: CostModel
+    cost: CostModel  # what packs are balanced by
+    flops: CostModel  # what is reported
     sampling: Sampling
     view: View
     alarms: Alarms
@@ -154,7 +155,7 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
         written(config, lambda: export_shape(config.run_dir / SHAPE, model, tokenizer))
         if progress.before is None:
             before = timed_evaluation(run, progress, "before training")
-            written(config, partial(recorder.evaluation, before, 0))
+            written(config, partial(recorder.evaluation, before, progress))
             progress = replace(progress, before=before)
         progress = loop(run, recorder, progress)
         after = timed_evaluation(run, progress, "after training")
@@ -168,7 +169,7 @@ def loop(run: Run, recorder: Recorder, progress: Progress) -> Progress:
         if due(progress.step, config.eval.every) and progress.evaluated < progress.step < steps:
             result = timed_evaluation(run, progress, f"at step {progress.step}")
             with saved_if_stopped(run, progress):
-                written(config, partial(recorder.evaluation, result, progress.step))
+                written(config, partial(recorder.evaluation, result, progress))
             progress = replace(progress, evaluated=progress.step)
         if progress.step >= steps:
             return progress
@@ -237,7 +238,12 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, T
         raise
     except TrainingStopped as error:
         stop = error
-    progress = replace(progress, seconds=progress.seconds + time.perf_counter() - waited)
+    progress = replace(
+        progress,
+        seconds=progress.seconds + time.perf_counter() - waited,
+        sampled_tokens=progress.sampled_tokens + int(tokens["tokens/sampled"] or 0),
+        flops=progress.flops + sum(tokens[key] or 0.0 for key in ("flops/sample", "flops/train")),
+    )
 
     generate_s, verify_s = run.sampler.take_times()
     if config.rollout.overlap:  # what the loop waited for, not what went on beside it
@@ -377,6 +383,7 @@ def build(
     view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")
 
     cost = cost_model(model.config, model.num_parameters())
+    flops = flops_model(model.config, model.num_parameters())
     reference_model = copy.deepcopy(model) if config.loss.beta > 0 else None
     policy = build_policy(model, config, mesh)
     sync = WeightSync(policy, engine, config, [p.token_ids for p in train_prompts])
@@ -397,8 +404,8 @@ def build(
     alarms = Alarms(config.run.alarm_after, config.sync.alarm_outside)
     sources = sorted({prompt.problem.source for prompt in train_prompts})
     run = Run(
-        config, train_prompts, held_out, correct, sampler, learner, sync, cost, sampling, view, alarms, checkpoints,
-        sources,
+        config, train_prompts, held_out, correct, sampler, learner, sync, cost, flops, sampling, view, alarms,
+        checkpoints, sources,
     )  # fmt: skip
     return run, progress
 
@@ -429,7 +436,7 @@ def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: 
                 weights[name] = tensor.cpu()
 
     def write() -> None:
-        recorder.evaluation(after, progress.step)
+        recorder.evaluation(after, progress)
         if config.checkpoint.export:
             export(config.run_dir / "model", run.learner.policy.model, weights, run.sampler.chat.tokenizer)
         saved = recorder.tokens_saved()

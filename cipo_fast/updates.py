@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from cipo_fast.cipo.metrics import Metrics
-from cipo_fast.cipo.objective import conversations, left_out
+from cipo_fast.cipo.objective import as_sampled, conversations, left_out
 from cipo_fast.errors import note
 from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Sampled, Update
-from cipo_fast.packing import Pack, build_trees, make_pack, pack_trees, row_tokens
+from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
 from cipo_fast.records import Anchor, Conversation, Group
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tuple[list[Update], Metrics, float]:
-    """The step's optimiser updates: (updates, metrics of the tokens, seconds for old and reference log-probs)."""
+    """The step's optimiser updates: (updates, metrics of the tokens, seconds for old and reference log-probs).
+
+    `flops/train` are the forward and backward passes of what is learned from, over all ranks; not counted are passes
+    without a gradient (old and reference log-probs, `train.measure_every`) and what is recomputed."""
     per_step = run.config.train.updates_per_step
     n = min(per_step, len(groups))  # fewer, where whole groups could not be judged
     every = run.config.train.measure_every
@@ -30,14 +33,16 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
     batches: list[list[Pack]] = []
     rests: list[list[Pack]] = []
     forwarded = rows = 0
+    flops = 0.0
     for part in range(n):
         members = [replace(a, group=a.group // n) for a in anchors if a.group % n == part]
         batch = conversations(groups[part::n], members, run.config, step)
         rest = left_out(groups[part::n], members, batch) if measured else []
-        packs, tokens = make_packs(batch, run)
+        packs, tokens, part_flops = make_packs(batch, run)
         batches.append(packs)
         rests.append(make_packs(rest, run)[0] if rest else [])
         forwarded += tokens
+        flops += part_flops
         rows += row_tokens(batch)
     old_logp_s = 0.0
     need_old = per_step > 1 or (run.config.loss.is_cap is not None and run.config.loss.is_level == "sequence")
@@ -55,16 +60,29 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
             keep_bad_pack(run, updates[-1].bad_pack, step)
     saved = 1 - forwarded / rows if rows else None
     seen: Metrics = {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}
+    seen |= {**sampling_work(groups, anchors, run.flops), "flops/train": flops}
     seen |= sampled_metrics([*sampled, *(u.sampled for u in updates)] if measured else [])
     return updates, seen, old_logp_s
 
 
-def make_packs(batch: list[Conversation], run: Run) -> tuple[list[Pack], int]:
-    """This rank's packs of a batch, and the tokens of all ranks' packs."""
+def sampling_work(groups: list[Group], anchors: list[Anchor], flops: CostModel) -> Metrics:
+    """What the step's judged answers took to sample: `tokens/sampled`, the tokens of rollouts and corrections, and
+    `flops/sample`, one forward pass of every token of their trees (prompts, attempts and follow-ups once, as with a
+    prefix cache that forgets nothing) and the head once an answer's token. Evaluation is not counted."""
+    answers = as_sampled(groups, anchors)
+    return {
+        "tokens/sampled": sum(len(c.segments[-1].token_ids) for c in answers),
+        "flops/sample": sum(flops.forward.of(tree) for tree in build_trees(answers)),
+    }
+
+
+def make_packs(batch: list[Conversation], run: Run) -> tuple[list[Pack], int, float]:
+    """This rank's packs of a batch; the tokens and FLOPs, forward and backward, of all ranks' packs."""
     trees = build_trees(batch, run.config.train.packing)
     ranks = pack_trees(trees, run.config.train.pack_tokens, run.cost, dist.get_world_size())
-    tokens = sum(tree.num_tokens for packs in ranks for members in packs for tree in members)
-    return [make_pack(members) for members in ranks[dist.get_rank()]], tokens
+    pieces = [tree for packs in ranks for members in packs for tree in members]
+    tokens, flops = sum(tree.num_tokens for tree in pieces), sum(run.flops.of(tree) for tree in pieces)
+    return [make_pack(members) for members in ranks[dist.get_rank()]], tokens, flops
 
 
 def update_metrics(updates: list[Update]) -> Metrics:

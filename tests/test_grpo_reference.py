@@ -273,7 +273,8 @@ def trainers_gradients(
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
 
     learner.optimizer.register_step_pre_hook(take)
-    run: Any = SimpleNamespace(config=config, learner=learner, cost=cost_model(model.config, model.num_parameters()))
+    cost = cost_model(model.config, model.num_parameters())
+    run: Any = SimpleNamespace(config=config, learner=learner, cost=cost, flops=cost)
     learn(run, copy.deepcopy(groups), copy.deepcopy(anchors), step=1)
     return weights, gradients
 

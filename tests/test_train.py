@@ -138,7 +138,10 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, warm: Path, capsys: pytes
     }
     evaluations = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
     assert [row["step"] for row in evaluations] == [0, 2, 3]
-    assert evaluations[-1] == {"step": 3, **{f"eval/{key}": value for key, value in summary["after"].items()}}
+    spent = {key: evaluations[-1][key] for key in ("tokens/sampled", "flops/total", "seconds")}
+    assert evaluations[-1] == {"step": 3, **spent, **{f"eval/{key}": v for key, v in summary["after"].items()}}
+    assert spent["tokens/sampled"] == sum(row["tokens/sampled"] for row in rows) > 0
+    assert spent["flops/total"] == pytest.approx(sum(row["flops/sample"] + row["flops/train"] for row in rows))
     assert summary["steps"] == 3
     assert 0 < summary["tokens_saved"] < 1
     assert summary["config"]["train"]["steps"] == 3

@@ -38,6 +38,11 @@ def left_out(groups: list[Group], anchors: list[Anchor], teaching: list[Conversa
     """The sampled answers that `teaching` does not hold after what they were sampled from, without weights: they are
     only measured. Cross-entropy alone leaves out most corrections, on the bare prompt all of them."""
     taught = {id(c.sampler_logps) for c in teaching}  # an answer's log-probs are a list of its own
+    return [c for c in as_sampled(groups, anchors) if id(c.sampler_logps) not in taught]
+
+
+def as_sampled(groups: list[Group], anchors: list[Anchor]) -> list[Conversation]:
+    """Every sampled answer after what it was sampled from, without weights."""
     prompts = [prompt_segments(group) for group in groups]
     attempts = [[Segment(rollout.token_ids) for rollout in group.rollouts] for group in groups]
     answers: list[tuple[tuple[Segment, ...], Rollout, str]] = [
@@ -49,9 +54,7 @@ def left_out(groups: list[Group], anchors: list[Anchor], teaching: list[Conversa
         context = _context(anchor, prompts, attempts)
         answers += [((*context, Segment(r.token_ids)), r, "correction") for r in anchor.corrections]
     return [
-        Conversation(segments, rollout.sampler_logps, stream, 0.0, 0.0, 0.0)
-        for segments, rollout, stream in answers
-        if id(rollout.sampler_logps) not in taught
+        Conversation(segments, rollout.sampler_logps, stream, 0.0, 0.0, 0.0) for segments, rollout, stream in answers
     ]
 
 

@@ -22,6 +22,7 @@ from cipo_fast.config.loading import (
     known_keys,
     load_config,
     parse_args,
+    read_as,
     read_config,
 )
 from cipo_fast.config.rollout import RolloutConfig
@@ -30,5 +31,5 @@ from cipo_fast.config.verify import SandboxConfig, VerifyConfig
 __all__ = [
     "HUB_NAME", "OVERRIDE", "Config", "CorrectionConfig", "DataConfig", "EmbeddedModel", "LossConfig", "ModelConfig",
     "NudgeConfig", "OptimConfig", "ReplayConfig", "RolloutConfig", "SandboxConfig", "VerifyConfig", "cautions",
-    "configs_dir", "known_keys", "load_config", "parse_args", "read_config",
+    "configs_dir", "known_keys", "load_config", "parse_args", "read_as", "read_config",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
@@ -27,6 +27,7 @@ from cipo_fast.config.settings import (
 from cipo_fast.errors import UserError, note
 
 HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?::([^:/]*))?(?::([^:/]+))?")
+Schema = TypeVar("Schema", bound=BaseModel)
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 
 
@@ -81,11 +82,16 @@ def load_config(files: list[str], overrides: list[str]) -> Config:
 
 def read_config(path: Path) -> Config:
     """The Config that a run has recorded in `path`; raises UserError. What it names need not be there any more."""
-    values, places = from_file(path, Config)
+    return read_as(Config, path)
+
+
+def read_as(schema: type[Schema], path: Path) -> Schema:
+    """The YAML file `path` as a `schema`; raises UserError with file, line and key."""
+    values, places = from_file(path, schema)
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, places)) from None
+        raise UserError(_explain(error, places, schema, f"{path}: ")) from None
 
 
 def _check(config: Config) -> None:
@@ -261,25 +267,28 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]
     return keys
 
 
-def _explain(error: ValidationError, places: Place) -> str:
-    """The first problem, in one line."""
-    first = error.errors()[0]
-    key = _field_of(first["loc"])
+def _explain(error: ValidationError, places: Place, schema: type[BaseModel] = Config, source: str = "") -> str:
+    """The first problem, in one line; `source` is named where the key stands nowhere."""
+    first = min(error.errors(), key=lambda e: e["type"] == "missing")  # a key that is misspelt is missing, too
+    key = _field_of(first["loc"], schema)
     known = next((k for k in (key, key.rpartition(".")[0]) if k in places), None)
-    where = f"{places[known]}: " if known else ""
+    where = f"{places[known]}: " if known else source
     if first["type"] == "extra_forbidden":
-        near = _nearest(key)
+        near = _nearest(key, schema)
         return f"{where}unknown key {key!r}" + (f": did you mean {near!r}?" if near else "")
-    same = [e for e in error.errors() if _field_of(e["loc"]) == key]  # one for each type that the field may have
+    # One for each type that the field may have.
+    same = [e for e in error.errors() if _field_of(e["loc"], schema) == key]
     said = " or ".join(f"{e['msg'][0].lower()}{e['msg'][1:]}".removeprefix("input should be ") for e in same)
     said = f"input should be {said}" if len(same) > 1 else f"{first['msg'][0].lower()}{first['msg'][1:]}"
+    if first["type"] == "missing":
+        return f"{where}no {key!r}, which has no default"
     more = f" (and {error.error_count() - len(same)} more)" if error.error_count() > len(same) else ""
     return f"{where}{key}={_typed(first['input'])}: {said}{more}"
 
 
-def _field_of(location: tuple[int | str, ...]) -> str:
+def _field_of(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:
     """The dotted key of an error's location, which goes on with the types that a field may have."""
-    keys, parts = known_keys(), [str(part) for part in location]
+    keys, parts = known_keys(schema), [str(part) for part in location]
     for n in range(1, len(parts)):
         key = ".".join(parts[:n])
         if key in keys and not any(other.startswith(f"{key}.") for other in keys):
@@ -294,9 +303,9 @@ def _typed(value: Any) -> str:
     return cut(repr(value))
 
 
-def _nearest(key: str) -> str | None:
+def _nearest(key: str, schema: type[BaseModel]) -> str | None:
     """The known key most like `key`: by its whole path, else by its last part in any section."""
-    keys = known_keys()
+    keys = known_keys(schema)
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
     if close:
         return close[0]

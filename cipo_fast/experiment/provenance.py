@@ -1,0 +1,63 @@
+"""What was run, when and on what: a line of OUT/runner.jsonl each time the grid is begun or gone on with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from cipo_fast.errors import UserError
+
+FILE = "runner.jsonl"
+
+
+def record(out: Path, command: str, jobs: int) -> None:
+    found = {"date": time.strftime("%Y-%m-%d"), "command": command, "jobs": jobs, **machine(), "commit": commit()}
+    with (out / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(found) + "\n")
+
+
+def recorded(out: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (out / FILE).read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{out / FILE}: cannot be read ({error})") from None
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
+        "torch": importlib.metadata.version("torch"),
+    }
+
+
+def commit() -> str | None:
+    """Of the checkout that this is part of, marked where files differ from it."""
+    return _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=, changed")
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _said(*command: str) -> str | None:
+    """What a command prints, in one line; None where there is no such command, or it fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return ", ".join(done.stdout.split("\n")[:-1]) or None if done.returncode == 0 else None
