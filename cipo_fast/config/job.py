@@ -31,6 +31,13 @@ class EmbeddedModel(Section):
     """Learning rate of the supervised steps."""
     warm_batch: Positive = 64
     """Conversations a supervised step."""
+    warm_plain: Share = 0.25
+    """Share of them that are answers to a bare prompt; the others are corrections of an attempt."""
+    warm_right: Share = 0.25
+    """Share of right attempts among those, to be kept."""
+    warm_own: Share = 0.0
+    """Share of the half-trained policy's own samples among the wrong ones; the others are near misses made by the
+    task."""
 
 
 class ModelConfig(Section):
