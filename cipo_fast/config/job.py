@@ -24,9 +24,11 @@ class EmbeddedModel(Section):
     mlp: Positive = 320
     """Inner size of the feed-forward part."""
     warm_accuracy: Share = 0.42
-    """Supervised steps stop at the first check with this greedy accuracy on training problems."""
+    """Supervised steps stop at the first check with this greedy accuracy on training problems, and with"""
+    warm_kept: Share = 0.0
+    """... this share of its right attempts still right when they are shown back; 0 asks for none."""
     warm_steps: NonNegative = 600
-    """... or after this many, whichever comes first."""
+    """... or after this many."""
     warm_lr: Annotated[float, Field(gt=0, le=1)] = 2e-3
     """Learning rate of the supervised steps."""
     warm_batch: Positive = 64

@@ -24,7 +24,7 @@ from cipo_fast.engines import twin_of
 from cipo_fast.learner import Learner
 from cipo_fast.packing import build_trees, make_pack, pack_trees
 from cipo_fast.policy import build_policy, cost_model
-from cipo_fast.records import Conversation, Rollout, Segment
+from cipo_fast.records import Anchor, Conversation, Rollout, Segment
 from cipo_fast.rollout import Sampling
 from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.rollout.supervised import SupervisedEngine
@@ -45,8 +45,9 @@ def warm_start(
     judges: Judges,
     near_miss: NearMiss,
 ) -> dict[str, Tensor]:
-    """`model` brought to `warm_accuracy` greedy accuracy on training problems, or through `warm_steps` steps: its
-    weights, on every rank. A collective. Every problem has an answer, which is imitated."""
+    """`model` brought to `warm_accuracy` greedy accuracy on training problems and to keeping `warm_kept` of its right
+    attempts, or through `warm_steps` steps: its weights, on every rank. A collective. Every problem has an answer,
+    which is imitated."""
     shape, limit = config.model.embedded, config.rollout.max_tokens
     twin = twin_of(model, mesh.device_type, torch.float32)
     bare = LocalEngine(twin, chat.end_ids(None), chat.tokenizer.pad_token_id, config.rollout.batch_sequences)
@@ -58,8 +59,8 @@ def warm_start(
     correct = CorrectionPrompts(chat, config.correction)
     examples = Examples(prompts[CHECK_PROBLEMS:] or prompts, correct, shape, near_miss, config.seed)
     started = time.perf_counter()
-    step, accuracy = 0, 0.0
-    while accuracy < shape.warm_accuracy and step < shape.warm_steps:
+    step, accuracy, kept = 0, 0.0, 0.0
+    while (accuracy < shape.warm_accuracy or kept < shape.warm_kept) and step < shape.warm_steps:
         for _ in range(CHECK_EVERY if accuracy < shape.warm_accuracy / 2 else CHECK_EVERY // 2):
             trees = build_trees(examples.batch(shape.warm_batch, step))
             bins = pack_trees(trees, config.train.pack_tokens, cost, dist.get_world_size())
@@ -68,20 +69,36 @@ def warm_start(
         engine.sync(policy.full_weights(), 0)
         greedy = sampler.groups(prompts[:CHECK_PROBLEMS], 1, Sampling(0.0, 1.0, limit), 0, "warm")
         accuracy = float(np.mean([g.rollouts[0].reward for g in greedy]))
-        if shape.warm_own:
-            examples.own = own_failures(sampler, examples.prompts, limit, config.seed, step)
+        said = ""
+        if shape.warm_own or shape.warm_kept:
+            attempts = own_attempts(sampler, examples, limit, config.seed, step)
+            examples.own = [anchor.rollout for anchor in attempts if not anchor.right]
+            kept, mended = (mean_correction(attempts, right) for right in (True, False))
+            said = f", right attempts kept {kept:.3f}, wrong ones corrected {mended:.3f}"
         seconds = time.perf_counter() - started
-        note(f"warm start: {step} supervised steps, greedy accuracy {accuracy:.3f}, {seconds:.0f}s")
+        note(f"warm start: {step} supervised steps, greedy accuracy {accuracy:.3f}{said}, {seconds:.0f}s")
     return {name: tensor.clone() for name, tensor in policy.full_weights()}
 
 
-def own_failures(sampler: Sampler, prompts: list[Prompt], limit: int, seed: int, step: int) -> list[Rollout]:
-    """Wrong answers of the policy as it is, at T=1, one a problem."""
+def own_attempts(sampler: Sampler, examples: Examples, limit: int, seed: int, step: int) -> list[Anchor]:
+    """Attempts of the policy as it is, one a problem, each corrected once, all at T=1."""
     rng = np.random.default_rng(seed_for(seed, step, "warm-own"))
-    asked = [prompts[i] for i in rng.permutation(len(prompts))[:CHECK_PROBLEMS]]
-    groups = sampler.groups(asked, 1, Sampling(1.0, 1.0, limit), step, "warm-own")
-    found = [rollout for group in groups for rollout in group.rollouts]
-    return [rollout for rollout in found if not rollout.reward and not rollout.truncated]
+    asked = [examples.prompts[i] for i in rng.permutation(len(examples.prompts))[:CHECK_PROBLEMS]]
+    sampling = Sampling(1.0, 1.0, limit)
+    anchors = []
+    for g, group in enumerate(sampler.groups(asked, 1, sampling, step, "warm-own")):
+        rollout = group.rollouts[0]
+        prompt = None if rollout.truncated else examples.correct(rollout)
+        if prompt is not None:
+            anchors.append(Anchor(rollout, g, 0, *prompt))
+    sampler.correct(anchors, 1, sampling, step, "warm-correct")
+    return anchors
+
+
+def mean_correction(anchors: list[Anchor], right: bool) -> float:
+    """Accuracy of the corrections of the right or the wrong ones; 0 where there are none."""
+    rewards = [r.reward for anchor in anchors if anchor.right == right for r in anchor.corrections]
+    return float(np.mean(rewards)) if rewards else 0.0
 
 
 class Examples:
