@@ -74,12 +74,15 @@ def test_an_attempt_too_long_to_be_shown_is_a_plain_problem() -> None:
 
 
 def test_the_folder_names_the_verifier_of_its_rows(tmp_path: Path) -> None:
-    """Its warm start samples and judges attempts of its own."""
+    """Its warm start samples and judges attempts of its own, and goes on while too few of the right ones are kept."""
     small = ["model.embedded.hidden=32", "model.embedded.mlp=48", "model.embedded.layers=1", "data.task=subset",
-             "model.embedded.warm_steps=12", "model.embedded.warm_own=1", "eval.problems=8"]  # fmt: skip
+             "model.embedded.warm_steps=12", "model.embedded.warm_own=1",
+             "model.embedded.warm_accuracy=0", "model.embedded.warm_kept=1", "eval.problems=8"]  # fmt: skip
     config = load_config([], [*small, f"run.dir={tmp_path}"])
+    lines: list[str] = []
     with process_group() as mesh:
-        folder = Path(prepare(config, mesh, lambda line: None).model.path)
+        folder = Path(prepare(config, mesh, lines.append).model.path)
+    assert lines[-1].startswith("warm start: 15 supervised steps, greedy accuracy 0.000, right attempts kept 0.000")
     problems = read_problems(folder / HELD_OUT)
     rows = [json.loads(line) for line in (folder / HELD_OUT).read_text(encoding="utf-8").splitlines()]
     assert len(problems) == len(rows) == 8
