@@ -17,6 +17,8 @@ from cipo_fast.config import Config
 from cipo_fast.distributed import on_main
 from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.embedded.problems import embedded_problems
+from cipo_fast.embedded.tasks import task_named
+from cipo_fast.embedded.tasks.edits import edited
 from cipo_fast.embedded.warm_start import warm_start
 from cipo_fast.errors import UserError
 from cipo_fast.marking import build_judges
@@ -60,15 +62,18 @@ def digest(config: Config) -> str:
 def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
     chat = Chat(embedded_tokenizer(), config.data)
     if config.data.train is None:
-        dataset = Dataset(*embedded_problems(config.data.task, config.seed, config.held_out))
+        data = config.data
+        dataset = Dataset(*embedded_problems(data.task, config.seed, config.held_out, data.task_size))
+        near_miss = task_named(data.task).near_miss
     else:
         dataset = load_dataset(config)
-    dataset = Dataset(imitable(dataset.train), dataset.held_out)
+        dataset = Dataset(imitable(dataset.train), dataset.held_out)
+        near_miss = edited
     prompts, _ = encode_dataset(dataset, chat, config, quiet)  # the run that follows says the same
     prompts = fitting(prompts, config.data.max_prompt_tokens, "data.train", quiet)
     model = new_model(config, "cipo_tree")
     with build_judges(config, note) as judges:
-        weights = warm_start(model, chat, prompts, config, mesh, note, judges)
+        weights = warm_start(model, chat, prompts, config, mesh, note, judges, near_miss)
 
     def write() -> None:
         part = folder.with_name(folder.name + ".part")
@@ -94,5 +99,7 @@ def imitable(problems: list[Problem]) -> list[Problem]:
 
 
 def _write(path: Path, problems: list[Problem]) -> None:
-    rows = [{"id": p.id, "prompt": p.messages[-1]["content"], "answer": p.answer} for p in problems]
+    rows = [
+        {"id": p.id, "prompt": p.messages[-1]["content"], "answer": p.answer, "verifier": p.verifier} for p in problems
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -6,7 +6,6 @@ number and by accuracy, never by the clock: a seed is the same start on a busy m
 
 from __future__ import annotations
 
-import string
 import time
 from collections.abc import Callable
 
@@ -19,12 +18,13 @@ from transformers import PreTrainedModel
 
 from cipo_fast.chat import Chat
 from cipo_fast.cipo.prompts import CorrectionPrompts
-from cipo_fast.config import Config, OptimConfig
+from cipo_fast.config import Config, EmbeddedModel, OptimConfig
+from cipo_fast.embedded.tasks.task import NearMiss
 from cipo_fast.engines import twin_of
 from cipo_fast.learner import Learner
 from cipo_fast.packing import build_trees, make_pack, pack_trees
 from cipo_fast.policy import build_policy, cost_model
-from cipo_fast.records import Conversation, Rollout, Segment
+from cipo_fast.records import Anchor, Conversation, Rollout, Segment
 from cipo_fast.rollout import Sampling
 from cipo_fast.rollout.local import LocalEngine
 from cipo_fast.rollout.supervised import SupervisedEngine
@@ -43,9 +43,11 @@ def warm_start(
     mesh: DeviceMesh,
     note: Callable[[str], None],
     judges: Judges,
+    near_miss: NearMiss,
 ) -> dict[str, Tensor]:
-    """`model` brought to `warm_accuracy` greedy accuracy on training problems, or through `warm_steps` steps: its
-    weights, on every rank. A collective. The problems are of exact answers, which are imitated."""
+    """`model` brought to `warm_accuracy` greedy accuracy on training problems and to keeping `warm_kept` of its right
+    attempts, or through `warm_steps` steps: its weights, on every rank. A collective. Every problem has an answer,
+    which is imitated."""
     shape, limit = config.model.embedded, config.rollout.max_tokens
     twin = twin_of(model, mesh.device_type, torch.float32)
     bare = LocalEngine(twin, chat.end_ids(None), chat.tokenizer.pad_token_id, config.rollout.batch_sequences)
@@ -55,10 +57,10 @@ def warm_start(
     policy = build_policy(model, config, mesh)
     learner = Learner(policy, OptimConfig(lr=shape.warm_lr, warmup_steps=20), shape.warm_steps)
     correct = CorrectionPrompts(chat, config.correction)
-    examples = Examples(prompts[CHECK_PROBLEMS:] or prompts, correct, config.seed)
+    examples = Examples(prompts[CHECK_PROBLEMS:] or prompts, correct, shape, near_miss, config.seed)
     started = time.perf_counter()
-    step, accuracy = 0, 0.0
-    while accuracy < shape.warm_accuracy and step < shape.warm_steps:
+    step, accuracy, kept = 0, 0.0, 0.0
+    while (accuracy < shape.warm_accuracy or kept < shape.warm_kept) and step < shape.warm_steps:
         for _ in range(CHECK_EVERY if accuracy < shape.warm_accuracy / 2 else CHECK_EVERY // 2):
             trees = build_trees(examples.batch(shape.warm_batch, step))
             bins = pack_trees(trees, config.train.pack_tokens, cost, dist.get_world_size())
@@ -67,59 +69,79 @@ def warm_start(
         engine.sync(policy.full_weights(), 0)
         greedy = sampler.groups(prompts[:CHECK_PROBLEMS], 1, Sampling(0.0, 1.0, limit), 0, "warm")
         accuracy = float(np.mean([g.rollouts[0].reward for g in greedy]))
+        said = ""
+        if shape.warm_own or shape.warm_kept:
+            attempts = own_attempts(sampler, examples, limit, config.seed, step)
+            examples.own = [anchor.rollout for anchor in attempts if not anchor.right]
+            kept, mended = (mean_correction(attempts, right) for right in (True, False))
+            said = f", right attempts kept {kept:.3f}, wrong ones corrected {mended:.3f}"
         seconds = time.perf_counter() - started
-        note(f"warm start: {step} supervised steps, greedy accuracy {accuracy:.3f}, {seconds:.0f}s")
+        note(f"warm start: {step} supervised steps, greedy accuracy {accuracy:.3f}{said}, {seconds:.0f}s")
     return {name: tensor.clone() for name, tensor in policy.full_weights()}
 
 
-class Examples:
-    """Supervised batches: one plain problem in four, else the correction of an attempt made by corrupting the answer
-    (one attempt in four is left right). Targets are right answers."""
+def own_attempts(sampler: Sampler, examples: Examples, limit: int, seed: int, step: int) -> list[Anchor]:
+    """Attempts of the policy as it is, one a problem, each corrected once, all at T=1."""
+    rng = np.random.default_rng(seed_for(seed, step, "warm-own"))
+    asked = [examples.prompts[i] for i in rng.permutation(len(examples.prompts))[:CHECK_PROBLEMS]]
+    sampling = Sampling(1.0, 1.0, limit)
+    anchors = []
+    for g, group in enumerate(sampler.groups(asked, 1, sampling, step, "warm-own")):
+        rollout = group.rollouts[0]
+        prompt = None if rollout.truncated else examples.correct(rollout)
+        if prompt is not None:
+            anchors.append(Anchor(rollout, g, 0, *prompt))
+    sampler.correct(anchors, 1, sampling, step, "warm-correct")
+    return anchors
 
-    def __init__(self, prompts: list[Prompt], correct: CorrectionPrompts, seed: int):
+
+def mean_correction(anchors: list[Anchor], right: bool) -> float:
+    """Accuracy of the corrections of the right or the wrong ones; 0 where there are none."""
+    rewards = [r.reward for anchor in anchors if anchor.right == right for r in anchor.corrections]
+    return float(np.mean(rewards)) if rewards else 0.0
+
+
+class Examples:
+    """Supervised batches: answers to bare prompts, and corrections of attempts: right ones, which are to be kept, the
+    half-trained policy's own wrong ones, and near misses. Targets are right answers."""
+
+    def __init__(
+        self, prompts: list[Prompt], correct: CorrectionPrompts, shape: EmbeddedModel, near_miss: NearMiss, seed: int
+    ):
         self.prompts = prompts
         self.correct = correct
+        self.shape = shape
+        self.near_miss = near_miss
         self.seed = seed
+        self.own: list[Rollout] = []  # wrong attempts of the policy, of some steps ago
 
     def batch(self, n: int, step: int) -> list[Conversation]:
         rng = np.random.default_rng(seed_for(self.seed, step, "warm"))
-        chosen = [self.prompts[i] for i in rng.integers(len(self.prompts), size=n)]
-        contexts = [
-            (Segment(p.token_ids),) if i % 4 == 0 else self._correction_context(p, rng) for i, p in enumerate(chosen)
-        ]
-        answers = [self.correct.chat.answer(p.problem.answer) for p in chosen]
-        weight = 1.0 / sum(map(len, answers))
+        examples = [self._example(rng, plain=i < round(self.shape.warm_plain * n)) for i in range(n)]
+        weight = 1.0 / sum(len(answer) for _, answer in examples)
         return [
-            Conversation((*context, Segment(answer)), None, "rollout", 0.0, 0.0, weight)
-            for context, answer in zip(contexts, answers, strict=True)
+            Conversation((*context, Segment(answer)), None, "rollout", 0.0, 0.0, weight) for context, answer in examples
         ]
 
-    def _correction_context(self, prompt: Prompt, rng: np.random.Generator) -> tuple[Segment, ...]:
-        text = corrupt(prompt.problem.answer, rng) if rng.random() < 0.75 else prompt.problem.answer
-        reward = float(text == prompt.problem.answer)
-        ids = self.correct.chat.answer(text)
-        attempt = Rollout(prompt.problem, prompt.token_ids, ids, [], text, reward, False, 0)
-        shown = self.correct(attempt)
-        if shown is None:  # too long to be corrected: a plain problem then
-            return (Segment(prompt.token_ids),)
+    def _example(self, rng: np.random.Generator, plain: bool) -> tuple[tuple[Segment, ...], list[int]]:
+        """(context, the tokens to be learned)."""
+        prompt = self.prompts[rng.integers(len(self.prompts))]
+        attempt = None if plain else self._attempt(prompt, rng)
+        problem = prompt.problem if attempt is None else attempt.problem
+        shown = None if attempt is None else self.correct(attempt)
+        answer = self.correct.chat.answer(problem.answer)
+        if attempt is None or shown is None:  # what is too long to be shown is a plain problem
+            return (Segment(prompt.token_ids if attempt is None else attempt.prompt_ids),), answer
         prompt_ids, glue_ids = shown
-        return (Segment(prompt_ids),) if glue_ids is None else (Segment(prompt_ids), Segment(ids), Segment(glue_ids))
+        if glue_ids is None:
+            return (Segment(prompt_ids),), answer
+        return (Segment(prompt_ids), Segment(attempt.token_ids), Segment(glue_ids)), answer
 
-
-def corrupt(answer: str, rng: np.random.Generator) -> str:
-    """One to six edits, such as a half-trained model makes: two characters swapped, one replaced by one of its kind,
-    or one lost and another doubled. Few edits alone would teach to copy the attempt."""
-    characters = list(answer)
-    for _ in range(rng.integers(1, 7)):
-        i, j = rng.integers(len(characters), size=2)
-        edit = rng.integers(3)
-        if edit == 0:
-            characters[i], characters[j] = characters[j], characters[i]
-        elif edit == 1:
-            kind = string.digits if characters[i].isdigit() else string.ascii_lowercase
-            characters[i] = kind[rng.integers(len(kind))]
-        else:
-            doubled = characters[j]
-            del characters[i]
-            characters.insert(min(j, len(characters)), doubled)
-    return "".join(characters)
+    def _attempt(self, prompt: Prompt, rng: np.random.Generator) -> Rollout:
+        right, own = rng.random(2) < (self.shape.warm_right, self.shape.warm_own)
+        if self.own and own and not right:
+            return self.own[rng.integers(len(self.own))]
+        problem = prompt.problem
+        text = problem.answer if right else self.near_miss(problem.messages[-1]["content"], problem.answer, rng)
+        ids = self.correct.chat.answer(text)
+        return Rollout(problem, prompt.token_ids, ids, [], text, float(text == problem.answer), False, 0)
