@@ -511,6 +511,7 @@ def script(tmp_path: Path, row: dict[str, str], seconds: float) -> subprocess.Po
         text=True,
         cwd=tmp_path,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run behind `&`
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
 
@@ -524,9 +525,12 @@ def test_nobody_outlives_the_trainer(tmp_path: Path, row: dict[str, str], end: s
     assert [trainer.stdout.readline().strip() for _ in range(3)] == ["imported", "right right", "hanging"]
     assert until(lambda: len(family(trainer.pid)) >= 5)
     started = family(trainer.pid)
-    if end is not None:
-        os.killpg(trainer.pid, end)
-    rest = trainer.communicate(timeout=60)[0]
+    try:
+        if end is not None:
+            os.killpg(trainer.pid, end)
+        rest = trainer.communicate(timeout=60)[0]
+    finally:
+        trainer.kill()
     assert until(lambda: not any(alive(pid) for pid in started))
     if end is signal.SIGINT:
         assert rest.strip().endswith("KeyboardInterrupt")
