@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from test_grpo_reference import batch
 from test_train import metrics, run_dir, train
 
+from cipo_fast.cipo.objective import conversations
 from cipo_fast.config import cautions, load_config
 from cipo_fast.errors import UserError
 
@@ -20,6 +22,17 @@ def test_a_recipe_trains(recipe: str, tmp_path: Path, warm: Path, capsys: pytest
     assert row["rollout/ratio_max"] > 1.001  # there is something to clip, or to weigh
     printed = capsys.readouterr()
     assert "ratios" not in printed.out + printed.err  # no caution
+
+
+def test_in_gspo_every_sequence_weighs_the_same() -> None:
+    """J = mean over i of min(s_i A_i, clip(s_i) A_i): nothing of it grows with an answer's length."""
+    config = load_config(["gspo.yaml"], [])
+    groups, _ = batch(config)
+    found = conversations(groups, [], config, 1)
+    lengths = [len(c.segments[-1].token_ids) for c in found]
+    assert len(set(lengths)) > 1
+    answers = sum(len(group.rollouts) for group in groups)
+    assert [c.rl_weight * n for c, n in zip(found, lengths, strict=True)] == pytest.approx([1 / answers] * len(found))
 
 
 @pytest.mark.parametrize(
