@@ -188,8 +188,10 @@ def _tokens(config: Config) -> tuple[int, int]:
     )
     context = min(config.correction.max_prompt_tokens, prompt + answer + FOLLOW_UP)
     own = context if config.correction.layout == "quoted" else max(0, context - prompt - answer)
-    tree = b * (prompt + g * answer) + n * (own + gc * answer)
-    rows = b * g * (prompt + answer) + n * gc * (context + answer)
+    hints = config.nudge.hints
+    attempts = 2 * g if hints else g  # with a hint once after it, and once after the bare prompt
+    tree = b * ((1 + hints) * prompt + attempts * answer) + n * (own + gc * answer)
+    rows = b * attempts * (prompt + answer) + n * gc * (context + answer)
     return (rows if config.train.packing == "rows" else tree), rows
 
 
