@@ -50,6 +50,7 @@ def test_what_nobody_defined_is_refused(settings: list[str], message: str) -> No
 
 
 UPDATES = "train.updates_per_step=4"
+OVERLAP = ["rollout.engine=vllm_server", "rollout.server.start=true", "rollout.overlap=1"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,8 @@ UPDATES = "train.updates_per_step=4"
         (["loss.n_step=4"], "loss.n_step=4: with one update a batch all ratios are 1, and the loss is GRPO's"),
         (["loss.clip=cispo"], "loss.clip=cispo: with one update"),
         (["loss.dual_clip=3"], "loss.dual_clip=3.0: with one update"),
-        (["loss.n_step=4", "rollout.engine=vllm_server", "rollout.server.start=true", "rollout.overlap=1"], None),
+        (["loss.n_step=4", *OVERLAP], None),
+        (["loss.n_step=4", "loss.is_level=sequence", *OVERLAP], "loss.n_step=4: with one update a batch all ratios"),
     ],
 )
 def test_cautions(settings: list[str], said: str | None) -> None:

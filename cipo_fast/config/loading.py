@@ -158,7 +158,8 @@ def cautions(config: Config) -> list[str]:
         f"loss.ratio={loss.ratio}": loss.ratio != "token",
         f"loss.clip={loss.clip}": loss.clip != "ppo",
         f"loss.dual_clip={loss.dual_clip}": loss.dual_clip is not None,
-        f"loss.n_step={loss.n_step}": loss.n_step > 1 and not config.rollout.overlap,
+        # With overlap they are to the engine; is_level=sequence takes old log-probs instead, and weighs by all of them.
+        f"loss.n_step={loss.n_step}": loss.n_step > 1 and (loss.is_level == "sequence" or not config.rollout.overlap),
     }
     idle = [setting for setting, given in on_ratios.items() if given]
     if idle and config.train.updates_per_step == 1:
