@@ -154,12 +154,6 @@ def _sizes(config: Config) -> list[str]:
         lines.append(
             f"the first {config.correction.start_steps} steps learn from verified corrections alone, without RL"
         )
-    measured = round(config.replay.rho_min * config.anchors_per_step) * config.samples_per_anchor
-    if config.anchors_per_step and config.replay.adaptive and measured < config.replay.n_min:
-        lines.append(
-            f"rho stays at replay.rho_min once it is there: {measured} corrections of right anchors a step are below "
-            f"replay.n_min={config.replay.n_min}"
-        )
     if config.model.path != "embedded":
         lines.append("only the model's config is read here: whether its weights are all there, a run says")
     try:

@@ -65,6 +65,12 @@ OVERLAP = ["rollout.engine=vllm_server", "rollout.server.start=true", "rollout.o
         (["loss.n_step=4"], "loss.n_step=4: with one update a batch all ratios are 1, and the loss is GRPO's"),
         (["loss.clip=cispo"], "loss.clip=cispo: with one update"),
         (["loss.dual_clip=3"], "loss.dual_clip=3.0: with one update"),
+        (
+            ["replay.rho_min=0.04"],
+            "rho stays at replay.rho_min once it is there: 8 corrections of right anchors a step",
+        ),
+        (["correction.anchors_per_prompt=0.1"], "rho stays at replay.rho0: 8 corrections of right anchors a step"),
+        (["correction.anchors_per_prompt=0.1", "replay.adaptive=false"], None),
         (["loss.n_step=4", *OVERLAP], None),
         (["loss.n_step=4", "loss.is_level=sequence", *OVERLAP], "loss.n_step=4: with one update a batch all ratios"),
     ],
