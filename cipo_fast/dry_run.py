@@ -154,12 +154,6 @@ def _sizes(config: Config) -> list[str]:
         lines.append(
             f"the first {config.correction.start_steps} steps learn from verified corrections alone, without RL"
         )
-    measured = round(config.replay.rho_min * config.anchors_per_step) * config.samples_per_anchor
-    if config.anchors_per_step and config.replay.adaptive and measured < config.replay.n_min:
-        lines.append(
-            f"rho stays at replay.rho_min once it is there: {measured} corrections of right anchors a step are below "
-            f"replay.n_min={config.replay.n_min}"
-        )
     if config.model.path != "embedded":
         lines.append("only the model's config is read here: whether its weights are all there, a run says")
     try:
@@ -188,8 +182,10 @@ def _tokens(config: Config) -> tuple[int, int]:
     )
     context = min(config.correction.max_prompt_tokens, prompt + answer + FOLLOW_UP)
     own = context if config.correction.layout == "quoted" else max(0, context - prompt - answer)
-    tree = b * (prompt + g * answer) + n * (own + gc * answer)
-    rows = b * g * (prompt + answer) + n * gc * (context + answer)
+    hints = config.nudge.hints
+    attempts = 2 * g if hints else g  # with a hint once after it, and once after the bare prompt
+    tree = b * ((1 + hints) * prompt + attempts * answer) + n * (own + gc * answer)
+    rows = b * attempts * (prompt + answer) + n * gc * (context + answer)
     return (rows if config.train.packing == "rows" else tree), rows
 
 

@@ -129,6 +129,8 @@ def recorded(run_dir: Path) -> list[Conversation]:
         groups.setdefault(row.problem, []).append(row)
     found: list[Conversation] = []
     for rows in groups.values():
+        if any(row.hint is not None for row in rows):
+            raise UserError(f"run={run_dir}: some of its rollouts saw a hint (nudge.hints); it plans no such trees")
         anchors = []
         for i, row in enumerate(rows):
             if row.corrections:
@@ -152,6 +154,7 @@ class Row(Lengths):
     """What is read of a rollout's line."""
 
     problem: str
+    hint: int | None = None
     corrections: list[Lengths] | None
 
 

@@ -133,6 +133,8 @@ def encode_dataset(dataset: Dataset, chat: Chat, config: Config, say: Say) -> tu
         if not prompts:  # an evaluation has no training problems
             continue
         kept = fitting(prompts, config.data.max_prompt_tokens, what, quiet)
+        if hints:
+            fitting_hints(kept, config, quiet)
         count_unreachable(kept, chat, what, limit, say)
     CorrectionPrompts(chat, config.correction)
     return found[0], found[1]

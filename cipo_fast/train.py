@@ -259,7 +259,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, T
         **(nudge_metrics(batch.groups) if config.nudge.hints else {}),
         "rollout/prefix_hit_rate": run.sampler.take_prefix_hit_rate() if stop is None else None,
         "correction/lambda_corr": lambda_corr_at(step, config.correction),
-        "correction/right_weight": right_weight(batch.anchors, config),
+        "correction/right_weight": right_weight(batch.anchors, config, step),
         "replay/rho": batch.rho,
         "replay/retention": batch.replay.retention,
         "replay/attainable": batch.replay.attainable,

@@ -41,7 +41,7 @@ def test_right_anchors_weigh_no_more_than_the_bound(bound: float, norm: str, nor
     anchors = made[1]
     before, after = corrections_of(free, made), corrections_of(config, made)
     wrong, right = (weight(before, anchors[i]) for i in (WRONG, RIGHT))
-    assert right_weight(anchors, config) == right_weight(anchors, free) == pytest.approx(right / (wrong + right))
+    assert right_weight(anchors, config, 1) == right_weight(anchors, free, 1) == pytest.approx(right / (wrong + right))
     if right <= bound * (wrong + right):
         assert bound == 0.5
         assert norm == "literal"
@@ -55,7 +55,7 @@ def test_right_anchors_weigh_no_more_than_the_bound(bound: float, norm: str, nor
 def test_no_bound_and_one_that_is_not_reached_change_nothing() -> None:
     free = load_config([], [])
     made = batch(free)
-    share = right_weight(made[1], free)
+    share = right_weight(made[1], free, 1)
     for bound in (1.0, share):
         found = corrections_of(load_config([], [f"replay.right_weight_max={bound!r}"]), made)
         expected = corrections_of(free, made)
@@ -70,10 +70,10 @@ def test_right_anchors_alone_teach_nothing_under_a_bound() -> None:
     assert len(corrections_of(load_config([], []), (groups, anchors[RIGHT:]))) == 4
     for r in (*anchors[WRONG].corrections, *anchors[RIGHT].corrections):
         r.reward = 1.0
-    assert right_weight(anchors, config) is None
+    assert right_weight(anchors, config, 1) is None
     assert corrections_of(config, (groups, anchors)) == []
-    assert right_weight([], config) is None
-    assert right_weight(anchors, load_config([], ["correction.loss=ce"])) is None
+    assert right_weight([], config, 1) is None
+    assert right_weight(anchors, load_config([], ["correction.loss=ce"]), 1) is None
 
 
 # ----------------------------------------------------------------------------------------------- warm-up and start
@@ -121,6 +121,8 @@ def test_the_start_learns_verified_corrections_alone_and_both_kinds_weigh_the_sa
     for members in answers.values():
         assert sum(c.ce_weight * len(c.segments[-1].token_ids) for c in members) == pytest.approx(0.5)
         assert len({c.ce_weight for c in members}) == 1
+    assert right_weight(anchors, config, 3) is None  # the start has no weights of that kind
+    assert right_weight(anchors, config, 4) is not None
     assert {c.stream for c in conversations(*made, config, 4)} == {"rollout", "correction"}
     assert all(c.ce_weight == 0 for c in conversations(*made, config, 4))
 

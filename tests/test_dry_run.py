@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 from cipo_fast import dry_run as planner
+from cipo_fast.cipo.objective import conversations
 from cipo_fast.config import configs_dir, load_config
 from cipo_fast.dry_run import Devices, Plan, layer_activations, size_of
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.errors import UserError
-from cipo_fast.packing import Pack, build_trees, make_pack
+from cipo_fast.packing import Pack, build_trees, make_pack, row_tokens
 from cipo_fast.policy import ATTENTION, recompute_all_but_attention
-from cipo_fast.records import Conversation, Segment
+from cipo_fast.records import Conversation, Group, Problem, Rollout, Segment
 
 
 def dry_run(args: list[str]) -> str:
@@ -157,6 +158,22 @@ def test_a_start_and_a_rho_that_cannot_be_measured_are_said() -> None:
     assert f"{held} once it is there: 8 corrections of right anchors a step are below replay.n_min=16" in low
     for off in ("replay.adaptive=false", "correction.lambda_corr=0"):
         assert held not in planner.dry_run(["attainable.yaml", "replay.rho_min=0.04", off], embedded_config)
+
+
+def test_tokens_of_hinted_rollouts_are_those_of_the_longest_batch() -> None:
+    """Two rollouts, each after a hint of its own and after the bare prompt; the prompts have no beginning in common."""
+    sizes = ["rollout.prompts_per_step=1", "rollout.samples_per_prompt=2", "correction.lambda_corr=0"]
+    config = load_config(["nudge.yaml"], sizes)
+    longest, asked = config.data.max_prompt_tokens, Problem("p", ({"role": "user", "content": "?"},), "", "test")
+    answer = [9] * config.rollout.max_tokens
+    rollouts = [
+        Rollout(asked, [hint + 1] * longest, answer, [-1.0] * len(answer), "", float(hint), False, 0, hint=hint)
+        for hint in (0, 1)
+    ]
+    found = conversations([Group(asked, [0] * longest, rollouts)], [], config, 1)
+    tree, rows = sum(tree.num_tokens for tree in build_trees(found)), row_tokens(found)
+    printed = planner.dry_run(["nudge.yaml", *sizes], embedded_config)
+    assert f"at most {tree:,} tokens forwarded a step ({rows:,} as one row a conversation)" in printed
 
 
 def test_more_ranks_where_no_setting_helps(tmp_path: Path) -> None:

@@ -356,8 +356,9 @@ def test_importance_weights_are_capped(mesh) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        [], ["loss.ratio=sequence"], ["loss.normalize=sequences", "rollout.temperature=1.3"],
-        ["loss.is_level=sequence"], ["loss.beta=0.1", "loss.entropy_coef=0.05"],
+        [], ["loss.ratio=sequence"], ["loss.ratio=sequence", "loss.normalize=sequences"],
+        ["loss.normalize=sequences", "rollout.temperature=1.3"], ["loss.is_level=sequence"],
+        ["loss.beta=0.1", "loss.entropy_coef=0.05"],
     ],
     ids=" ".join,
 )  # fmt: skip

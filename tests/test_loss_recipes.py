@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from test_grpo_reference import batch
 from test_train import metrics, run_dir, train
 
+from cipo_fast.cipo.objective import conversations
 from cipo_fast.config import cautions, load_config
 from cipo_fast.errors import UserError
 
@@ -22,6 +24,17 @@ def test_a_recipe_trains(recipe: str, tmp_path: Path, warm: Path, capsys: pytest
     assert "ratios" not in printed.out + printed.err  # no caution
 
 
+def test_in_gspo_every_sequence_weighs_the_same() -> None:
+    """J = mean over i of min(s_i A_i, clip(s_i) A_i): nothing of it grows with an answer's length."""
+    config = load_config(["gspo.yaml"], [])
+    groups, _ = batch(config)
+    found = conversations(groups, [], config, 1)
+    lengths = [len(c.segments[-1].token_ids) for c in found]
+    assert len(set(lengths)) > 1
+    answers = sum(len(group.rollouts) for group in groups)
+    assert [c.rl_weight * n for c, n in zip(found, lengths, strict=True)] == pytest.approx([1 / answers] * len(found))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -37,6 +50,7 @@ def test_what_nobody_defined_is_refused(settings: list[str], message: str) -> No
 
 
 UPDATES = "train.updates_per_step=4"
+OVERLAP = ["rollout.engine=vllm_server", "rollout.server.start=true", "rollout.overlap=1"]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +65,14 @@ UPDATES = "train.updates_per_step=4"
         (["loss.n_step=4"], "loss.n_step=4: with one update a batch all ratios are 1, and the loss is GRPO's"),
         (["loss.clip=cispo"], "loss.clip=cispo: with one update"),
         (["loss.dual_clip=3"], "loss.dual_clip=3.0: with one update"),
-        (["loss.n_step=4", "rollout.engine=vllm_server", "rollout.server.start=true", "rollout.overlap=1"], None),
+        (
+            ["replay.rho_min=0.04"],
+            "rho stays at replay.rho_min once it is there: 8 corrections of right anchors a step",
+        ),
+        (["correction.anchors_per_prompt=0.1"], "rho stays at replay.rho0: 8 corrections of right anchors a step"),
+        (["correction.anchors_per_prompt=0.1", "replay.adaptive=false"], None),
+        (["loss.n_step=4", *OVERLAP], None),
+        (["loss.n_step=4", "loss.is_level=sequence", *OVERLAP], "loss.n_step=4: with one update a batch all ratios"),
     ],
 )
 def test_cautions(settings: list[str], said: str | None) -> None:

@@ -36,7 +36,8 @@ from cipo_fast.embedded import hints
 from cipo_fast.errors import UserError
 from cipo_fast.packing import build_trees, row_tokens
 from cipo_fast.records import Anchor, Group, Problem
-from cipo_fast.sampling import encode_prompts, fitting_hints
+from cipo_fast.sampling import encode_dataset, encode_prompts, fitting_hints
+from cipo_fast.tasks import Dataset
 from cipo_fast.tasks.problems import read_problems
 from cipo_fast.train import main
 
@@ -98,6 +99,8 @@ def test_hints_follow_the_problem_in_its_turn() -> None:
     assert said == ["data.train: 1 of 2 problems have fewer than nudge.hints=2 hints: sampled without"]
     with pytest.raises(UserError, match=r"no row of data\.train has a field 'hints'"):
         fitting_hints(prompts[1:], config, said.append)
+    with pytest.raises(UserError, match=r"no row of data\.train has a field 'hints'"):  # before an engine starts
+        encode_dataset(Dataset([problem(1, ("one",))], [problem(2, ())]), CHAT, config, said.append)
     with pytest.raises(UserError, match=r"file:2: field 'hints\[1\]': the text spells the control token"):
         encode_prompts([problem(2, ("a", "<|end|>"))], CHAT, hints=True)
     assert fitting_hints(prompts, load_config([], []), said.append) is prompts

@@ -121,6 +121,7 @@ ROW = b'{"problem": "a", "prompt_tokens": 20, "tokens": 30, "corrections": null}
         (ROW.replace(b"30", b'"x"'), "tokens: Input should be a valid integer"),
         (ROW.replace(b"30", b"0"), "tokens: Input should be greater"),
         (ROW.replace(b"null", b'[{"tokens": 3}]'), "corrections: 0: prompt_tokens: Field required"),
+        (ROW + ROW.replace(b'"tokens"', b'"hint": 1, "tokens"'), "some of its rollouts saw a hint (nudge.hints)"),
         (b"", "step-00002.jsonl: empty"),
         (b"\n\n", "step-00002.jsonl: empty"),
     ],

@@ -155,6 +155,10 @@ def test_retry_rate_of_problems_that_do_not_differ_of_certain_ones_and_of_none()
     assert retry_rate(lonely, anchored(lonely, [(0, 0)])) is None
     ragged = [*alike, group([1.0], 3)]  # one that nobody can compare with itself is like the others
     assert retry_rate(ragged, anchored(ragged, [(3, 0)])) == 0.5
+    for r in (hinted := group([1, 0], 2)).rollouts:  # no bare try: it is like the others, certain as they are
+        r.hint = 0
+    mixed = [*certain, hinted]
+    assert retry_rate(mixed, anchored(mixed, [(2, 0)])) == 0.5
     unjudged = [replace(anchor, corrections=[]) for anchor in anchored(alike, [(0, 0)])]
     assert retry_rate(alike, unjudged) is None
 

@@ -263,6 +263,8 @@ def test_an_eval_file_never_overlaps_training(tmp_path: Path) -> None:
         check_data(load_config([], [f"data.eval={held_out}"]))
     with pytest.raises(UserError, match=r"data\.train is not given: name a JSON Lines file to train model\.path=m on"):
         check_data(load_config([], ["model.path=m"]))
+    with pytest.raises(UserError, match=r"nudge\.hints=2 needs data\.train"):
+        check_data(load_config([], ["nudge.hints=2"]))
     assert len(load_held_out(load_config([], [f"data.eval={held_out}"]))) == 2  # to evaluate, enough
     with pytest.raises(UserError, match=r"data\.eval is not given"):
         load_held_out(load_config([], ["model.path=m"]))

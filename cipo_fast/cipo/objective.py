@@ -64,10 +64,10 @@ def lambda_corr_at(step: int, c: CorrectionConfig) -> float:
     return c.lambda_corr * (1.0 if rl_steps >= max(1, c.warmup_steps) else rl_steps / max(1, c.warmup_steps))
 
 
-def right_weight(anchors: list[Anchor], config: Config) -> float | None:
+def right_weight(anchors: list[Anchor], config: Config, step: int) -> float | None:
     """Share of right anchors in the loss weight of the corrections' RL term, before `replay.right_weight_max`; None
     where nothing weighs or there is no such term."""
-    if config.correction.loss == "ce" or not anchors:
+    if config.correction.loss == "ce" or step <= config.correction.start_steps or not anchors:
         return None
     right, wrong = _loss_weights(anchors, _correction_advantages(anchors, config), config)
     return right / (right + wrong) if right + wrong > 0 else None

@@ -71,7 +71,8 @@ def retry_rate(groups: Sequence[Group], anchors: Sequence[Anchor]) -> float | No
     anchors of E[p | k of n right], with p ~ Beta(M m, M (1 - m)) over the batch's problems [ours: empirical Bayes].
 
         m = mean k/n;  m2 = mean k(k-1) / (n(n-1)), which estimate E[p], E[p^2];  M = (m - m2) / (m2 - m^2)
-        E[p | k of n right] = (M m + k) / (M + n);  m where problems do not differ, M = oo
+        E[p | k of n right] = (M m + k) / (M + n);  m where problems do not differ, M = oo, and where all are
+                              certain, M = 0, but this one has no try without a hint, n = 0
 
     Not the pass rate of an anchor's other rollouts: a prompt is chosen by its k, so k - 1 of n - 1 is no fresh sample
     (tests/test_replay.py: up to .13 off, this within .02). None without right anchors, or where no group has two
@@ -88,7 +89,7 @@ def retry_rate(groups: Sequence[Group], anchors: Sequence[Anchor]) -> float | No
     if m2 - m * m <= 1e-9:
         return m
     strength = (m - m2) / (m2 - m * m)
-    return sum((strength * m + k) / (strength + n) for k, n in chosen) / len(chosen)
+    return sum((strength * m + k) / (strength + n) if strength + n else m for k, n in chosen) / len(chosen)
 
 
 def _smoothed(previous: float | None, value: float, decay: float) -> float:

@@ -102,7 +102,7 @@ class LossConfig(Section):
     is_level: Literal["token", "sequence"] = "token"
     """That weight a token, or one a sequence, the product of its tokens': unbiased, an old_logp pass dearer [ours]."""
     ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio a token, or one a sequence [GSPO], whose clip range is a hundred times narrower: gspo.yaml."""
+    """Importance ratio a token, or one a sequence [GSPO], whose clip range is some 700 times narrower: gspo.yaml."""
     clip: Literal["ppo", "cispo"] = "ppo"
     """Beyond the clip range a token teaches nothing, or its ratio is held there [CISPO, MiniMax-M1]; token ratios."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None

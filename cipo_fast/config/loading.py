@@ -158,7 +158,8 @@ def cautions(config: Config) -> list[str]:
         f"loss.ratio={loss.ratio}": loss.ratio != "token",
         f"loss.clip={loss.clip}": loss.clip != "ppo",
         f"loss.dual_clip={loss.dual_clip}": loss.dual_clip is not None,
-        f"loss.n_step={loss.n_step}": loss.n_step > 1 and not config.rollout.overlap,
+        # With overlap they are to the engine; is_level=sequence takes old log-probs instead, and weighs by all of them.
+        f"loss.n_step={loss.n_step}": loss.n_step > 1 and (loss.is_level == "sequence" or not config.rollout.overlap),
     }
     idle = [setting for setting, given in on_ratios.items() if given]
     if idle and config.train.updates_per_step == 1:
@@ -166,7 +167,22 @@ def cautions(config: Config) -> list[str]:
             f"{', '.join(idle)}: with one update a batch all ratios are 1, and the loss is GRPO's; "
             "raise train.updates_per_step"
         )
-    return lines
+    return lines + _rho_that_stays(config)
+
+
+def _rho_that_stays(config: Config) -> list[str]:
+    """A line where the share of right anchors has too few corrections a step to be moved again."""
+    replay, anchors = config.replay, config.anchors_per_step
+    for rho, stays in (
+        (replay.rho0, "stays at replay.rho0"),
+        (replay.rho_min, "stays at replay.rho_min once it is there"),
+    ):
+        measured = round(rho * anchors) * config.samples_per_anchor
+        if anchors and replay.adaptive and measured < replay.n_min:
+            return [
+                f"rho {stays}: {measured} corrections of right anchors a step are below replay.n_min={replay.n_min}"
+            ]
+    return []
 
 
 def _check_data(data: DataConfig) -> None:

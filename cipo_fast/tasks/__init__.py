@@ -23,11 +23,16 @@ class Dataset:
 
 
 def check_data(config: Config) -> None:
-    """A run needs problems to train on: raises UserError where it has none. The embedded task makes its own."""
+    """A run needs problems to train on: raises UserError where it has none. The embedded task makes its own, without
+    hints."""
     if config.data.train is None and config.data.eval is not None:
         raise UserError("data.eval is given without data.train: name the training file too")
     if config.data.train is None and config.model.path != "embedded":
         raise UserError(f"data.train is not given: name a JSON Lines file to train model.path={config.model.path} on")
+    if config.data.train is None and config.nudge.hints:
+        raise UserError(
+            f"nudge.hints={config.nudge.hints} needs data.train, rows with a field 'hints': docs/neighbours.md"
+        )
 
 
 def load_dataset(config: Config, say: Say = quiet) -> Dataset:
