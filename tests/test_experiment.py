@@ -78,7 +78,9 @@ def test_files_that_are_refused(
 def test_the_experiments_that_come_along(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their settings are taken, and no two arms are the same run."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "words.jsonl").touch()
+    for made in ("words.jsonl", "hinted.jsonl", "runs/reads_hints/held_out.jsonl"):  # what their comments make first
+        (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / made).touch()
     grid = read_grid(name)
     assert grid.out == Path("runs/experiments") / grid.experiment.name
     assert grid.experiment.name == Path(name).stem
