@@ -1,6 +1,7 @@
 """Figures over seeds, their intervals, and the report, against records made by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,21 @@ def test_equal_steps_and_equal_tokens(grid: Grid) -> None:
     assert [(point.step, point.sampled, point.trained) for point in ours.points] == [(10, 2000, 4000)] * 2
     assert ours.against["t1"].value == 0.0
     assert plain.against == {}
+
+
+def test_an_arm_that_runs_longer_is_given_its_tokens(grid: Grid) -> None:
+    """`plain` goes on to step 40, where it has sampled what `ours` has at step 20."""
+    for run in grid.of("plain"):
+        for name, more in (("metrics.jsonl", range(21, 41)), ("eval.jsonl", (40,))):
+            lines = (run.dir / name).read_text().splitlines()
+            rows = [{**json.loads(lines[-1]), "step": step} for step in more]
+            rows = [{**row, "tokens/sampled": 100 if name == "metrics.jsonl" else 4000} for row in rows]
+            (run.dir / name).write_text("".join(f"{line}\n" for line in [*lines, *map(json.dumps, rows)]))
+        samples = (run.dir / "evaluations" / "step-00020").rename(run.dir / "evaluations" / "step-00040")
+        shutil.copytree(samples, samples.with_name("step-00020"))
+    report = make_report(grid)
+    assert (report.step, report.budget) == (20, 4000)
+    assert [[point.step for point in row.points] for row in report.equal_tokens] == [[40, 40], [20, 20]]
 
 
 def test_what_is_written(grid: Grid, tmp_path: Path) -> None:
