@@ -98,6 +98,24 @@ def test_a_dry_run_says_how_much_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("args", [[], ["--help"], ["headline.yaml", "-h"]])
+def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 0
+    assert "--publish DIR" in capsys.readouterr().out
+
+
+def test_a_report_is_not_of_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = write(tmp_path / "small.yaml"), tmp_path / "out"
+    for run in read_grid(file, out).runs:
+        run.dir.mkdir(parents=True)
+        (run.dir / "config.yaml").write_text(run.config.to_yaml())
+        (run.dir / "summary.json").write_text("{}")
+    changed = write(tmp_path / "small.yaml", **{"replay.tau": "0.5"})
+    assert main([changed, "--out", str(out), "--report"]) == 2
+    assert "plain-seed0 has ended with other settings: replay.tau: 0.8 -> 0.5" in capsys.readouterr().err
+    assert not (out / "results.md").exists()
+
+
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([write(tmp_path / "small.yaml"), "--out", str(tmp_path / "out"), "--report"]) == 2
     assert "no run has ended yet" in capsys.readouterr().err
