@@ -1,12 +1,14 @@
 """Figures over seeds, their intervals, and the report, against records made by hand."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cipo_fast.errors import UserError
 from cipo_fast.evaluation.records import Answer, Chain, Record
 from cipo_fast.experiment.grid import Grid, read_grid
 from cipo_fast.experiment.report import make_report, publish, write_report
@@ -149,6 +151,27 @@ def test_an_arm_that_runs_longer_is_given_its_tokens(grid: Grid) -> None:
     report = make_report(grid)
     assert (report.step, report.budget) == (20, 4000)
     assert [[point.step for point in row.points] for row in report.equal_tokens] == [[40, 40], [20, 20]]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "said"),
+    [
+        ("eval.jsonl", 0, "eval.jsonl: holds no evaluation"),
+        ("metrics.jsonl", 9, "not those of one whole run of this version (IndexError"),
+    ],
+)
+def test_files_that_are_not_a_runs(grid: Grid, name: str, kept: int, said: str) -> None:
+    file = grid.runs[0].dir / name
+    file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[:kept]))
+    with pytest.raises(UserError, match=re.escape(said)):
+        make_report(grid)
+
+
+def test_a_run_from_before_compute_was_accounted_is_named(grid: Grid) -> None:
+    file = grid.runs[0].dir / "eval.jsonl"
+    file.write_text(file.read_text().replace("tokens/sampled", "tokens/other"))
+    with pytest.raises(UserError, match=r"plain-seed0: .* \(KeyError: 'tokens/sampled'\)"):
+        make_report(grid)
 
 
 def test_what_is_written(grid: Grid, tmp_path: Path) -> None:
