@@ -370,6 +370,14 @@ def test_too_long_conversations_are_counted(setup: Setup, tmp_path: Path) -> Non
     assert all(set(chain.answers) == {None} for chain in chains if chain.ended == "truncated")
 
 
+def test_foreign_names_stay_in_their_line(setup: Setup, tmp_path: Path) -> None:
+    problems = [replace(p, problem=replace(p.problem, source=f"a|b\n\x1b[31m{i % 2}")) for i, p in enumerate(setup[1])]
+    run((setup[0], problems, *setup[2:]), tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "\n## a\\|b \\x1b[31m0\n" in text
+    assert "\x1b" not in text
+
+
 def test_a_comparison_is_written(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = tmp_path / "one" / "evaluations" / "step-1", tmp_path / "two" / "evaluations" / "step-2"
     run(setup, a)
