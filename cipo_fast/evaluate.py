@@ -91,10 +91,12 @@ def evaluate_model(config: Config, weights: Weights, out: Path, device: str) -> 
         "model": str(weights.checkpoint or weights.path),
         "weights_sha256": fingerprint(weights.checkpoint) if weights.checkpoint else hash_model(weights.path),
         "tasks": [str(source) for source in config.data.sources("eval")],
+        "engine": config.rollout.engine,
+        "dtype": config.model.dtype,
     }
     with ExitStack() as opened:
         sampler, prompts, fitted = opened.enter_context(sampler_of(config, device, weights.checkpoint))
-        on_main(lambda: opened.enter_context(locked(out)))
+        on_main(lambda: opened.enter_context(locked(out, "--out")))
         steps = opened.enter_context(Steps(len(prompts), "problems", quiet=not is_main()))
         correct = CorrectionPrompts(sampler.chat, fitted.correction)
         return evaluate(sampler, prompts, correct, fitted, out, about, progress=steps.at, anew=False)
@@ -183,7 +185,7 @@ def prepared(asked: Asked) -> tuple[Config, Weights, Path]:
     out = Path(asked.out) if asked.out else (path if is_run(path) else config.run_dir) / "evaluations" / name
     config.run.dir = out  # where an engine starts from, too
     if starts_first():
-        check_writable(out)
+        check_writable(out, "--out")
     return config, weights, out
 
 

@@ -68,7 +68,7 @@ def asked(args: Sequence[str]) -> tuple[Weights, Path]:
     out = Path(expand(given["--out"], "--out")) if given["--out"] else folder / "exported" / weights.name
     if out.exists():
         raise UserError(f"{out}: exists; name another folder, --out DIR")
-    check_writable(out.parent)
+    check_writable(out.parent, "--out")
     return weights, out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from cipo_fast.checkpoint import Progress
@@ -52,7 +53,8 @@ class Recorder:
             self._rollouts(step, groups, anchors)
 
     def evaluation(self, result: dict[str, float | None], progress: Progress) -> None:
-        """A row of eval.jsonl: the figures, and what training had taken till then."""
+        """A row of eval.jsonl: the figures, and what training had taken till then. A run that ended between this and
+        its next checkpoint evaluates this step again: the new row takes the old one's place."""
         step = progress.step
         spent = {
             "tokens/sampled": progress.sampled_tokens,
@@ -60,17 +62,17 @@ class Recorder:
             "seconds": progress.seconds,
         }
         row = {"step": step, **spent, **{f"eval/{key}": value for key, value in result.items()}}
-        with (self.dir / "eval.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.dir / "eval.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        others = [line for line in lines if json.loads(line)["step"] != step]
+        _write_whole(path, "".join(f"{line}\n" for line in [*others, json.dumps(row)]))
         if self.tensorboard is not None:
             for key, value in result.items():
                 if value is not None:
                     self.tensorboard.add_scalar(f"eval/{key}", value, step)
 
     def summary(self, summary: dict[str, Any]) -> None:
-        part = self.dir / "summary.json.part"
-        part.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        part.rename(self.dir / "summary.json")
+        _write_whole(self.dir / "summary.json", json.dumps(summary, indent=1))
 
     def tokens_saved(self) -> float | None:
         """Share of tokens that sharing saved, over all steps of the run."""
@@ -104,6 +106,12 @@ class Recorder:
                     seen = {"hint": rollout.hint} if self.config.nudge.hints else {}  # its place; null: none
                     record = {**asked, **seen, **_record(rollout), "corrections": corrections.get((g, i))}
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.rename(path)
 
 
 def _row(problem: Problem) -> dict[str, Any]:

@@ -58,8 +58,9 @@ class Opened:
     lines: tuple[str, ...] = ()  # what the user is told
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be made in `folder`, to be asked first of all; nothing is left behind."""
+def check_writable(folder: Path, setting: str = "run.dir") -> None:
+    """Raise UserError unless files can be made in `folder`, which `setting` names, to be asked first of all; nothing is
+    left behind."""
     made: list[Path] = []
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -67,7 +68,7 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0" * 4096)
     except OSError as error:
-        raise UserError(f"run.dir={folder}: cannot write there: {error.strerror}; name another folder") from None
+        raise UserError(f"{setting}={folder}: cannot write there: {error.strerror}; name another folder") from None
     finally:
         for path in made:
             with suppress(OSError):  # another run begins in it, or it was not made
@@ -197,7 +198,7 @@ def inputs_of(config: Config, ranks: int) -> dict[str, Any]:
             found[f"data.{role} content"] = _hash_sources(sources, role)
     function = FUNCTION.fullmatch(config.data.verifier or "")
     if function:
-        found["data.verifier content"] = _hash([Path(function["file"])])
+        found["data.verifier content"] = hash_files([Path(function["file"])])
     content = hash_model(config.model.path)
     if content is not None:
         found["model.path content"] = content
@@ -207,16 +208,16 @@ def inputs_of(config: Config, ranks: int) -> dict[str, Any]:
 def hash_model(path: str) -> str | None:
     """Of a local model's files; None for a hub's name."""
     folder = Path(path)
-    return _hash(sorted(p for p in folder.iterdir() if p.is_file()), WHOLE) if folder.is_dir() else None
+    return hash_files(sorted(p for p in folder.iterdir() if p.is_file()), WHOLE) if folder.is_dir() else None
 
 
 def _hash_sources(sources: list[Path | str], role: Role) -> str:
     """Of files, their contents; of a hub data set, its name and the fingerprint of its version."""
-    parts = [_hash([s]) if isinstance(s, Path) else f"{s} {fingerprint(s, role)}" for s in sources]
+    parts = [hash_files([s]) if isinstance(s, Path) else f"{s} {fingerprint(s, role)}" for s in sources]
     return parts[0] if len(parts) == 1 else hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _hash(paths: list[Path], whole: float = float("inf")) -> str:
+def hash_files(paths: list[Path], whole: float = float("inf")) -> str:
     """Of names, sizes and contents; of a file longer than `whole` bytes, of its first and last `whole` / 2."""
     digest = hashlib.sha256()
     for path in paths:

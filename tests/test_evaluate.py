@@ -153,12 +153,14 @@ def test_bad_input_is_one_line(finished: Path, tmp_path: Path, capsys: pytest.Ca
         (main, [run, "--n", "4", "--checked", "8"], "--checked 8: more than --n 4"),
         (main, [run, "--n", "1"], "eval.samples=1"),
         (main, [run, "--k", "4"], "unknown option --k"),
+        (main, [run, "--out", f"{other}/x"], f"--out={other}/x: cannot write there"),
         (main, [run, run], "one model or run is expected"),
         (main, ["--compare", str(steps / "step-00000")], "two evaluations' folders"),
         (main, ["--compare", str(steps / "step-00000"), str(tmp_path)], "cannot be read"),
         (export_main, [str(bare)], "no checkpoint in"),
         (export_main, [run, "--step", "9"], "there are those of 1, 2"),
         (export_main, [run, "--out", str(rotten)], "exists; name another"),
+        (export_main, [run, "--out", f"{other}/x"], f"--out={other}: cannot write there"),
         (export_main, [str(tmp_path)], "not a run's folder"),
     ):
         assert command(args) == 2, args

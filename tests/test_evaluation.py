@@ -22,7 +22,7 @@ from cipo_fast.evaluation.estimators import all_at_k, maj_at_k, pass_at_k, power
 from cipo_fast.evaluation.figures import figures, paired, per_problem
 from cipo_fast.evaluation.records import SAMPLES, Answer, Chain, Record, canonical_of, read_records, record_of
 from cipo_fast.evaluation.report import Results, compare
-from cipo_fast.evaluation.sample import evaluate
+from cipo_fast.evaluation.sample import evaluate, settings_of
 from cipo_fast.marking import build_judges
 from cipo_fast.records import Completion
 from cipo_fast.rollout import Finished, Sampling
@@ -342,6 +342,18 @@ def test_other_settings_are_refused_or_begun_anew(setup: Setup, tmp_path: Path) 
     assert (tmp_path / "mine").read_text() == "kept"
 
 
+def test_another_body_of_a_function_is_another_setting(setup: Setup, tmp_path: Path) -> None:
+    """Its verdicts would stand beside those of the one before."""
+    file, (first, *_), config = tmp_path / "own.py", setup[1], setup[3]
+    prompt = replace(first, problem=replace(first.problem, verifier=f"{file}:judge"))
+    found = []
+    for verdict in (True, False):
+        file.write_text(f"def judge(response, row):\n    return {verdict}\n")
+        found.append(settings_of(config, [prompt], {}))
+    assert {key for key in found[0] if found[0][key] != found[1][key]} == {"functions_sha256"}
+    assert "functions_sha256" not in settings_of(config, [first], {})
+
+
 def test_a_folder_that_cannot_be_written_stops(setup: Setup, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingStopped, match="file/x cannot be written"):
@@ -356,6 +368,14 @@ def test_too_long_conversations_are_counted(setup: Setup, tmp_path: Path) -> Non
     chains = [chain for r in read_records(tmp_path) for chain in r.chains]
     assert {"too long"} <= {chain.ended for chain in chains}
     assert all(set(chain.answers) == {None} for chain in chains if chain.ended == "truncated")
+
+
+def test_foreign_names_stay_in_their_line(setup: Setup, tmp_path: Path) -> None:
+    problems = [replace(p, problem=replace(p.problem, source=f"a|b\n\x1b[31m{i % 2}")) for i, p in enumerate(setup[1])]
+    run((setup[0], problems, *setup[2:]), tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "\n## a\\|b \\x1b[31m0\n" in text
+    assert "\x1b" not in text
 
 
 def test_a_comparison_is_written(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

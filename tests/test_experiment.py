@@ -14,6 +14,7 @@ from test_train import SMALL
 
 from cipo_fast import run_dir
 from cipo_fast.config import configs_dir
+from cipo_fast.experiment import provenance
 from cipo_fast.experiment.__main__ import main
 from cipo_fast.experiment.grid import changed_settings, read_grid
 
@@ -98,6 +99,34 @@ def test_a_dry_run_says_how_much_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     assert "2 arms x 2 seeds = 4 runs" in shown
     assert f"to do: 8 steps, {2 * 2 * (32 + 64)} answers" in shown
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["headline.yaml", "-h"]])
+def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 0
+    assert "--publish DIR" in capsys.readouterr().out
+
+
+def test_a_report_is_not_of_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = write(tmp_path / "small.yaml"), tmp_path / "out"
+    for run in read_grid(file, out).runs:
+        run.dir.mkdir(parents=True)
+        (run.dir / "config.yaml").write_text(run.config.to_yaml())
+        (run.dir / "summary.json").write_text("{}")
+    changed = write(tmp_path / "small.yaml", **{"replay.tau": "0.5"})
+    assert main([changed, "--out", str(out), "--report"]) == 2
+    assert "plain-seed0 has ended with other settings: replay.tau: 0.8 -> 0.5" in capsys.readouterr().err
+    assert not (out / "results.md").exists()
+
+
+def test_a_machine_that_does_not_answer_stops_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, body in (("nvidia-smi", "exec sleep 9"), ("git", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(provenance, "TIMEOUT_S", 0.2)
+    assert provenance.machine()["gpu"] is None
+    assert provenance.commit() is None
 
 
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,14 @@
 """Figures over seeds, their intervals, and the report, against records made by hand."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cipo_fast.errors import UserError
 from cipo_fast.evaluation.records import Answer, Chain, Record
 from cipo_fast.experiment.grid import Grid, read_grid
 from cipo_fast.experiment.report import make_report, publish, write_report
@@ -133,6 +136,42 @@ def test_equal_steps_and_equal_tokens(grid: Grid) -> None:
     assert [(point.step, point.sampled, point.trained) for point in ours.points] == [(10, 2000, 4000)] * 2
     assert ours.against["t1"].value == 0.0
     assert plain.against == {}
+
+
+def test_an_arm_that_runs_longer_is_given_its_tokens(grid: Grid) -> None:
+    """`plain` goes on to step 40, where it has sampled what `ours` has at step 20."""
+    for run in grid.of("plain"):
+        for name, more in (("metrics.jsonl", range(21, 41)), ("eval.jsonl", (40,))):
+            lines = (run.dir / name).read_text().splitlines()
+            rows = [{**json.loads(lines[-1]), "step": step} for step in more]
+            rows = [{**row, "tokens/sampled": 100 if name == "metrics.jsonl" else 4000} for row in rows]
+            (run.dir / name).write_text("".join(f"{line}\n" for line in [*lines, *map(json.dumps, rows)]))
+        samples = (run.dir / "evaluations" / "step-00020").rename(run.dir / "evaluations" / "step-00040")
+        shutil.copytree(samples, samples.with_name("step-00020"))
+    report = make_report(grid)
+    assert (report.step, report.budget) == (20, 4000)
+    assert [[point.step for point in row.points] for row in report.equal_tokens] == [[40, 40], [20, 20]]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "said"),
+    [
+        ("eval.jsonl", 0, "eval.jsonl: holds no evaluation"),
+        ("metrics.jsonl", 9, "not those of one whole run of this version (IndexError"),
+    ],
+)
+def test_files_that_are_not_a_runs(grid: Grid, name: str, kept: int, said: str) -> None:
+    file = grid.runs[0].dir / name
+    file.write_text("".join(f"{line}\n" for line in file.read_text().splitlines()[:kept]))
+    with pytest.raises(UserError, match=re.escape(said)):
+        make_report(grid)
+
+
+def test_a_run_from_before_compute_was_accounted_is_named(grid: Grid) -> None:
+    file = grid.runs[0].dir / "eval.jsonl"
+    file.write_text(file.read_text().replace("tokens/sampled", "tokens/other"))
+    with pytest.raises(UserError, match=r"plain-seed0: .* \(KeyError: 'tokens/sampled'\)"):
+        make_report(grid)
 
 
 def test_what_is_written(grid: Grid, tmp_path: Path) -> None:

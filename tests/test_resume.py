@@ -26,7 +26,8 @@ from test_train import (
 
 from cipo_fast import run_dir as life
 from cipo_fast import train as train_module
-from cipo_fast.checkpoint import Checkpoints
+from cipo_fast.checkpoint import Checkpoints, Progress
+from cipo_fast.cipo.replay import ReplayState
 from cipo_fast.config import Config, load_config
 from cipo_fast.errors import Preempted, UserError
 from cipo_fast.recorder import Recorder
@@ -419,6 +420,17 @@ def test_going_on_forgets_what_came_after(unfinished: Path) -> None:
     assert not list(unfinished.glob("config-from*"))  # nothing has changed
     life.enter(config, Opened(False, {}), None)
     assert {p.name for p in unfinished.iterdir()} == {"previous", "config.yaml", "inputs.json"}
+
+
+def test_a_step_that_is_evaluated_again_has_one_row(unfinished: Path) -> None:
+    """As after a run that was killed between a row and its next checkpoint."""
+    recorder = Recorder(config_of(unfinished))
+    progress = [Progress(step, ReplayState(0.3)) for step in (0, 5)]
+    recorder.evaluation({"t1": 0.1}, progress[0])
+    recorder.evaluation({"t1": 0.2}, progress[1])
+    recorder.evaluation({"t1": 0.3}, progress[1])
+    rows = [json.loads(line) for line in (unfinished / "eval.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["eval/t1"]) for row in rows] == [(0, 0.1), (5, 0.3)]
 
 
 # ------------------------------------------------------------------------------------------------------------ the lock

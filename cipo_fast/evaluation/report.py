@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cipo_fast.errors import visible
 from cipo_fast.evaluation.figures import Difference, Figure, Paired, figures, paired
 from cipo_fast.evaluation.records import read_records
 
@@ -116,8 +117,8 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 
 def _cell(text: str) -> str:
-    """Foreign text that ends no cell and no line."""
-    return " ".join(text.replace("|", "\\|").split())
+    """Foreign text that ends no cell and no line, and that a terminal does not obey."""
+    return visible(" ".join(text.replace("|", "\\|").split()))
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import Config
+from cipo_fast.config.settings import FUNCTION
 from cipo_fast.distributed import from_main, on_main
 from cipo_fast.errors import TrainingStopped, UserError
 from cipo_fast.evaluation.records import SAMPLES, Answer, Chain, Record, answer_of, content_of, record_of
@@ -26,6 +27,7 @@ from cipo_fast.evaluation.report import REPORTS, Results, results_of, write_repo
 from cipo_fast.marking import failures_of, refuse_failures
 from cipo_fast.records import Anchor, Group, Rollout
 from cipo_fast.rollout import Sampling
+from cipo_fast.run_dir import hash_files
 from cipo_fast.sampling import Prompt, Sampler
 
 SETTINGS = "settings.json"
@@ -61,7 +63,7 @@ def evaluate(
     to end the evaluation; `progress` hears how many problems are done. Answers that nobody could judge are left out and
     counted; more than verify.max_failed of them are a TrainingStopped, as is a folder that cannot be written.
     """
-    settings = settings_of(config, prompts, about)
+    settings = from_main(lambda: settings_of(config, prompts, about))
     size = max(1, AT_ONCE // config.eval.samples) * dist.get_world_size()
     most, total = config.verify.max_failed, len(prompts) * _asked(config)
     done, judged, failed = from_main(lambda: _writing(folder, lambda: _opened(folder, settings, prompts, size, anew)))
@@ -85,8 +87,9 @@ def evaluate(
 
 
 def settings_of(config: Config, prompts: Sequence[Prompt], about: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation's answers depend on, less the weights, which `about` names."""
+    """What an evaluation's answers and their verdicts depend on, less the weights, which `about` names."""
     asked = repr([(p.problem.id, p.token_ids, p.problem.row) for p in prompts])
+    functions = {Path(found["file"]) for p in prompts if (found := FUNCTION.fullmatch(p.problem.verifier))}
     return {
         **about,
         "n": config.eval.samples,
@@ -101,6 +104,7 @@ def settings_of(config: Config, prompts: Sequence[Prompt], about: dict[str, Any]
         "ranks": dist.get_world_size(),
         "problems": len(prompts),
         "problems_sha256": hashlib.sha256(asked.encode(errors="surrogatepass")).hexdigest()[:16],
+        **({"functions_sha256": hash_files(sorted(functions))} if functions else {}),
     }
 
 

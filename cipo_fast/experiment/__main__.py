@@ -36,12 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: list[str]) -> None:
+    if not args or {"-h", "--help"} & set(args):
+        put((__doc__ or "").strip())
+        return
     options = parse(args)
     grid = read_grid(options.file, options.out)
     if options.dry_run:
         put(described(grid, options.jobs or cores()))
         return
     if options.report:
+        refuse_other_settings(grid)
         report(grid, options.publish)
         return
     with locked(grid.out, "--out"):
@@ -71,18 +75,14 @@ def report(grid: Grid, folder: Path | None) -> None:
 
 def parse(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m cipo_fast.experiment",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-        add_help=False,
+        prog="python -m cipo_fast.experiment", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False
     )
-    parser.add_argument("file", help=argparse.SUPPRESS)
-    parser.add_argument("--jobs", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--publish", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("file")
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--publish", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--report", action="store_true")
     options = parser.parse_args(args)
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: at least one run at a time")

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from cipo_fast.errors import UserError
 
 FILE = "runner.jsonl"
+TIMEOUT_S = 30.0  # nvidia-smi may hang on a broken driver
 
 
 def record(out: Path, command: str, jobs: int) -> None:
@@ -56,8 +56,9 @@ def _cpu() -> str:
 
 
 def _said(*command: str) -> str | None:
-    """What a command prints, in one line; None where there is no such command, or it fails."""
-    if shutil.which(command[0]) is None:
+    """What a command prints, in one line; None where there is no such command, or it fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return ", ".join(done.stdout.split("\n")[:-1]) or None if done.returncode == 0 else None

@@ -68,7 +68,7 @@ def make_report(grid: Grid) -> Report:
     results = [result for found in arms.values() for result in found]
     common = set.intersection(*({point.step for point in result.points} for result in results))
     step = max(common)
-    budget = min(result.at(step).sampled for result in results)
+    budget = min(result.points[-1].sampled for result in results)
     control = grid.experiment.control
     return Report(
         grid,

@@ -86,6 +86,19 @@ class Estimate:
 
 def read_run(run: GridRun) -> RunResult:
     """Raises UserError where a file is not what a run writes."""
+    try:
+        found = _read_run(run)
+    except (KeyError, IndexError) as error:
+        raise UserError(
+            f"{run.dir}: metrics.jsonl and eval.jsonl are not those of one whole run of this version "
+            f"({type(error).__name__}: {error}); remove it, and the experiment runs it again"
+        ) from None
+    if not found.points:
+        raise UserError(f"{run.dir / 'eval.jsonl'}: holds no evaluation")
+    return found
+
+
+def _read_run(run: GridRun) -> RunResult:
     steps = _rows(run.dir / "metrics.jsonl")
     trained = np.cumsum([0, *(row["tokens/forwarded"] for row in steps)])
     sampled = np.cumsum([0, *(row["tokens/sampled"] for row in steps)])
