@@ -170,6 +170,7 @@ LABELS = {
     "after_check_1": "accuracy after a check",
     "after_check_2": "accuracy after two checks",
     "after_check_3": "accuracy after three checks",
+    "check_gain": "gain by a check, on the same attempts",
     "correction_gap": "correction gap (over a fresh retry)",
     "verbatim_copies": "checks that repeat the answer",
     "not_shown": "checks with nothing to show",

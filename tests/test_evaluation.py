@@ -135,6 +135,7 @@ def test_figures_of_chains_count_what_was_not_shown() -> None:
     assert found["right_to_wrong_2"] == (1, 1)
     assert found["after_check_1"] == (3, 5)
     assert found["after_check_2"] == (2, 4)
+    assert found["check_gain"] == (2, 5)
     assert found["not_shown"] == (3, 9)
     assert found["verbatim_copies"] == (2, 6)
     assert found["correction_gap"] == (pytest.approx(2 - 3 * 0.25), 3)  # others: one of four is right

@@ -138,7 +138,7 @@ def _checks(record: Record) -> Ratios:
     rounds = range(1, record.checks + 1)
     right, n = sum(a.right for a in record.attempts), len(record.attempts)
     names = [f"{name}{_nth(r)}" for r in rounds for name in ("wrong_to_right", "right_to_wrong")]
-    names[2:2] = [*(f"after_check_{r}" for r in rounds), "correction_gap", "verbatim_copies", "not_shown"]
+    names[2:2] = [*(f"after_check_{r}" for r in rounds), "check_gain", "correction_gap", "verbatim_copies", "not_shown"]
     found = {name: [0.0, 0.0] for name in names} if record.checks else {}
 
     def count(name: str, value: float) -> None:
@@ -161,6 +161,8 @@ def _checks(record: Record) -> Ratios:
                 count("verbatim_copies", after.text.strip() == before.text.strip())
                 before = after
             count(f"after_check_{r}", before.right)
+            if r == 1:  # on the same attempts, which are fewer than those of t1
+                count("check_gain", before.right - record.attempts[chain.attempt].right)
     return {name: (above, below) for name, (above, below) in found.items()}
 
 

@@ -20,8 +20,9 @@ BEYOND = 0.02  # of a budget of tokens: evaluations are apart by more than answe
 LABELS = {
     "t1": "T=1", "wrong_to_right": "wrong>right", "right_to_wrong": "right>wrong", "correction_gap": "gap",
     "after_check_1": "after 1 check", "after_check_2": "2 checks", "after_check_3": "3 checks",
+    "check_gain": "gain by a check",
 }  # fmt: skip
-SIGNED = ("correction_gap",)
+SIGNED = ("correction_gap", "check_gain")
 
 
 @dataclass(frozen=True)
