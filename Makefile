@@ -10,7 +10,7 @@ train: .venv/installed
 
 # Most tests use one core: two run at a time, file by file.
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --durations=30 $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

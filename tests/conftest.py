@@ -29,11 +29,3 @@ def mesh() -> Iterator[object]:
 
     with process_group() as mesh:
         yield mesh
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests begin first, the slowest kind at the front: with two workers, which take a file each, the
-    last ones should be short."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    engines = {item.path for item in items if item.get_closest_marker("vllm")}
-    items.sort(key=lambda item: (item.path not in engines, item.path not in slow))  # stable: files stay whole

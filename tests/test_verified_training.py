@@ -104,7 +104,8 @@ def test_what_cannot_be_judged_is_left_out_and_counted(
 ) -> None:
     raising = verifier(tmp_path, "if response.strip().endswith('7'): raise ZeroDivisionError('no sevens')")
     folder = tmp_path / "run"
-    assert main(settings(model, folder, raising, "verify.max_failed=1", "loss.beta=0.01", "correction.loss=both")) == 0
+    every_term = ["loss.beta=0.01", "loss.entropy_coef=0.01", "correction.loss=both"]
+    assert main(settings(model, folder, raising, "verify.max_failed=1", *every_term)) == 0
     rows, records = metrics(folder), rollouts(folder)
     failed = sum(row["verify/failed"] for row in rows)
     per_step = 8 * 4
