@@ -11,7 +11,7 @@ from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import load_config
 from cipo_fast.distributed import process_group
 from cipo_fast.embedded.model import embedded_tokenizer
-from cipo_fast.embedded.prepare import HELD_OUT, TRAIN, prepare
+from cipo_fast.embedded.prepare import HELD_OUT, TRAIN, prepare, start_of
 from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.embedded.tasks import task_named
 from cipo_fast.embedded.warm_start import Examples
@@ -27,8 +27,9 @@ def examples(*settings: str) -> Examples:
     config = load_config([], ["data.task=subset", *settings])
     chat = Chat(embedded_tokenizer(), config.data)
     prompts = encode_prompts(embedded_problems("subset", 0, 200)[1], chat)
-    shape = config.model.embedded
-    return Examples(prompts, CorrectionPrompts(chat, config.correction), shape, task_named("subset").near_miss, 0)
+    return Examples(
+        prompts, CorrectionPrompts(chat, config.correction), start_of(config), task_named("subset").near_miss, 0
+    )
 
 
 def shown(of: Examples) -> list[tuple[str, str | None, str]]:

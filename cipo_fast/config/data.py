@@ -33,10 +33,10 @@ Format = Literal[
 
 
 class DataConfig(Section):
-    task: Literal["sort", "add", "carry", "chain", "shoot", "subset", "latin"] = "sort"
+    task: Literal["trace", "sort", "add", "carry", "chain", "shoot", "subset", "latin"] = "trace"
     """Embedded task, used when `data.train` is not given; cipo_fast/embedded/tasks says what they are [ours]."""
     task_size: Positive | None = None
-    """Its letters, digits, hops, steps or blanks; None: the task's own number [ours]."""
+    """Its steps, letters, digits, hops or blanks; None: the task's own number [ours]."""
     train: Sources = None
     """JSON Lines or Parquet files, `hub:OWNER/NAME[:CONFIG[:SPLIT]]`, one or a list: `prompt` or `messages`, and
     `answer` or tests; TRL's or verl's form; or a public data set's own."""

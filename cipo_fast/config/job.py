@@ -23,23 +23,25 @@ class EmbeddedModel(Section):
     """Key and value heads (GQA)."""
     mlp: Positive = 320
     """Inner size of the feed-forward part."""
-    warm_accuracy: Share = 0.42
-    """Supervised steps stop at the first check with this greedy accuracy on training problems, and with"""
-    warm_kept: Share = 0.0
-    """... this share of its right attempts still right when they are shown back; 0 asks for none."""
-    warm_steps: NonNegative = 600
-    """... or after this many."""
+    warm_accuracy: Share | None = None
+    """Supervised steps stop at the first check with this greedy accuracy on training problems, with"""
+    warm_kept: Share | None = None
+    """... this share of its right attempts still right when they are shown back, and with"""
+    warm_mended: Share | None = None
+    """... this share of its wrong ones corrected,"""
+    warm_steps: NonNegative | None = None
+    """... or after this many. Of these four and the three below, null is the task's own (cipo_fast/embedded/tasks)."""
+    warm_plain: Share | None = None
+    """Share of the examples that are answers to a bare prompt; the others are corrections of an attempt."""
+    warm_right: Share | None = None
+    """Share of right attempts among those, to be kept."""
+    warm_own: Share | None = None
+    """Share of the half-trained policy's own samples among the wrong ones; the others are near misses made by the
+    task."""
     warm_lr: Annotated[float, Field(gt=0, le=1)] = 2e-3
     """Learning rate of the supervised steps."""
     warm_batch: Positive = 64
     """Conversations a supervised step."""
-    warm_plain: Share = 0.25
-    """Share of them that are answers to a bare prompt; the others are corrections of an attempt."""
-    warm_right: Share = 0.25
-    """Share of right attempts among those, to be kept."""
-    warm_own: Share = 0.0
-    """Share of the half-trained policy's own samples among the wrong ones; the others are near misses made by the
-    task."""
 
 
 class ModelConfig(Section):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,6 +20,7 @@ from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.embedded.tasks import task_named
 from cipo_fast.embedded.tasks.edits import edited
+from cipo_fast.embedded.tasks.task import Start
 from cipo_fast.embedded.warm_start import warm_start
 from cipo_fast.errors import UserError
 from cipo_fast.marking import build_judges
@@ -43,6 +45,13 @@ def prepare(config: Config, mesh: DeviceMesh, note: Say) -> Config:
     return prepared
 
 
+def start_of(config: Config) -> Start:
+    """The task's own, but for what the settings say."""
+    own = task_named(config.data.task).start if config.data.train is None else Start()
+    asked = {f.name: getattr(config.model.embedded, f"warm_{f.name}") for f in fields(Start)}
+    return replace(own, **{name: value for name, value in asked.items() if value is not None})
+
+
 def digest(config: Config) -> str:
     """Of all that the folder depends on."""
     files = [path.stat() for path in config.data.sources("train") if isinstance(path, Path)]
@@ -50,6 +59,7 @@ def digest(config: Config) -> str:
         config.seed,
         config.model.dtype,
         config.model.embedded,
+        start_of(config),
         config.data.model_dump(exclude={"date"}),  # its template prints none
         config.eval.problems,
         [(file.st_size, file.st_mtime_ns) for file in files],
@@ -73,17 +83,22 @@ def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
     prompts = fitting(prompts, config.data.max_prompt_tokens, "data.train", quiet)
     model = new_model(config, "cipo_tree")
     with build_judges(config, note) as judges:
-        weights = warm_start(model, chat, prompts, config, mesh, note, judges, near_miss)
+        weights = warm_start(model, chat, prompts, config, mesh, note, judges, near_miss, start_of(config))
 
     def write() -> None:
-        part = folder.with_name(folder.name + ".part")
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         export(part, model, weights, chat.tokenizer)
         if config.data.train is None:
             _write(part / TRAIN, dataset.train)
             _write(part / HELD_OUT, dataset.held_out)
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:  # another run of the same experiment was first, with the same weights
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(part)
 
     on_main(write)
 

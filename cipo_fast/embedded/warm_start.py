@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from cipo_fast.chat import Chat
 from cipo_fast.cipo.prompts import CorrectionPrompts
-from cipo_fast.config import Config, EmbeddedModel, OptimConfig
-from cipo_fast.embedded.tasks.task import NearMiss
+from cipo_fast.config import Config, OptimConfig
+from cipo_fast.embedded.tasks.task import NearMiss, Start
 from cipo_fast.engines import twin_of
 from cipo_fast.learner import Learner
 from cipo_fast.packing import build_trees, make_pack, pack_trees
@@ -44,25 +44,31 @@ def warm_start(
     note: Callable[[str], None],
     judges: Judges,
     near_miss: NearMiss,
+    start: Start,
 ) -> dict[str, Tensor]:
-    """`model` brought to `warm_accuracy` greedy accuracy on training problems and to keeping `warm_kept` of its right
-    attempts, or through `warm_steps` steps: its weights, on every rank. A collective. Every problem has an answer,
-    which is imitated."""
-    shape, limit = config.model.embedded, config.rollout.max_tokens
+    """`model` brought to what `start` asks for in greedy accuracy on training problems, right attempts kept and wrong
+    ones mended, or through its steps: the weights, on every rank. A collective. Every problem has an answer, which is
+    imitated."""
+    limit = config.rollout.max_tokens
     twin = twin_of(model, mesh.device_type, torch.float32)
     bare = LocalEngine(twin, chat.end_ids(None), chat.tokenizer.pad_token_id, config.rollout.batch_sequences)
     engine = SupervisedEngine(bare, 0, note)
     sampler = Sampler(engine, chat, config.seed, judges)
     cost = cost_model(model.config, model.num_parameters())
     policy = build_policy(model, config, mesh)
-    learner = Learner(policy, OptimConfig(lr=shape.warm_lr, warmup_steps=20), shape.warm_steps)
+    learner = Learner(policy, OptimConfig(lr=config.model.embedded.warm_lr, warmup_steps=20), start.steps)
     correct = CorrectionPrompts(chat, config.correction)
-    examples = Examples(prompts[CHECK_PROBLEMS:] or prompts, correct, shape, near_miss, config.seed)
+    examples = Examples(prompts[CHECK_PROBLEMS:] or prompts, correct, start, near_miss, config.seed)
+    batch = config.model.embedded.warm_batch
     started = time.perf_counter()
-    step, accuracy, kept = 0, 0.0, 0.0
-    while (accuracy < shape.warm_accuracy or kept < shape.warm_kept) and step < shape.warm_steps:
-        for _ in range(CHECK_EVERY if accuracy < shape.warm_accuracy / 2 else CHECK_EVERY // 2):
-            trees = build_trees(examples.batch(shape.warm_batch, step))
+    step, accuracy, kept, mended = 0, 0.0, 0.0, 0.0
+
+    def there() -> bool:
+        return accuracy >= start.accuracy and kept >= start.kept and mended >= start.mended
+
+    while not there() and step < start.steps:
+        for _ in range(CHECK_EVERY if accuracy < start.accuracy / 2 else CHECK_EVERY // 2):
+            trees = build_trees(examples.batch(batch, step))
             bins = pack_trees(trees, config.train.pack_tokens, cost, dist.get_world_size())
             learner.update([make_pack(members) for members in bins[dist.get_rank()]], step)
             step += 1
@@ -70,7 +76,7 @@ def warm_start(
         greedy = sampler.groups(prompts[:CHECK_PROBLEMS], 1, Sampling(0.0, 1.0, limit), 0, "warm")
         accuracy = float(np.mean([g.rollouts[0].reward for g in greedy]))
         said = ""
-        if shape.warm_own or shape.warm_kept:
+        if start.own or start.kept or start.mended:
             attempts = own_attempts(sampler, examples, limit, config.seed, step)
             examples.own = [anchor.rollout for anchor in attempts if not anchor.right]
             kept, mended = (mean_correction(attempts, right) for right in (True, False))
@@ -105,19 +111,17 @@ class Examples:
     """Supervised batches: answers to bare prompts, and corrections of attempts: right ones, which are to be kept, the
     half-trained policy's own wrong ones, and near misses. Targets are right answers."""
 
-    def __init__(
-        self, prompts: list[Prompt], correct: CorrectionPrompts, shape: EmbeddedModel, near_miss: NearMiss, seed: int
-    ):
+    def __init__(self, prompts: list[Prompt], correct: CorrectionPrompts, start: Start, near_miss: NearMiss, seed: int):
         self.prompts = prompts
         self.correct = correct
-        self.shape = shape
+        self.start = start
         self.near_miss = near_miss
         self.seed = seed
         self.own: list[Rollout] = []  # wrong attempts of the policy, of some steps ago
 
     def batch(self, n: int, step: int) -> list[Conversation]:
         rng = np.random.default_rng(seed_for(self.seed, step, "warm"))
-        examples = [self._example(rng, plain=i < round(self.shape.warm_plain * n)) for i in range(n)]
+        examples = [self._example(rng, plain=i < round(self.start.plain * n)) for i in range(n)]
         weight = 1.0 / sum(len(answer) for _, answer in examples)
         return [
             Conversation((*context, Segment(answer)), None, "rollout", 0.0, 0.0, weight) for context, answer in examples
@@ -138,7 +142,7 @@ class Examples:
         return (Segment(prompt_ids), Segment(attempt.token_ids), Segment(glue_ids)), answer
 
     def _attempt(self, prompt: Prompt, rng: np.random.Generator) -> Rollout:
-        right, own = rng.random(2) < (self.shape.warm_right, self.shape.warm_own)
+        right, own = rng.random(2) < (self.start.right, self.start.own)
         if self.own and own and not right:
             return self.own[rng.integers(len(self.own))]
         problem = prompt.problem

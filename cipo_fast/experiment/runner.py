@@ -112,7 +112,8 @@ def run_grid(grid: Grid, jobs: int) -> None:
 
 
 def start(run: GridRun, threads: int) -> Child:
-    run.dir.parent.mkdir(parents=True, exist_ok=True)
+    run.dir.mkdir(parents=True, exist_ok=True)
+    share_warm_starts(run)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     runner = os.getpid()
 
@@ -129,6 +130,15 @@ def start(run: GridRun, threads: int) -> Child:
             preexec_fn=die_with_runner,
         )  # fmt: skip
     return Child(run, process)
+
+
+def share_warm_starts(run: GridRun) -> None:
+    """The embedded model's warm starts lie beside the runs: arms of a seed that start from the same policy make it
+    once."""
+    shared, own = run.dir.with_name("warm_start"), run.dir / "warm_start"
+    if run.config.model.path == "embedded" and not own.exists():
+        shared.mkdir(exist_ok=True)
+        own.symlink_to(os.path.relpath(shared, run.dir))
 
 
 def stop(children: list[Child], received: list[signal.Signals]) -> None:

@@ -1,5 +1,6 @@
 """The embedded tasks, a file each: what is asked, one right answer, and near misses of it.
 
+trace         the answer first and its working after it: an attempt holds what one pass could not know; the default
 sort, add     one pass can do what a second could; the first tasks, and controls for the others
 carry         addition written from the front: a digit waits for carries from behind it
 chain         k hops through a map: an attempt is a state, with hops left

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cipo_fast.embedded.tasks.task import Pair, Task
+from cipo_fast.embedded.tasks.task import Pair, Start, Task
 
 NINES = 0.5  # share of columns that pass a carry on
 
@@ -32,4 +32,5 @@ def near_miss(question: str, answer: str, rng: np.random.Generator) -> str:
     return str(carry) + "".join(reversed(digits))
 
 
-TASK = Task(make, near_miss, size=6, sizes=range(3, 13))
+START = Start(accuracy=0.3, kept=0.7, steps=250, plain=0.5, right=0.5, own=0.5)
+TASK = Task(make, near_miss, size=6, sizes=range(3, 13), start=START)

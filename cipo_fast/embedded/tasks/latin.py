@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from cipo_fast.embedded.tasks.task import Pair, Task
+from cipo_fast.embedded.tasks.task import Pair, Start, Task
 from cipo_fast.embedded.verifiers import SIDE
 
 
@@ -45,4 +45,5 @@ def near_miss(question: str, answer: str, rng: np.random.Generator) -> str:
     return "".join(digits)
 
 
-TASK = Task(make, near_miss, size=8, sizes=range(5, 12), verifier="latin")
+START = Start(accuracy=0.3, kept=0.7, steps=200, plain=0.5, right=0.5, own=0.5)
+TASK = Task(make, near_miss, size=8, sizes=range(5, 12), verifier="latin", start=START)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cipo_fast.embedded.tasks.task import Pair, Task
+from cipo_fast.embedded.tasks.task import Pair, Start, Task
 
 BASE = 3
 
@@ -32,4 +32,5 @@ def near_miss(question: str, answer: str, rng: np.random.Generator) -> str:
     return path(int(answer[0]) + int(rng.integers(1, BASE)), steps)
 
 
-TASK = Task(make, near_miss, size=8, sizes=range(8, 11))
+START = Start(accuracy=0.3, steps=400, plain=0.4, right=0.35, own=0.5)
+TASK = Task(make, near_miss, size=8, sizes=range(8, 11), start=START)

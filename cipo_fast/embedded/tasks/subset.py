@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cipo_fast.embedded.tasks.task import Pair, Task
+from cipo_fast.embedded.tasks.task import Pair, Start, Task
 from cipo_fast.embedded.verifiers import CHOSEN
 
 
@@ -24,4 +24,5 @@ def near_miss(question: str, answer: str, rng: np.random.Generator) -> str:
     return answer[:place] + others[rng.integers(len(others))] + answer[place + 1 :]
 
 
-TASK = Task(make, near_miss, size=7, sizes=range(6, 10), verifier="subset")
+START = Start(accuracy=0.3, kept=0.8, steps=450, plain=0.5, right=0.5, own=0.5)
+TASK = Task(make, near_miss, size=7, sizes=range(6, 10), verifier="subset", start=START)

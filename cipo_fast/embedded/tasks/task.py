@@ -17,6 +17,19 @@ NearMiss = Callable[[str, str, np.random.Generator], str]
 
 
 @dataclass(frozen=True)
+class Start:
+    """How far the supervised first steps go, and what they show; model.embedded.warm_* says what each is."""
+
+    accuracy: float = 0.42
+    kept: float = 0.0
+    mended: float = 0.0
+    steps: int = 600
+    plain: float = 0.25
+    right: float = 0.25
+    own: float = 0.0
+
+
+@dataclass(frozen=True)
 class Task:
     """`make(rng, size)` is one problem; `near_miss(question, answer, rng)` a wrong answer such as a half-trained model
     gives, seldom a right one. `verifier` is a function of verifiers.py where there are many right answers."""
@@ -26,6 +39,7 @@ class Task:
     size: int
     sizes: range  # of which there are enough problems, and short enough ones
     verifier: str | None = None
+    start: Start = Start()
 
     def pairs(self, rng: np.random.Generator, n: int, size: int | None) -> list[Pair]:
         """`n` problems with different questions, fewer where there are hardly more. Raises UserError for a size that
