@@ -28,7 +28,7 @@ BLOCKS, STEPS = 5, 8  # blocks of each side, steps a block
 def our_run(tmp_path: Path, mesh, open_engine: ExitStack) -> Run:
     # An entropy bonus, however small, keeps answers without an advantage in the step: TRL leaves none out.
     fair = "loss.entropy_coef=1e-9"
-    config = load_config(["grpo.yaml"], [f"run.dir={tmp_path}", "model.embedded.warm_accuracy=0", fair])
+    config = load_config(["grpo.yaml"], [f"run.dir={tmp_path}", "data.task=sort", "model.embedded.warm_steps=0", fair])
     with View("plain", 1, "", quiet=True) as view:
         return build(prepare(config, mesh, view.note), mesh, view, open_engine)[0]
 

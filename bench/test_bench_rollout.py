@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
 
 def build_run(engine: str, folder: Path, mesh, stack: ExitStack) -> Run:
     """The embedded job, as it starts without a warm start."""
-    overrides = [f"run.dir={folder}", f"rollout.engine={engine}", "model.embedded.warm_accuracy=0"]
+    overrides = [f"run.dir={folder}", f"rollout.engine={engine}", "data.task=sort", "model.embedded.warm_steps=0"]
     overrides += ["rollout.vllm.max_model_len=512", "rollout.vllm.cpu_kv_gib=0.5"]
     if engine == "vllm_server":
         overrides += ["rollout.server.start=true", f"rollout.server.port={free_port()}"]

@@ -37,7 +37,7 @@ from cipo_fast.cipo.nudge import draw_hints
 from cipo_fast.cipo.objective import lambda_corr_at, right_weight
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, retention_target, retry_rate, update_replay
-from cipo_fast.config import Config, cautions, parse_args
+from cipo_fast.config import Config, cautions, comparison, parse_args
 from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
@@ -137,7 +137,7 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
     )
     with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
         folder = open_files.enter_context(opened(config, mesh.size()))
-        for line in (*folder.lines, *cautions(config)):
+        for line in (*folder.lines, *comparison(config), *cautions(config)):
             view.say(line)
         config = gather([pinned_date(config, folder.resume)])[0]  # one day on all ranks, recorded with the run
         given = config  # what is recorded; `embedded` is a folder from here on

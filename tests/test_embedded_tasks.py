@@ -7,12 +7,12 @@ import pytest
 
 from cipo_fast.embedded import verifiers
 from cipo_fast.embedded.problems import embedded_problems
-from cipo_fast.embedded.tasks import carry, chain, latin, shoot, task_named
+from cipo_fast.embedded.tasks import carry, chain, latin, shoot, task_named, trace
 from cipo_fast.errors import UserError
 from cipo_fast.records import Problem
 from cipo_fast.verify.judging import judge
 
-TASKS = ["sort", "add", "carry", "chain", "shoot", "subset", "latin"]
+TASKS = ["trace", "sort", "add", "carry", "chain", "shoot", "subset", "latin"]
 HOSTILE = ["", " ", "0", "-", "١٢٣", "¹²³", "1\n2", "-12", "+12", "1.5", "9" * 10_000, "None", "\x00", "z0"]
 
 
@@ -122,3 +122,22 @@ def test_latin_by_enumeration() -> None:
         }
         texts = map("".join, itertools.product("1234", repeat=6))
         assert {text for text in texts if verifiers.latin(text, {"prompt": question(p)})} == right
+
+
+def test_the_answer_of_a_trace_is_its_last_character() -> None:
+    assert trace.run("3b12c103") == "31202332"
+    for p in embedded_problems("trace", 0, 200)[1]:
+        answer, shown = p.answer.split(" ")
+        register = 0
+        for step, after in zip(question(p).removeprefix("trace "), shown, strict=True):
+            register = "abcd".index(step) if step.isalpha() else (register + int(step)) % 4
+            assert after == str(register)
+        assert answer == shown[-1]
+
+
+def test_a_near_miss_of_a_trace_holds_the_right_working() -> None:
+    rng = np.random.default_rng(0)
+    for p in embedded_problems("trace", 0, 200)[1]:
+        miss = task_named("trace").near_miss(question(p), p.answer, rng)
+        assert miss[1:] == p.answer[1:]
+        assert miss[0] in set("0123") - {p.answer[0]}

@@ -1,6 +1,7 @@
 """The supervised first steps: which examples they are made of, and the folder that comes of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.config import load_config
 from cipo_fast.distributed import process_group
 from cipo_fast.embedded.model import embedded_tokenizer
-from cipo_fast.embedded.prepare import HELD_OUT, TRAIN, prepare, start_of
+from cipo_fast.embedded.prepare import HELD_OUT, TRAIN, digest, prepare, start_of
 from cipo_fast.embedded.problems import embedded_problems
 from cipo_fast.embedded.tasks import task_named
+from cipo_fast.embedded.tasks.task import Start
 from cipo_fast.embedded.warm_start import Examples
 from cipo_fast.records import Rollout
 from cipo_fast.sampling import encode_prompts
@@ -91,3 +93,26 @@ def test_the_folder_names_the_verifier_of_its_rows(tmp_path: Path) -> None:
     for problem, row in zip(problems, rows, strict=True):
         assert judge(problem.row, row["answer"]).verdict == judge(problem.row, row["answer"][::-1]).verdict == "right"
         assert judge(problem.row, "000").verdict == "wrong"
+
+
+def test_a_start_is_the_task_s_own_but_for_what_is_set(tmp_path: Path) -> None:
+    assert start_of(load_config([], ["data.task=trace"])) == task_named("trace").start
+    assert start_of(load_config([], ["data.task=sort"])) == Start()
+    asked = load_config([], ["data.task=trace", "model.embedded.warm_mended=0", "model.embedded.warm_steps=0"])
+    assert start_of(asked) == replace(task_named("trace").start, mended=0.0, steps=0)
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "1", "answer": "2"}\n')
+    assert start_of(load_config([], [f"data.train={tmp_path}/mine.jsonl"])) == Start()
+
+
+def test_of_two_runs_that_make_the_same_start_at_once_the_first_one_counts(tmp_path: Path) -> None:
+    small = ["model.embedded.hidden=32", "model.embedded.mlp=48", "data.task=add", "model.embedded.warm_steps=5"]
+    config = load_config([], [*small, "eval.problems=8", f"run.dir={tmp_path}"])
+    folder = tmp_path / "warm_start" / digest(config)
+
+    def finish_first(_: str) -> None:  # the other run, while this one still computes
+        folder.mkdir(parents=True)
+        (folder / "theirs").touch()
+
+    with process_group() as mesh:
+        assert prepare(config, mesh, finish_first).model.path == str(folder)
+    assert [path.name for path in (tmp_path / "warm_start").rglob("*")] == [folder.name, "theirs"]

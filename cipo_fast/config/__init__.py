@@ -18,6 +18,7 @@ from cipo_fast.config.loading import (
     HUB_NAME,
     OVERRIDE,
     cautions,
+    comparison,
     configs_dir,
     known_keys,
     load_config,
@@ -31,5 +32,5 @@ from cipo_fast.config.verify import SandboxConfig, VerifyConfig
 __all__ = [
     "HUB_NAME", "OVERRIDE", "Config", "CorrectionConfig", "DataConfig", "EmbeddedModel", "LossConfig", "ModelConfig",
     "NudgeConfig", "OptimConfig", "ReplayConfig", "RolloutConfig", "SandboxConfig", "VerifyConfig", "cautions",
-    "configs_dir", "known_keys", "load_config", "parse_args", "read_as", "read_config",
+    "comparison", "configs_dir", "known_keys", "load_config", "parse_args", "read_as", "read_config",
 ]  # fmt: skip

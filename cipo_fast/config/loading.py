@@ -146,6 +146,23 @@ def _check_loss(loss: LossConfig) -> None:
         raise UserError("loss.n_step multiplies the ratios of tokens under PPO's clip: it needs clip=ppo, ratio=token")
 
 
+def comparison(config: Config) -> list[str]:
+    """What a run's figures compare, and where its control is: a line each, to be said at the start."""
+    corrects = config.correction.lambda_corr > 0
+    answers = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    corrections = config.anchors_per_step * config.samples_per_anchor
+    said = "CIPO" if corrects else "GRPO"
+    checks = ", and what each answer becomes when it is shown back to be checked" if config.eval.checks else ""
+    what = f"{config.train.steps} steps of {said}, {answers + corrections} answers each"
+    lines = [f"compared: held-out problems before and after {what}: accuracy{checks}"]
+    if corrects:
+        lines.append(
+            "its control: the same command with grpo.yaml, or grpo_2g.yaml (rollouts instead of corrections); all at "
+            "once, with seeds and intervals: python -m cipo_fast.experiment headline.yaml"
+        )
+    return lines
+
+
 def cautions(config: Config) -> list[str]:
     """What may be meant and hardly is: a line each, to be said at the start."""
     loss, usual, lines = config.loss, LossConfig(), []
@@ -167,6 +184,11 @@ def cautions(config: Config) -> list[str]:
             f"{', '.join(idle)}: with one update a batch all ratios are 1, and the loss is GRPO's; "
             "raise train.updates_per_step"
         )
+    start, steps = config.correction.start_steps, config.train.steps
+    if 0 < steps <= start:
+        lines.append(f"correction.start_steps={start}: all of train.steps={steps} are supervised, none is RL")
+    if config.correction.loss == "ce" and config.replay.right_weight_max < 1:
+        lines.append("replay.right_weight_max bounds the RL loss of corrections; with correction.loss=ce there is none")
     return lines + _rho_that_stays(config)
 
 
