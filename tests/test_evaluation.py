@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations, pairwise, product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -267,23 +267,28 @@ def by_three(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cipo_fast.evaluation.sample.AT_ONCE", 12)
 
 
-def test_every_round_goes_on_with_the_conversation(setup: Setup, tmp_path: Path) -> None:
-    """In layout=followup a checked answer's context is all that was before: prompt, attempt, check, answer, check."""
+def test_every_round_shows_the_newest_answer_alone(setup: Setup, tmp_path: Path) -> None:
+    """As in training: the problem's prompt, one answer, the request to check it; the answer is the last round's."""
     sampler, prompts, correct, _ = setup
     engine: Ending = sampler.engine  # type: ignore[assignment]
     engine.asked.clear()
     run(setup, tmp_path)
-    glue = correct.glue[True].after_end
-    rounds = [ids for ids in engine.asked if ids not in [p.token_ids for p in prompts]]
-    by_depth = [[ids for ids in rounds if _count(ids, glue) == depth] for depth in (1, 2, 3)]
-    assert sum(map(len, by_depth)) == len(rounds)
-    assert all(by_depth)
-    for before, after in pairwise(by_depth):
-        assert all(any(ids[: len(b)] == b for b in before) for ids in after)
-
-
-def _count(ids: list[int], part: list[int]) -> int:
-    return sum(ids[i : i + len(part)] == part for i in range(len(ids)))
+    glue, text = tuple(correct.glue[True].after_end), correct.chat.text
+    bare = {tuple(p.token_ids): p.problem.id for p in prompts}
+    found = set()
+    for ids in map(tuple, engine.asked):
+        if ids not in bare:
+            (prompt,) = (start for start in bare if ids[: len(start)] == start)
+            assert ids[-len(glue) :] == glue
+            found.add((bare[prompt], text(ids[len(prompt) : -len(glue)])))
+    assert found == {
+        (r.problem, answer.text)
+        for r in read_records(tmp_path)
+        for chain in r.chains
+        for answer in (r.attempts[chain.attempt], *chain.answers[:-1])
+        if answer is not None and not answer.truncated
+    }
+    assert any(answer for r in read_records(tmp_path) for chain in r.chains for answer in chain.answers[1:])
 
 
 def test_all_that_was_sampled_is_kept(setup: Setup, tmp_path: Path) -> None:
@@ -361,7 +366,7 @@ def test_a_folder_that_cannot_be_written_stops(setup: Setup, tmp_path: Path) -> 
         run(setup, tmp_path / "file" / "x")
 
 
-def test_too_long_conversations_are_counted(setup: Setup, tmp_path: Path) -> None:
+def test_what_is_too_long_to_be_shown_is_counted(setup: Setup, tmp_path: Path) -> None:
     sampler, prompts, _, config = setup
     room = max(len(p.token_ids) for p in prompts) + 5 + 1
     short = CorrectionPrompts(sampler.chat, config.correction.model_copy(update={"max_prompt_tokens": room}))

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class _Chain:
 
     group: int  # place of its problem in the batch
     attempt: int
+    prompt_ids: list[int]  # of the problem
     newest: Rollout
     answers: list[Answer | None]
     ended: str = ""
@@ -125,7 +126,7 @@ def sampled(
     groups = sampler.groups(prompts, n, sampling, place, "eval")
     pause()
     chains = [
-        _Chain(g, i, rollout, [])
+        _Chain(g, i, rollout.prompt_ids, rollout, [])
         for g, group in enumerate(groups)
         for i, rollout in enumerate(group.rollouts[: config.eval.checked])
     ]
@@ -150,8 +151,8 @@ def _check(
     r: int,
     failures: list[list[str]],
 ) -> None:
-    """Round `r`: every chain that goes on is shown its newest answer and gets the next one. A correction is shown as a
-    rollout is: its prompt is the conversation so far, which in layout=followup goes on."""
+    """Round `r`: every chain that goes on is shown its newest answer, in the place of the first one, and gets the next:
+    the check that training trains, again."""
     asked: list[tuple[_Chain, Anchor]] = []
     longest = sampler.engine.max_model_len
     for chain in chains:
@@ -169,7 +170,7 @@ def _check(
     for chain, anchor in asked:
         failures[chain.group] += anchor.failures
         if anchor.corrections:
-            chain.newest = anchor.corrections[0]
+            chain.newest = replace(anchor.corrections[0], prompt_ids=chain.prompt_ids)
             chain.answers[-1] = answer_of(chain.newest)
         else:
             chain.ended = "failed"
