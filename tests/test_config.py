@@ -31,7 +31,7 @@ from cipo_fast.errors import UserError
         ("loss.dual_clip=1", "loss.dual_clip=1: input should be greater than 1"),
         ("data.train=/no/such.jsonl", "data.train: no file /no/such.jsonl"),
         ("correction.tier_low=0.9", "correction.tier_low=0.9 is above"),
-        ("replay.rho0=0.1", "outside [replay.rho_min, replay.rho_max]"),
+        ("replay.rho0=0.04", "outside [replay.rho_min, replay.rho_max]"),
         ("train.pack_tokens=32", "train.pack_tokens=32 cannot hold one conversation"),
         ("train.updates_per_step=33", "an update needs a prompt"),
         ("model.embedded.heads=3", "model.embedded: hidden must be"),
@@ -130,7 +130,8 @@ def test_defaults_of_the_algorithm() -> None:
     assert (c.train.steps, c.rollout.prompts_per_step, c.rollout.samples_per_prompt) == (500, 32, 8)
     assert (c.correction.anchors_per_prompt, c.correction.lambda_corr, c.correction.lambda_risk) == (1.0, 1.0, 1.0)
     r = c.replay
-    assert (r.rho0, r.rho_min, r.rho_max, r.tau, r.w1, r.w2, r.w3) == (0.3, 0.2, 0.8, 0.8, 0.8, 0.3, 0.05)
+    assert (r.rho0, r.rho_min, r.rho_max, r.tau, r.w1, r.w2, r.w3) == (0.3, 0.05, 0.8, 0.8, 0.8, 0.3, 0.05)
+    assert (r.rule, r.tau_beyond) == ("attainable", 0.2)
     assert (r.n_min, r.ema_decay) == (16, 0.7)
     assert (c.optim.lr, c.rollout.temperature, c.rollout.top_p) == (1e-6, 1.0, 1.0)
     assert (c.loss.eps_low, c.loss.eps_high, c.loss.beta, c.correction.mu) == (0.2, 0.28, 0.0, 0.1)

@@ -153,11 +153,10 @@ def test_a_start_and_a_rho_that_cannot_be_measured_are_said() -> None:
     assert start not in plain
     assert held not in plain
     assert start in planner.dry_run(["correction_start.yaml"], embedded_config)
-    assert held not in planner.dry_run(["attainable.yaml"], embedded_config)
-    low = planner.dry_run(["attainable.yaml", "replay.rho_min=0.04"], embedded_config)
+    low = planner.dry_run(["replay.rho_min=0.04"], embedded_config)
     assert f"{held} once it is there: 8 corrections of right anchors a step are below replay.n_min=16" in low
     for off in ("replay.adaptive=false", "correction.lambda_corr=0"):
-        assert held not in planner.dry_run(["attainable.yaml", "replay.rho_min=0.04", off], embedded_config)
+        assert held not in planner.dry_run(["replay.rho_min=0.04", off], embedded_config)
 
 
 def test_tokens_of_hinted_rollouts_are_those_of_the_longest_batch() -> None:

@@ -12,7 +12,8 @@ from cipo_fast.cipo.replay import ReplayState, retention_target, retry_rate, upd
 from cipo_fast.config import CorrectionConfig, ReplayConfig
 from cipo_fast.records import Anchor, Group, Rollout
 
-F2F = ReplayConfig(ema_decay=0.0, n_min=1)
+LITERAL = ReplayConfig(rule="literal", rho_min=0.2)
+F2F = LITERAL.model_copy(update={"ema_decay": 0.0, "n_min": 1})
 ATTAINABLE = ReplayConfig(rule="attainable", tau_beyond=0.5, rho_min=0.01, rho_max=1.0, ema_decay=0.0, n_min=1)
 
 
@@ -44,7 +45,7 @@ def test_rho_holds_below_n_min_and_when_fixed(rule: str) -> None:
 
 
 def test_retention_is_smoothed_and_a_drop_raises_rho() -> None:
-    state = update_replay(ReplayState(0.3, 1.0, attainable=0.6), [0.0] * 16, 0.4, ReplayConfig(ema_decay=0.7))
+    state = update_replay(ReplayState(0.3, 1.0, attainable=0.6), [0.0] * 16, 0.4, LITERAL)
     assert state.retention == pytest.approx(0.7)
     assert state.attainable == pytest.approx(0.54)  # measured whatever the rule
     # f1 = 0.8 - 0.7, f2 = 1.0 - 0.7, f3 = 1
@@ -116,15 +117,15 @@ def courses(config: ReplayConfig, retention: float, attainable: float, seeds: in
 def test_noise_around_the_target_ratchets_the_literal_rule_alone() -> None:
     """Retention 0.8 on average is what both aim at."""
     wide = {"rho_min": 0.01, "rho_max": 1.0}
-    literal = courses(ReplayConfig(ema_decay=0.0, n_min=1, **wide), 0.8, 0.6)
-    smoothed = courses(ReplayConfig(**wide), 0.8, 0.6)
+    literal = courses(F2F.model_copy(update=wide), 0.8, 0.6)
+    smoothed = courses(LITERAL.model_copy(update=wide), 0.8, 0.6)
     two_sided = ReplayConfig(rule="attainable", tau_beyond=0.5, **wide)
     attainable = courses(two_sided, 0.8, 0.6)
     assert np.median(literal) > 0.95
     assert np.median(smoothed) > 0.95
     assert np.exp(np.log(attainable).mean()) == pytest.approx(0.3, abs=0.02)
     # Above its target the literal rule still rises; the other sinks.
-    assert np.median(courses(ReplayConfig(ema_decay=0.0, n_min=1, **wide), 0.82, 0.6)) > 0.4
+    assert np.median(courses(F2F.model_copy(update=wide), 0.82, 0.6)) > 0.4
     assert np.median(courses(two_sided, 0.82, 0.6)) < 0.1
 
 

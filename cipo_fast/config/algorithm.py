@@ -63,12 +63,14 @@ class ReplayConfig(Section):
     """False keeps rho at rho0 (a control) [paper]."""
     rho0: Share = 0.3
     """rho at the start [f2f]."""
-    rho_min: Share = 0.2
-    """Smallest rho [f2f]. Where so few anchors give less than n_min corrections, a rho that came down to it stays."""
+    rho_min: Share = 0.05
+    """Smallest rho [ours; f2f: 0.2]. Where so few anchors give less than n_min corrections, a rho that came down to it
+    stays."""
     rho_max: Share = 0.8
     """Largest rho [f2f]."""
-    rule: Literal["literal", "attainable"] = "literal"
-    """How rho follows retention: [f2f], or two-sided and against what a fresh retry attains [ours]; cipo/replay.py."""
+    rule: Literal["literal", "attainable"] = "attainable"
+    """How rho follows retention: one-sided and against tau [f2f], or two-sided and against what a fresh retry attains
+    [ours], the default for what docs/algorithm.md has measured; cipo/replay.py."""
     tau: Share = 0.8
     """rule=literal: retention aimed at [f2f]."""
     tau_beyond: Share = 0.2

@@ -22,9 +22,9 @@ from cipo_fast.config import ReplayConfig
 
 ANCHORS, CORRECTIONS, STEPS, SEEDS = 32, 8, 240, 50
 RULES = {
-    "literal, not smoothed [f2f]": ReplayConfig(ema_decay=0.0, n_min=1),
-    "literal, smoothed": ReplayConfig(),
-    "attainable": ReplayConfig(rule="attainable", tau_beyond=0.5),
+    "literal, not smoothed [f2f]": ReplayConfig(rule="literal", rho_min=0.2, ema_decay=0.0, n_min=1),
+    "literal, smoothed": ReplayConfig(rule="literal", rho_min=0.2),
+    "attainable": ReplayConfig(tau_beyond=0.5, rho_min=0.2),
 }
 RETENTIONS = (0.70, 0.77, 0.80, 0.83, 0.90)
 Course = Callable[[int], tuple[float, float]]  # step -> (retention, what a retry attains)
