@@ -70,7 +70,7 @@ class ReplayConfig(Section):
     """Largest rho [f2f]."""
     rule: Literal["literal", "attainable"] = "attainable"
     """How rho follows retention: one-sided and against tau [f2f], or two-sided and against what a fresh retry attains
-    [ours], the default for what docs/algorithm.md has measured; cipo/replay.py."""
+    [ours]; docs/algorithm.md says why that is the default."""
     tau: Share = 0.8
     """rule=literal: retention aimed at [f2f]."""
     tau_beyond: Share = 0.2
