@@ -120,6 +120,7 @@ def _differences(report: Report, figure: Any) -> Any:
         for y, row in enumerate(rows):
             _whisker(axis, y, row.against.get(name), looks[row.arm]["color"])
         axis.set_title(label)
+        axis.locator_params(axis="x", nbins=4)  # labels that do not touch
         axis.set_yticks(range(len(rows)), [row.arm for row in rows])
         axis.set_ylim(-0.6, len(rows) - 0.4)
     control = report.grid.experiment.control
