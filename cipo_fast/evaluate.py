@@ -107,7 +107,10 @@ def compare_command(a: Path, b: Path) -> None:
         found = compare(a, b)
     except OSError as error:
         raise TrainingStopped(f"{b} cannot be written ({error})") from None
-    Terminal().print(comparison_table(found, a.name, b.name))
+    terminal = Terminal()
+    terminal.print(comparison_table(found.differences, a.name, b.name))
+    for source, differences in found.sources.items():
+        terminal.print(comparison_table(differences, a.name, b.name, source))
     put(left_out(found))
 
 

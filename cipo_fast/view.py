@@ -22,7 +22,7 @@ from rich.text import Text
 
 from cipo_fast.cipo.metrics import Metrics
 from cipo_fast.errors import note, stop_printing, visible
-from cipo_fast.evaluation.figures import Figure, Paired
+from cipo_fast.evaluation.figures import Difference, Figure
 from cipo_fast.evaluation.report import interval, number
 
 SECONDS_BETWEEN_LINES = 10.0  # of `Steps`, where there is no terminal
@@ -225,10 +225,10 @@ def figures_table(found: dict[str, Figure], title: str = "all problems") -> Tabl
     return table
 
 
-def comparison_table(found: Paired, a: str, b: str) -> Table:
+def comparison_table(found: dict[str, Difference], a: str, b: str, title: str = "paired over problems") -> Table:
     """`b` less `a`, with intervals of the difference."""
-    table = _table("paired over problems", a, b, "difference", "95%")
-    for name, d in found.differences.items():
+    table = _table(title, a, b, "difference", "95%")
+    for name, d in found.items():
         table.add_row(_label(name), number(d.a), number(d.b), number(d.value, "+.3f"), interval(d))
     return table
 

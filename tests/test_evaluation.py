@@ -384,6 +384,20 @@ def test_foreign_names_stay_in_their_line(setup: Setup, tmp_path: Path) -> None:
     assert "\x1b" not in text
 
 
+def test_a_comparison_tells_sources_apart(setup: Setup, tmp_path: Path) -> None:
+    problems = [replace(p, problem=replace(p.problem, source=f"s{i % 2}")) for i, p in enumerate(setup[1])]
+    a, b = (tmp_path / name / "evaluations" / "step-1" for name in ("one", "two"))
+    run((setup[0], problems, *setup[2:]), a)
+    run((setup[0], problems[::-1], *setup[2:]), b)  # in another place, other samples
+    found = compare(a, b)
+    assert list(found.sources) == ["s0", "s1"]
+    for source, differences in found.sources.items():
+        of = [[r for r in read_records(folder) if r.source == source] for folder in (a, b)]
+        alone = paired(*of)
+        assert differences == alone.differences
+    assert "\n## s1\n" in (b / "compared-with-one-step-1.md").read_text()
+
+
 def test_a_comparison_is_written(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = tmp_path / "one" / "evaluations" / "step-1", tmp_path / "two" / "evaluations" / "step-2"
     run(setup, a)
@@ -392,4 +406,5 @@ def test_a_comparison_is_written(setup: Setup, tmp_path: Path, monkeypatch: pyte
     assert (found.problems, found.left_out) == (5, (2, 0))
     written = json.loads((b / "compared-with-one-step-1.json").read_text())
     assert written["differences"]["greedy"]["value"] == found.differences["greedy"].value
+    assert written["sources"] == {}  # all are of one
     assert "2 only in the first" in (b / "compared-with-one-step-1.md").read_text()

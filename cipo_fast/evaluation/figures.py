@@ -45,9 +45,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Paired:
-    """`problems` are in both evaluations; `left_out`: how many only the first has, and only the second."""
+    """`problems` are in both evaluations; `left_out`: how many only the first has, and only the second. `sources` has
+    each source's differences, where there are several."""
 
     differences: dict[str, Difference]
+    sources: dict[str, dict[str, Difference]]
     problems: int
     left_out: tuple[int, int]
 
@@ -76,7 +78,21 @@ def paired(a: Sequence[Record], b: Sequence[Record]) -> Paired:
             f"the two evaluations have no problem in common ({len(of_a)} and {len(of_b)} problems): sample both with "
             "the same --tasks"
         )
-    found = [[per_problem(records[key]) for key in common] for records in (of_a, of_b)]
+    by_source: dict[str, list[tuple[str, str]]] = {}
+    for key in common:
+        by_source.setdefault(of_a[key].source, []).append(key)
+
+    def differences(keys: Sequence[tuple[str, str]]) -> dict[str, Difference]:
+        return _differences([of_a[key] for key in keys], [of_b[key] for key in keys])
+
+    sources = {name: differences(keys) for name, keys in by_source.items()} if len(by_source) > 1 else {}
+    left_out = (len(of_a) - len(common), len(of_b) - len(common))
+    return Paired(differences(common), sources, len(common), left_out)
+
+
+def _differences(a: Sequence[Record], b: Sequence[Record]) -> dict[str, Difference]:
+    """b - a, problem by problem the same."""
+    found = [[per_problem(record) for record in records] for records in (a, b)]
     names = [name for name in names_of(found[0]) if name in names_of(found[1])]
     matrices = [matrix(ratios, names) for ratios in found]
     values = [_ratio(above.sum(0), below.sum(0)) for above, below in matrices]
@@ -87,7 +103,7 @@ def paired(a: Sequence[Record], b: Sequence[Record]) -> Paired:
         one, other = (None if np.isnan(value[f]) else float(value[f]) for value in values)
         apart = None if one is None or other is None else other - one
         differences[name] = Difference(one, other, apart, *_interval(second[:, f] - first[:, f], enough))
-    return Paired(differences, len(common), (len(of_a) - len(common), len(of_b) - len(common)))
+    return differences
 
 
 def per_problem(record: Record) -> Ratios:

@@ -80,13 +80,16 @@ def compare(a: Path, b: Path) -> Paired:
     found = paired(read_records(a), read_records(b))
     name = f"compared-with-{a.resolve().parent.parent.name}-{a.resolve().name}"
     _write(b / f"{name}.json", json.dumps({"a": str(a), "b": str(b), **asdict(found)}, indent=1))
-    rows = [
-        (label, number(d.a), number(d.b), number(d.value, "+.3f"), interval(d))
-        for label, d in found.differences.items()
-    ]
-    lines = [f"# {_cell(str(b))} against {_cell(str(a))}", "", left_out(found), ""]
-    _write(b / f"{name}.md", "\n".join([*lines, *_markdown(("", "a", "b", "b - a", "95%"), rows)]) + "\n")
+    lines = [f"# {_cell(str(b))} against {_cell(str(a))}", "", left_out(found), "", *_apart(found.differences)]
+    for source, differences in found.sources.items():
+        lines += ["", f"## {_cell(source)}", "", *_apart(differences)]
+    _write(b / f"{name}.md", "\n".join(lines) + "\n")
     return found
+
+
+def _apart(differences: dict[str, Difference]) -> list[str]:
+    rows = [(label, number(d.a), number(d.b), number(d.value, "+.3f"), interval(d)) for label, d in differences.items()]
+    return _markdown(("", "a", "b", "b - a", "95%"), rows)
 
 
 def left_out(found: Paired) -> str:
