@@ -238,7 +238,7 @@ def test_exp_recomputes_rows_whose_anchor_is_far_off(exp_chunks, monkeypatch):
     class Spy:
         def __getitem__(self, grid):
             def launch(*args):
-                sums = args[7]  # [2, n, parts]: a recomputed row has its S in the first part alone
+                sums = args[6]  # [2, n, parts]: a recomputed row has its S in the first part alone
                 repaired.append((sums[0, :, 1:] == 0).all(1).sum().item())
                 return kernel[grid](*args)
 
@@ -319,6 +319,81 @@ def test_bf16_inputs(impl, exp_chunks):
     torch.testing.assert_close(out.logp.double(), logp, rtol=0, atol=1e-5)
     for actual, baseline, e in zip(grads, eager(torch.bfloat16)[1], exact, strict=True):
         assert (actual.double() - e).norm() <= 2 * (baseline - e).norm()
+
+
+def confident_head(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden [N, H], weight [V, H], target_id): of target n, 1 - p is 10^-(2 + n / 2), down to 1e-6."""
+    g = torch.Generator().manual_seed(1)
+    n, width, vocab = 9, 1024, 300
+    weight = torch.randn(vocab, width, generator=g, dtype=torch.float64).to(dtype).double() / 8
+    target = torch.randperm(vocab, generator=g)[:n]
+    toward = weight[target] / weight[target].norm(dim=1, keepdim=True)
+    noise = torch.randn(n, width, generator=g, dtype=torch.float64) / 16
+    low, high = torch.zeros(n, 1), torch.full((n, 1), 100.0)
+    for _ in range(60):
+        scale = (low + high) / 2
+        z = (scale * toward + noise).to(dtype).double() @ weight.T
+        others = z.scatter(1, target[:, None], -math.inf)
+        rest = -torch.expm1(-torch.nn.functional.softplus(others.logsumexp(1) - z.gather(1, target[:, None])[:, 0]))
+        above = rest[:, None] > 10.0 ** -(2 + torch.arange(n)[:, None] / 2)
+        low, high = torch.where(above, scale, low), torch.where(above, high, scale)
+    return (scale * toward + noise).to(dtype), weight.to(dtype), target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("how", ["logits", "exp", "logprob"])
+def test_confident_targets(how, dtype, exp_chunks):
+    """1 - p from 1e-2 to 1e-6: log-probs within 1% of 1 - p, and each row of d(hidden) within 1%."""
+    hidden, weight, target = confident_head(dtype)
+    index = torch.arange(len(target)), target
+
+    def grad_and_logp(hidden, weight, index):
+        hidden = hidden.requires_grad_()
+        if how == "logprob":
+            logp = fused_linear_logprob(hidden, weight, *index)
+            (-logp).sum().backward()
+        else:
+            one, none = torch.ones(len(target), device=hidden.device), torch.zeros(len(target), device=hidden.device)
+            out = fused_linear_cipo_loss(
+                hidden, weight, *index, old_logp=None, advantage=none, rl_weight=none, ce_weight=one, impl=how
+            )
+            logp = out.logp
+            out.loss.backward()
+        return hidden.grad.cpu().double(), logp.detach().cpu().double()
+
+    grad, logp = grad_and_logp(hidden.to(DEVICE), weight.to(DEVICE), [i.to(DEVICE) for i in index])
+    if how == "exp" and (DEVICE == "cpu" or dtype == torch.bfloat16):
+        assert exp_chunks
+    exact, wide = hidden.detach().double().requires_grad_(), weight.double()
+    z = exact @ wide.T
+    others = z.scatter(1, target[:, None], -math.inf).logsumexp(1) - z.gather(1, target[:, None])[:, 0]
+    expected = -torch.nn.functional.softplus(others)
+    (-expected).sum().backward()
+    rest = -torch.expm1(expected.detach())
+    assert ((logp - expected).abs() <= 0.01 * rest).all()
+    assert ((grad - exact.grad).norm(dim=1) <= 0.01 * exact.grad.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("how", ["logits", "exp", "logprob"])
+@pytest.mark.parametrize("unknown", [-1, -(2**40), 300, 2**40])
+def test_a_target_outside_the_vocabulary_is_nan_and_writes_nothing(how, unknown, exp_chunks):
+    hidden, weight, target = confident_head(torch.float32)
+    target[3] = unknown
+    hidden, weight = hidden.to(DEVICE).requires_grad_(), weight.to(DEVICE).requires_grad_()
+    index = torch.arange(len(target), device=DEVICE), target.to(DEVICE)
+    if how == "logprob":
+        logp = fused_linear_logprob(hidden, weight, *index)
+        logp.sum().backward()
+    else:
+        one = torch.ones(len(target), device=DEVICE)
+        out = fused_linear_cipo_loss(
+            hidden, weight, *index, old_logp=None, advantage=one, rl_weight=one, ce_weight=one, impl=how
+        )
+        logp = out.logp
+        out.loss.backward()
+    bad = torch.arange(len(target)) == 3
+    assert torch.equal(logp.isnan().cpu(), bad)
+    assert torch.equal(hidden.grad.isnan().any(1).cpu(), bad)
 
 
 def test_extreme_logits_in_fp32():
