@@ -111,7 +111,7 @@ def test_matches_reference_for_every_term(name, ratio, monkeypatch):
     assert_matches_reference(inputs, make_terms(*inputs) | TERMS[name] | {"ratio": ratio}, monkeypatch)
 
 
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.2])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1875])
 @pytest.mark.parametrize("name", HEADS)
 def test_matches_reference_for_every_head(name, entropy_coef, monkeypatch):
     inputs = make_inputs(n=N)
@@ -124,7 +124,7 @@ def test_matches_reference_for_every_head(name, entropy_coef, monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, CHUNK, CHUNK + 1])
 def test_matches_reference_for_ragged_sizes(vocab, n, monkeypatch):
     inputs = make_inputs(n=n, vocab=vocab)
-    assert_matches_reference(inputs, make_terms(*inputs) | {"entropy_coef": 0.1}, monkeypatch)
+    assert_matches_reference(inputs, make_terms(*inputs) | {"entropy_coef": 0.125}, monkeypatch)
 
 
 def test_matches_reference_without_bias_and_for_branch_points(monkeypatch):
@@ -142,13 +142,13 @@ def strided(x):
 
 def test_strided_inputs(monkeypatch):
     inputs = make_inputs(n=N)
-    kwargs = make_terms(*inputs) | {"entropy_coef": 0.1, "temperature": torch.linspace(0.5, 2, N, dtype=torch.float64)}
+    kwargs = make_terms(*inputs) | {"entropy_coef": 0.125, "temperature": torch.linspace(0.5, 2, N, dtype=torch.float64)}
     assert_matches_reference(inputs, kwargs, monkeypatch, place=strided)
 
 
 HOW = {
-    "token": {"entropy_coef": 0.2},
-    "sequence": {"entropy_coef": 0.2, "ratio": "sequence"},
+    "token": {"entropy_coef": 0.1875},
+    "sequence": {"entropy_coef": 0.1875, "ratio": "sequence"},
     "exp": {"impl": "exp"},
 }
 
@@ -169,7 +169,7 @@ def test_no_output_depends_on_uninitialised_memory(how, exp_chunks, monkeypatch)
 @pytest.mark.parametrize("how", HOW)
 def test_zero_weight_targets_give_exactly_nothing(how, exp_chunks):
     parameters, *index = make_inputs(n=N)
-    kwargs = make_terms(parameters, *index) | {"beta": 0.3, "is_cap": 1.1} | HOW[how]
+    kwargs = make_terms(parameters, *index) | {"beta": 0.3125, "is_cap": 1.125} | HOW[how]
     inputs = ([to_device(p) for p in parameters], *(to_device(i) for i in index))
     off = torch.arange(N, device=DEVICE) % 2 == 0
     kwargs = {k: to_device(v) for k, v in kwargs.items()} | {"chunk_targets": CHUNK}
@@ -210,7 +210,7 @@ def test_exp_matches_reference(name, exp_chunks, monkeypatch):
 def test_exp_matches_reference_for_ragged_sizes(vocab, n, exp_chunks, monkeypatch):
     (hidden, weight, _), *index = make_inputs(n=n, vocab=vocab)
     inputs = ((hidden, weight, None), *index)
-    kwargs = make_terms(*inputs) | {"old_logp": None, "is_cap": 1.1, "beta": 0.3, "impl": "exp"}
+    kwargs = make_terms(*inputs) | {"old_logp": None, "is_cap": 1.125, "beta": 0.3125, "impl": "exp"}
     assert_matches_reference(inputs, kwargs, monkeypatch)
 
 
@@ -281,7 +281,7 @@ def test_exp_gives_the_numbers_of_the_logits_where_it_recomputes(exp_chunks):
 
 def test_exp_runs_on_the_logits_where_it_does_not_apply(exp_chunks, monkeypatch):
     inputs = make_inputs(n=3)
-    for other in ({"entropy_coef": 0.1}, {"softcap": 3.0}, {"ratio": "sequence"}):
+    for other in ({"entropy_coef": 0.125}, {"softcap": 3.0}, {"ratio": "sequence"}):
         assert_matches_reference(inputs, make_terms(*inputs) | other | {"impl": "exp"}, monkeypatch)
     assert not exp_chunks
 
@@ -689,7 +689,7 @@ def test_chunk_of_a_large_vocabulary(width):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_no_host_synchronisation():
     parameters, *index = make_inputs(n=N)
-    kwargs = make_terms(parameters, *index) | {"beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0}
+    kwargs = make_terms(parameters, *index) | {"beta": 0.125, "entropy_coef": 0.125, "is_cap": 2.0}
     inputs = ([to_device(p) for p in parameters], *(to_device(i) for i in index))
     kwargs = {k: to_device(v) for k, v in kwargs.items()}
     loss_and_grads(inputs, kwargs)  # compiles
