@@ -44,7 +44,7 @@ from .fused_linear_cipo_loss_triton import (
 
 
 class Tiles(NamedTuple):
-    """Of the GEMM: m x n of E, k along H. The epilogue takes half of n at once: all of it would spill."""
+    """Of the GEMM: m x n of E, k along H. The epilogue takes a quarter of n at once: all of it would spill."""
 
     m: int
     n: int
@@ -107,11 +107,12 @@ def _store_exp(
         z *= tl.load(inv_temperature + first + i, mask=i < n, other=1.0)[:, None]
     z -= tl.load(anchor + i, mask=i < n, other=0.0)[:, None]
     target = tl.load(target_id + first + i, mask=i < n, other=-1)
-    is_target = v[None, :] == target[:, None]
-    e = tl.where((v < vocab)[None, :] & ~is_target, tl.exp(z), 0.0)
-    inside = (i < n)[:, None] & (v < vocab)[None, :]
     here = (target >= column) & (target < tl.minimum(column + acc.shape[1], vocab))
-    tl.store(d_out + i, tl.sum(tl.where(is_target, z, 0.0), 1), mask=(i < n) & here)
+    at = tl.where(here, target - column, -1).to(tl.int32)
+    is_target = tl.arange(0, acc.shape[1])[None, :] == at[:, None]
+    tl.store(d_out + i, tl.sum(tl.where(is_target, z, 0.0), 1), mask=here)
+    e = tl.where((v < vocab)[None, :] & (is_target == 0), tl.exp(z), 0.0)
+    inside = (i < n)[:, None] & (v < vocab)[None, :]
     i = i.to(tl.int64)
     tl.store(e_out + i[:, None] * e_stride + v[None, :], e.to(e_out.dtype.element_ty), mask=inside)
     tl.store(sums + i * parts + part, tl.sum(e, 1), mask=i < n)
@@ -139,17 +140,21 @@ def exp_gemm_kernel(
             a = _load_tile(x, row, k, n, H, BLOCK_M, BLOCK_K, TMA)
             b = _load_tile(weight, column, k, vocab, H, BLOCK_N, BLOCK_K, TMA)
             acc = tl.dot(a, b.T, acc, input_precision="ieee", out_dtype=acc.dtype)
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-        part, parts = column // HALF, 2 * column_tiles
-        _store_exp(
-            left, row, column, part, parts, e_out, e_stride, first, bias, target_id, inv_temperature, anchor, d_out,
-            sums, n, vocab,
-        )  # fmt: skip
-        _store_exp(
-            right, row, column + HALF, part + 1, parts, e_out, e_stride, first, bias, target_id, inv_temperature,
-            anchor, d_out, sums, n, vocab,
-        )  # fmt: skip
+        left, right = _halves(acc)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        QUARTER: tl.constexpr = BLOCK_N // 4
+        for q in tl.static_range(4):
+            _store_exp(
+                (a, b, c, d)[q], row, column + q * QUARTER, column // QUARTER + q, 4 * column_tiles, e_out, e_stride, first,
+                bias, target_id, inv_temperature, anchor, d_out, sums, n, vocab,
+            )  # fmt: skip
+
+
+@triton.jit
+def _halves(x):
+    """[M, N] as two of [M, N / 2]."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -264,7 +269,7 @@ class ExpHead(TritonHead):
         tma = use_tma(self.weight)
         tiles = TMA_TILES if tma else POINTER_TILES
         row_tiles, column_tiles = triton.cdiv(n, tiles.m), triton.cdiv(vocab, tiles.n)
-        sums = torch.empty(2, n, 2 * column_tiles, dtype=self.dtype, device=x.device)
+        sums = torch.empty(2, n, 4 * column_tiles, dtype=self.dtype, device=x.device)
         programs = multiprocessors(x.device) if x.is_cuda else 2
         exp_gemm_kernel[(min(programs, row_tiles * column_tiles),)](
             TensorDescriptor.from_tensor(x, [tiles.m, tiles.k]) if tma else x,
@@ -276,7 +281,7 @@ class ExpHead(TritonHead):
         )  # fmt: skip
         reanchor_kernel[(n,)](
             x, self.weight, self.e, self.e.stride(0), start, self.bias, self.target_id, self.inv_temperature, anchor, d,
-            sums, n, vocab, width, 2 * column_tiles, BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H,
+            sums, n, vocab, width, 4 * column_tiles, BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H,
         )  # fmt: skip
         return d, sums
 

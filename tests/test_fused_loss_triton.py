@@ -142,7 +142,10 @@ def strided(x):
 
 def test_strided_inputs(monkeypatch):
     inputs = make_inputs(n=N)
-    kwargs = make_terms(*inputs) | {"entropy_coef": 0.125, "temperature": torch.linspace(0.5, 2, N, dtype=torch.float64)}
+    kwargs = make_terms(*inputs) | {
+        "entropy_coef": 0.125,
+        "temperature": torch.linspace(0.5, 2, N, dtype=torch.float64),
+    }
     assert_matches_reference(inputs, kwargs, monkeypatch, place=strided)
 
 
