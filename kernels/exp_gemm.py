@@ -3,13 +3,19 @@
 
 With z = (x W^T + bias) / temperature and, per target n, an anchor k near lse(z), known before the GEMM:
 
-    k = z[target] - old_logp                       (z[target] alone when there is no old_logp)
-    E_v = exp(z_v - k),  S = sum_v E_v,  T = sum_v E_v (z_v - k)           # the epilogue: E stored, S and T fp32
-    logp = z[target] - k - log S,   H = log S - T / S,   p = E / S
-    dr = g (onehot - p) / temperature = u E',   u = -g / (S temperature),   E'_target = E_target - S, else E
+    k = x W[target] / temperature - old_logp       (without old_logp where there is none)
+    E_v = exp(z_v - k),  d = z[target] - k         # the epilogue: E stored, d and the sums in fp32
+    S' = sum of E_v over v other than target,  T' = that of E_v (z_v - k)
+    logp, H, 1 - p from d, S', T': `logp_entropy_rest`
+    dr = g (onehot - p) / temperature = u E',   u = -g / (S temperature),  S = S' + exp(d)
+    E'_v = E_v,   E'_target = -S'
     d hidden = u (E' W),   dW = E'^T (u x)
 
-so that after the GEMM only one element a row changes, and u is applied to the narrow side of the two others. E is
+z[target] is the GEMM's own, as all other logits are, and no sum has the target in it: where p is near 1 neither logp
+nor 1 - p is a difference of two large numbers. The dot product serves as anchor alone. A target id outside the
+vocabulary has d = nan: logp is nan, and nothing is written for it.
+
+After the GEMM only one element a row changes, and u is applied to the narrow side of the two others. E is
 bf16 for bf16 inputs, 2 bytes a logit instead of 4; logp, H and S come from the fp32 epilogue. S outside
 [2^-40, 2^40], where E or u would leave bf16's range, means a bad anchor: `reanchor_kernel` computes that row again
 with k = max z. That is slow (two passes over W by one program), exact, and without the host synchronisation that
@@ -31,14 +37,14 @@ from .fused_linear_cipo_loss_triton import (
     TritonHead,
     gpu_chunk_targets,
     load_or,
-    minimum,
+    logp_entropy_rest,
     multiprocessors,
     target_loss_of_token,
 )
 
 
 class Tiles(NamedTuple):
-    """Of the GEMM: m x n of E, k along H. The epilogue takes half of n at once: all of it would spill."""
+    """Of the GEMM: m x n of E, k along H. The epilogue takes a quarter of n at once: all of it would spill."""
 
     m: int
     n: int
@@ -56,12 +62,14 @@ MAX_SUM = tl.constexpr(2.0**40)
 
 @triton.jit(do_not_specialize=["first"])
 def anchor_kernel(
-    x, weight, first, bias, target_id, inv_temperature, old_logp, z_target_out, anchor_out,
-    H, BLOCK_H: tl.constexpr,
+    x, weight, first, bias, target_id, inv_temperature, old_logp, anchor_out, d_out,
+    vocab, H, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Row i of x [n, H] belongs to target first + i; x and weight [V, H] are contiguous, outputs [n]."""
+    """Row i of x [n, H] belongs to target first + i; x and weight [V, H] are contiguous, outputs [n]. d is nan until
+    the tile that has the target's column writes it."""
     i = tl.program_id(0).to(tl.int64)
     target = tl.load(target_id + first + i)
+    target = tl.where((target >= 0) & (target < vocab), target, 0)
     total = tl.zeros((BLOCK_H,), anchor_out.dtype.element_ty)
     for start in range(0, H, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
@@ -69,8 +77,8 @@ def anchor_kernel(
         total += a * tl.load(weight + target * H + h, mask=h < H, other=0.0).to(total.dtype)
     z = (tl.sum(total, 0) + load_or(bias, target, 0.0)) * load_or(inv_temperature, first + i, 1.0)
     old = load_or(old_logp, first + i, 0.0)
-    tl.store(z_target_out + i, z)
     tl.store(anchor_out + i, z - tl.where((old <= 0) & (old > -60), old, 0.0))  # masked targets may hold anything
+    tl.store(d_out + i, float("nan"))
 
 
 @triton.jit
@@ -85,8 +93,12 @@ def _load_tile(x, row, k, rows, H, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TM
 
 
 @triton.jit
-def _store_exp(acc, row, column, part, parts, e_out, e_stride, first, bias, inv_temperature, anchor, sums, n, vocab):
-    """Epilogue of acc [M, N], raw logits from (row, column): E, and column `part` of the partial S and T [n, parts]."""
+def _store_exp(
+    acc, row, column, part, parts, e_out, e_stride, first, bias, target_id, inv_temperature, anchor, d_out, sums,
+    n, vocab,
+):  # fmt: skip
+    """Epilogue of acc [M, N], raw logits from (row, column): E, d where the target's column is here, and column `part`
+    of the partial S' and T' [n, parts]."""
     i, v = row + tl.arange(0, acc.shape[0]), column + tl.arange(0, acc.shape[1])
     z = acc
     if bias is not None:
@@ -94,7 +106,12 @@ def _store_exp(acc, row, column, part, parts, e_out, e_stride, first, bias, inv_
     if inv_temperature is not None:
         z *= tl.load(inv_temperature + first + i, mask=i < n, other=1.0)[:, None]
     z -= tl.load(anchor + i, mask=i < n, other=0.0)[:, None]
-    e = tl.where((v < vocab)[None, :], tl.exp(z), 0.0)
+    target = tl.load(target_id + first + i, mask=i < n, other=-1)
+    here = (target >= column) & (target < tl.minimum(column + acc.shape[1], vocab))
+    at = tl.where(here, target - column, -1).to(tl.int32)
+    is_target = tl.arange(0, acc.shape[1])[None, :] == at[:, None]
+    tl.store(d_out + i, tl.sum(tl.where(is_target, z, 0.0), 1), mask=here)
+    e = tl.where((v < vocab)[None, :] & (is_target == 0), tl.exp(z), 0.0)
     inside = (i < n)[:, None] & (v < vocab)[None, :]
     i = i.to(tl.int64)
     tl.store(e_out + i[:, None] * e_stride + v[None, :], e.to(e_out.dtype.element_ty), mask=inside)
@@ -104,11 +121,11 @@ def _store_exp(acc, row, column, part, parts, e_out, e_stride, first, bias, inv_
 
 @triton.jit(do_not_specialize=["first", "n"])
 def exp_gemm_kernel(
-    x, weight, e_out, e_stride, first, bias, inv_temperature, anchor, sums,
+    x, weight, e_out, e_stride, first, bias, target_id, inv_temperature, anchor, d_out, sums,
     n, vocab, H,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """E [n, V] of x [n, H], weight [V, H] (contiguous, or descriptors of them); sums [2, n, parts]: partial S, T.
+    """E [n, V] of x [n, H], weight [V, H] (contiguous, or descriptors of them); sums [2, n, parts]: partial S', T'.
 
     Persistent: program p takes tiles p, p + programs, ...; they run down GROUP_M row tiles, then on to the next column.
     """
@@ -123,16 +140,21 @@ def exp_gemm_kernel(
             a = _load_tile(x, row, k, n, H, BLOCK_M, BLOCK_K, TMA)
             b = _load_tile(weight, column, k, vocab, H, BLOCK_N, BLOCK_K, TMA)
             acc = tl.dot(a, b.T, acc, input_precision="ieee", out_dtype=acc.dtype)
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-        part, parts = column // HALF, 2 * column_tiles
-        _store_exp(
-            left, row, column, part, parts, e_out, e_stride, first, bias, inv_temperature, anchor, sums, n, vocab
-        )  # fmt: skip
-        _store_exp(
-            right, row, column + HALF, part + 1, parts, e_out, e_stride, first, bias, inv_temperature, anchor, sums,
-            n, vocab,
-        )  # fmt: skip
+        left, right = _halves(acc)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        QUARTER: tl.constexpr = BLOCK_N // 4
+        for q in tl.static_range(4):
+            _store_exp(
+                (a, b, c, d)[q], row, column + q * QUARTER, column // QUARTER + q, 4 * column_tiles, e_out, e_stride, first,
+                bias, target_id, inv_temperature, anchor, d_out, sums, n, vocab,
+            )  # fmt: skip
+
+
+@triton.jit
+def _halves(x):
+    """[M, N] as two of [M, N / 2]."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -162,13 +184,14 @@ def _logits_tile(x_row, weight, start, bias, inv_t, vocab, H, BLOCK_V: tl.conste
 
 @triton.jit(do_not_specialize=["first", "n"])
 def reanchor_kernel(
-    x, weight, e_out, e_stride, first, bias, inv_temperature, anchor, sums, n, vocab, H, parts,
+    x, weight, e_out, e_stride, first, bias, target_id, inv_temperature, anchor, d_out, sums, n, vocab, H, parts,
     BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Rows whose S is out of range, nan included: E, S and T again, with the anchor max z. Others: nothing."""
+    """Rows whose S is out of range: E, d, S' and T' again, with the anchor max z. Others, nan among them: nothing."""
     i = tl.program_id(0).to(tl.int64)
-    s = _total(sums + i * parts, parts, 1024)
-    if not ((s > 1.0 / MAX_SUM) & (s < MAX_SUM)):
+    s = _total(sums + i * parts, parts, 1024) + tl.exp(tl.load(d_out + i))
+    if (s <= 1.0 / MAX_SUM) | (s >= MAX_SUM):
+        target = tl.load(target_id + first + i)
         dtype: tl.constexpr = anchor.dtype.element_ty
         inv_t = load_or(inv_temperature, first + i, 1.0)
         m = tl.full((), LOWEST, dtype)
@@ -180,7 +203,9 @@ def reanchor_kernel(
         t = tl.zeros((), dtype)
         for start in range(0, vocab, BLOCK_V):
             z = _logits_tile(x + i * H, weight, start, bias, inv_t, vocab, H, BLOCK_V, BLOCK_H, dtype) - m
-            e, v = tl.exp(z), start + tl.arange(0, BLOCK_V)
+            v = start + tl.arange(0, BLOCK_V)
+            e = tl.where(v == target, 0.0, tl.exp(z))
+            tl.store(d_out + i + tl.zeros_like(v), z, mask=v == target)
             tl.store(e_out + i * e_stride + v, e.to(e_out.dtype.element_ty), mask=v < vocab)
             s += tl.sum(e, 0)
             t += tl.sum(e * z, 0)
@@ -193,7 +218,7 @@ def reanchor_kernel(
 
 @triton.jit(do_not_specialize=["first", "n_rows"])
 def exp_loss_kernel(
-    e, e_stride, first, target_id, inv_temperature, z_target, anchor, sums, n_rows, parts,
+    e, e_stride, first, target_id, inv_temperature, d_in, sums, n_rows, parts,
     old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
     loss_out, logp_out, entropy_out, ratio_out, clipped_out, u_out,
     eps_low, eps_high, dual_clip, beta, is_cap, CISPO: tl.constexpr,
@@ -202,9 +227,8 @@ def exp_loss_kernel(
     i = tl.program_id(0).to(tl.int64)
     n = first + i
     s, t = _total(sums + i * parts, parts, 1024), _total(sums + (n_rows + i) * parts, parts, 1024)
-    z = tl.load(z_target + i) - tl.load(anchor + i)
-    logp = minimum(z - tl.log(s), 0.0)  # z[target] is not the GEMM's, to rounding
-    entropy = tl.log(s) - t / s
+    d = tl.load(d_in + i)
+    logp, entropy, _ = logp_entropy_rest(d, s, t)
     loss, q, clipped, g, _ = target_loss_of_token(
         n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
         eps_low, eps_high, dual_clip, beta, None, is_cap, CISPO,
@@ -214,8 +238,8 @@ def exp_loss_kernel(
     tl.store(entropy_out + n, entropy)
     tl.store(ratio_out + n, q)
     tl.store(clipped_out + n, clipped)
-    tl.store(u_out + i, -g / s * load_or(inv_temperature, n, 1.0))
-    tl.store(e + i * e_stride + tl.load(target_id + n), (tl.exp(z) - s).to(e.dtype.element_ty))
+    tl.store(u_out + i, -g / (s + tl.exp(d)) * load_or(inv_temperature, n, 1.0))
+    tl.store(e + i * e_stride + tl.load(target_id + n), (-s).to(e.dtype.element_ty), mask=d == d)
 
 
 class ExpHead(TritonHead):
@@ -234,31 +258,32 @@ class ExpHead(TritonHead):
         columns = triton.cdiv(vocab, 64) * 64  # aligned rows, whatever V
         self.e = torch.empty(rows, columns, dtype=self.weight.dtype, device=self.weight.device)[:, :vocab]
 
-    def exp_logits(self, start: int, x: Tensor, old_logp: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """E of targets start on, x [n, H], into the buffer; (z[target] [n], anchor [n], partial sums [2, n, parts])."""
+    def exp_logits(self, start: int, x: Tensor, old_logp: Tensor | None) -> tuple[Tensor, Tensor]:
+        """E of targets start on, x [n, H], into the buffer; (d [n], partial sums [2, n, parts])."""
         n, (vocab, width) = len(x), self.weight.shape
-        z_target, anchor = torch.empty(2, n, dtype=self.dtype, device=x.device).unbind()
+        anchor, d = torch.empty(2, n, dtype=self.dtype, device=x.device).unbind()
         anchor_kernel[(n,)](
-            x, self.weight, start, self.bias, self.target_id, self.inv_temperature, old_logp, z_target, anchor,
-            width, BLOCK_H=BLOCK_H,
+            x, self.weight, start, self.bias, self.target_id, self.inv_temperature, old_logp, anchor, d,
+            vocab, width, BLOCK_H=BLOCK_H,
         )  # fmt: skip
         tma = use_tma(self.weight)
         tiles = TMA_TILES if tma else POINTER_TILES
         row_tiles, column_tiles = triton.cdiv(n, tiles.m), triton.cdiv(vocab, tiles.n)
-        sums = torch.empty(2, n, 2 * column_tiles, dtype=self.dtype, device=x.device)
+        sums = torch.empty(2, n, 4 * column_tiles, dtype=self.dtype, device=x.device)
         programs = multiprocessors(x.device) if x.is_cuda else 2
         exp_gemm_kernel[(min(programs, row_tiles * column_tiles),)](
             TensorDescriptor.from_tensor(x, [tiles.m, tiles.k]) if tma else x,
             TensorDescriptor.from_tensor(self.weight, [tiles.n, tiles.k]) if tma else self.weight,
-            self.e, self.e.stride(0), start, self.bias, self.inv_temperature, anchor, sums, n, vocab, width,
+            self.e, self.e.stride(0), start, self.bias, self.target_id, self.inv_temperature, anchor, d, sums,
+            n, vocab, width,
             BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=GROUP_M, TMA=tma,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         reanchor_kernel[(n,)](
-            x, self.weight, self.e, self.e.stride(0), start, self.bias, self.inv_temperature, anchor, sums,
-            n, vocab, width, 2 * column_tiles, BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H,
+            x, self.weight, self.e, self.e.stride(0), start, self.bias, self.target_id, self.inv_temperature, anchor, d,
+            sums, n, vocab, width, 4 * column_tiles, BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H,
         )  # fmt: skip
-        return z_target, anchor, sums
+        return d, sums
 
 
 def use_tma(weight: Tensor) -> bool:
@@ -272,10 +297,10 @@ def exp_loss(head: ExpHead, group: list[tuple[int, int]], terms: dict[str, Any],
     """As fused_linear_cipo_loss.py's `_group_loss`, for one chunk, the ratio of tokens, and gradients."""
     [(start, end)] = group
     x = head.gather(start, end)
-    z_target, anchor, sums = head.exp_logits(start, x, terms["old_logp"])
-    u = torch.empty_like(anchor)
+    d, sums = head.exp_logits(start, x, terms["old_logp"])
+    u = torch.empty_like(d)
     exp_loss_kernel[(end - start,)](
-        head.e, head.e.stride(0), start, head.target_id, head.inv_temperature, z_target, anchor, sums,
+        head.e, head.e.stride(0), start, head.target_id, head.inv_temperature, d, sums,
         end - start, sums.shape[2],
         terms["old_logp"], terms["advantage"], terms["rl_weight"], terms["ce_weight"],
         terms["ref_logp"] if terms["beta"] != 0 else None,

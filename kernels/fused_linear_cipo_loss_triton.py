@@ -8,6 +8,9 @@ For target n with raw logits r = x W^T, the formulas of fused_linear_logprob.py 
     dz_v = g_logp * (onehot_v - p_v) - g_H * p_v * (log p_v + H),   g = d loss / d logp, d loss / d H
     dr_v = dz_v * (1 - tanh^2) / temperature
 
+Sums leave the target's own column out, so that logp and 1 - p[target] keep their digits where p is near 1:
+`logp_entropy_rest`. A target id outside the vocabulary gives logp = nan.
+
 `token_loss_kernel` sweeps the row twice: for logp and H (online log-sum-exp), then to write dr over r. Logits are
 fp32 from bf16 operands; dr is the next GEMMs' bf16 operand, packed in the first half of its own fp32 row. A row
 costs 4 + 4 + 2 bytes a logit in the kernel, 4 written and 2 x 2 read by the GEMMs.
@@ -60,30 +63,57 @@ def _logits(row, bias, v, vocab, inv_t, softcap):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x) of x >= 0 to rounding: with u = fl(1 + x), log(u) / (u - 1) varies slowly (Kahan; Goldberg 1991)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def logp_entropy_rest(d, s, t):
+    """(logp, H, 1 - p) of a target with d = z[target] - k, from the sums over the *other* columns
+
+        s = sum exp(z_v - k),   t = sum exp(z_v - k) (z_v - k)
+
+    for any k. With e = exp(d): p = e / (s + e). Where p >= 1/2 no step subtracts what is nearly equal:
+
+        logp = -log(1 + s / e),   H = -logp + (d s - t) / (s + e),   1 - p = s / (s + e)
+    """
+    e = tl.exp(d)
+    total = s + e
+    confident = s <= e
+    logp = tl.where(confident, -log1p(s / tl.where(confident, e, 1.0)), d - tl.log(total))
+    entropy = tl.where(confident, (d * s - t) / total - logp, tl.log(total) - (t + e * d) / total)
+    return logp, entropy, s / total
+
+
+@triton.jit
 def _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V: tl.constexpr):
-    """(m, log_s, logp, entropy) of a row: m = max z, s = sum exp(z - m), t = sum exp(z - m) (z - m)."""
+    """(m, log_s, logp, H, 1 - p) of a row: m = max z, log_s = lse(z) - m; s and t without the target's column."""
     dtype = row.dtype.element_ty
     m = tl.full((), LOWEST, dtype)
     s = tl.zeros((BLOCK_V,), dtype)  # a lane each, added up at the end
     t = tl.zeros((BLOCK_V,), dtype)
     for start in range(0, vocab, BLOCK_V):
-        z, _ = _logits(row, bias, start + tl.arange(0, BLOCK_V), vocab, inv_t, softcap)
+        v = start + tl.arange(0, BLOCK_V)
+        z, _ = _logits(row, bias, v, vocab, inv_t, softcap)
         new_m = tl.maximum(m, tl.max(z, 0))
         scale = tl.exp(m - new_m)
-        e = tl.exp(z - new_m)
+        e = tl.where(v == target, 0.0, tl.exp(z - new_m))
         t = scale * (t + (m - new_m) * s) + e * (z - new_m)
         s = scale * s + e
         m = new_m
-    total = tl.sum(s, 0)
-    log_s = tl.log(total)
-    z_target, _ = _logits(row, bias, target, vocab, inv_t, softcap)
-    logp = minimum(z_target - m - log_s, 0.0)  # a fused multiply-add may round z - m just below 0, s below 1
-    return m, log_s, logp, log_s - tl.sum(t, 0) / total
+    known = (target >= 0) & (target < vocab)
+    z_target, _ = _logits(row, bias, tl.where(known, target, 0), vocab, inv_t, softcap)
+    d = tl.where(known, z_target - m, float("nan"))
+    others = tl.sum(s, 0)
+    logp, entropy, rest = logp_entropy_rest(d, others, tl.sum(t, 0))
+    return m, tl.log(others + tl.exp(d)), logp, entropy, rest
 
 
 @triton.jit
 def _sweep_gradient(
-    row, d_row, bias, target, vocab, inv_t, softcap, m, log_s, entropy, g_logp, g_entropy,
+    row, d_row, bias, target, vocab, inv_t, softcap, m, log_s, entropy, rest, g_logp, g_entropy,
     WITH_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write dr to d_row, which may be row itself or, packed at half its width, the first half of it.
@@ -96,7 +126,7 @@ def _sweep_gradient(
         z, slope = _logits(row, bias, v, vocab, inv_t, softcap)
         logp_v = z - m - log_s
         p = tl.exp(logp_v)
-        dz = g_logp * (tl.where(v == target, 1.0, 0.0) - p)
+        dz = g_logp * tl.where(v == target, rest, -p)
         if WITH_ENTROPY:
             dz -= g_entropy * p * (logp_v + entropy)
         tl.debug_barrier()  # bar.sync: the loads of all warps are done
@@ -170,7 +200,7 @@ def token_loss_kernel(
     i = tl.program_id(0).to(tl.int64)
     n = first + i
     row, target, inv_t = logits + i * row_stride, tl.load(target_id + n), load_or(inv_temperature, n, 1.0)
-    m, log_s, logp, entropy = _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V)
+    m, log_s, logp, entropy, rest = _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V)
     loss, q, clipped, g_logp, g_entropy = target_loss_of_token(
         n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
         eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, CISPO,
@@ -183,30 +213,31 @@ def token_loss_kernel(
     if d_logits is not None:
         d_row = d_logits + i * d_row_stride
         _sweep_gradient(
-            row, d_row, bias, target, vocab, inv_t, softcap, m, log_s, entropy, g_logp, g_entropy,
+            row, d_row, bias, target, vocab, inv_t, softcap, m, log_s, entropy, rest, g_logp, g_entropy,
             entropy_coef is not None, BLOCK_V,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first"])
 def logp_kernel(
-    logits, row_stride, first, bias, target_id, inv_temperature, m_out, log_s_out, logp_out, entropy_out,
+    logits, row_stride, first, bias, target_id, inv_temperature, m_out, log_s_out, logp_out, entropy_out, rest_out,
     vocab, softcap, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Row i of logits belongs to target first + i; outputs are the chunk's, at i."""
     i = tl.program_id(0).to(tl.int64)
     target, inv_t = tl.load(target_id + first + i), load_or(inv_temperature, first + i, 1.0)
-    m, log_s, logp, entropy = _sweep_logp(logits + i * row_stride, bias, target, vocab, inv_t, softcap, BLOCK_V)
+    m, log_s, logp, entropy, rest = _sweep_logp(logits + i * row_stride, bias, target, vocab, inv_t, softcap, BLOCK_V)
     tl.store(m_out + i, m)
     tl.store(log_s_out + i, log_s)
     tl.store(logp_out + i, logp)
     tl.store(entropy_out + i, entropy)
+    tl.store(rest_out + i, rest)
 
 
 @triton.jit(do_not_specialize=["first"])
 def gradient_kernel(
     logits, d_logits, row_stride, d_row_stride, first, bias, target_id, inv_temperature,
-    m_in, log_s_in, entropy_in, g_logp_in, g_entropy_in,
+    m_in, log_s_in, entropy_in, rest_in, g_logp_in, g_entropy_in,
     vocab, softcap, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Row i of logits belongs to target first + i; the other inputs are the chunk's, at i."""
@@ -214,8 +245,8 @@ def gradient_kernel(
     target, inv_t = tl.load(target_id + first + i), load_or(inv_temperature, first + i, 1.0)
     _sweep_gradient(
         logits + i * row_stride, d_logits + i * d_row_stride, bias, target, vocab, inv_t, softcap,
-        tl.load(m_in + i), tl.load(log_s_in + i), tl.load(entropy_in + i), tl.load(g_logp_in + i),
-        load_or(g_entropy_in, i, 0.0), g_entropy_in is not None, BLOCK_V,
+        tl.load(m_in + i), tl.load(log_s_in + i), tl.load(entropy_in + i), tl.load(rest_in + i),
+        tl.load(g_logp_in + i), load_or(g_entropy_in, i, 0.0), g_entropy_in is not None, BLOCK_V,
     )  # fmt: skip
 
 
@@ -225,9 +256,10 @@ class TritonChunk(NamedTuple):
     start: int
     x: Tensor  # [n, H]
     m: Tensor  # [n] max z
-    log_s: Tensor  # [n] log sum exp(z - m)
+    log_s: Tensor  # [n] lse(z) - m
     logp: Tensor  # [n]
     entropy: Tensor  # [n]
+    rest: Tensor  # [n] 1 - p[target]
 
 
 class TritonHead(ChunkedHead):
@@ -266,18 +298,19 @@ class TritonHead(ChunkedHead):
 
     def forward(self, start: int, end: int) -> TritonChunk:
         x = self.compute_logits(start, end)
-        m, log_s, logp, entropy = torch.empty(4, end - start, dtype=self.dtype, device=x.device).unbind()
+        m, log_s, logp, entropy, rest = torch.empty(5, end - start, dtype=self.dtype, device=x.device).unbind()
         logp_kernel[(end - start,)](
             self.logits, self.logits.stride(0), start, self.bias, self.target_id, self.inv_temperature,
-            m, log_s, logp, entropy, self.weight.shape[0], self.softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+            m, log_s, logp, entropy, rest, self.weight.shape[0], self.softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
         )  # fmt: skip
-        return TritonChunk(start, x, m, log_s, logp, entropy)
+        return TritonChunk(start, x, m, log_s, logp, entropy, rest)
 
     def backward(self, chunk: TritonChunk, g_logp: Tensor, g_entropy: Tensor | None) -> None:
         n = len(chunk.x)
         gradient_kernel[(n,)](
             self.logits, self.d_logits, self.logits.stride(0), self.d_logits.stride(0), chunk.start,
-            self.bias, self.target_id, self.inv_temperature, chunk.m, chunk.log_s, chunk.entropy, g_logp, g_entropy,
+            self.bias, self.target_id, self.inv_temperature,
+            chunk.m, chunk.log_s, chunk.entropy, chunk.rest, g_logp, g_entropy,
             self.weight.shape[0], self.softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
         )  # fmt: skip
         self.accumulate(self.pred_index[chunk.start : chunk.start + n], chunk.x, self.d_logits[:n])

@@ -15,7 +15,6 @@ import triton.language as tl
 from .tree_attention_tiles import (
     LOG2_E,
     dot,
-    finite,
     full_step,
     load_rows,
     masked_step,
@@ -76,8 +75,7 @@ def dq_kernel(
         k0, k_stop = masked_step(masked, i, MASKED_TILE, STEP)
         key = k0 + tl.arange(0, STEP)
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
-        # This hides no nan: a query that sees it has lse nan.
-        k_tile = finite(load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA))
+        k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
         v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
         ds = _ds(_p(q_tile, k_tile, lse2[:, None], scale2), do_tile, v_tile, delta_row[:, None])
         ds = tl.where(visible(query[:, None], key[None, :], key_end[None, :]), ds, 0.0)
@@ -115,30 +113,28 @@ def dkdv_kernel(
     for i in range(full_first * GROUP, full_stop * GROUP):
         head = kv_head * GROUP + i % GROUP
         q0 = full_step(full, i // GROUP, TILE, STEP)
-        row = head.to(tl.int64) * T + q0 + tl.arange(0, STEP)
+        row = head * T + q0 + tl.arange(0, STEP)
         q_tile = load_rows(q, head, q0, T, STEP, D, DP, TMA)
         do_tile = load_rows(do, head, q0, T, STEP, D, DP, TMA)
         p = _p(k_tile, q_tile, tl.load(lse + row)[None, :] * LOG2_E, scale2)  # [keys, queries]
-        dv_acc = dot(p.to(do_tile.dtype), do_tile, dv_acc)
         ds = _ds(p, v_tile, do_tile, tl.load(delta + row)[None, :])
+        dv_acc = dot(p.to(do_tile.dtype), do_tile, dv_acc)
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
 
     for i in range(masked_first * GROUP, masked_stop * GROUP):
         head = kv_head * GROUP + i % GROUP
         q0, q_stop = masked_step(masked, i // GROUP, MASKED_TILE, STEP)
         query = q0 + tl.arange(0, STEP)
-        row = head.to(tl.int64) * T + query
-        # This hides no nan: a query that has it has lse or delta nan.
-        q_tile = finite(load_rows(q, head, q0, T, STEP, D, DP, TMA))
-        do_tile = finite(load_rows(do, head, q0, T, STEP, D, DP, TMA))
+        row = head * T + query
+        q_tile = load_rows(q, head, q0, T, STEP, D, DP, TMA)
+        do_tile = load_rows(do, head, q0, T, STEP, D, DP, TMA)
         lse2 = tl.load(lse + row, mask=query < q_stop, other=0.0) * LOG2_E
         delta_row = tl.load(delta + row, mask=query < q_stop, other=0.0)
         query = tl.where(query < q_stop, query, -1)  # sees nothing
         seen = visible(query[None, :], key[:, None], key_end[:, None])
         p = tl.where(seen, _p(k_tile, q_tile, lse2[None, :], scale2), 0.0)
         dv_acc = dot(p.to(do_tile.dtype), do_tile, dv_acc)
-        # p again, not seen: a mask kept for it spills. nan != 0.
-        ds = tl.where(p != 0.0, _ds(p, v_tile, do_tile, delta_row[None, :]), 0.0)
+        ds = _ds(p, v_tile, do_tile, delta_row[None, :])  # 0 where p is
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
 
     dk_acc *= scale

@@ -13,14 +13,12 @@ import triton.language as tl
 from .tree_attention_tiles import (
     LOG2_E,
     dot,
-    finite,
     full_step,
     load_rows,
     masked_step,
     store_rows,
     visible,
     work_item,
-    zero_or_nan,
 )
 
 
@@ -60,10 +58,9 @@ def forward_kernel(
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
         k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
         v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
-        # A nan or inf of v reaches the queries that see it through their scores, and no other.
-        s = dot(q_tile, k_tile.T) + tl.sum(zero_or_nan(v_tile), 1)[None, :]
-        s = tl.where(visible(query[:, None], key[None, :], key_end[None, :]), s, float("-inf"))
-        m, total, acc = _softmax_step(s, finite(v_tile), m, total, acc, scale2)
+        seen = visible(query[:, None], key[None, :], key_end[None, :])
+        s = tl.where(seen, dot(q_tile, k_tile.T), float("-inf"))
+        m, total, acc = _softmax_step(s, v_tile, m, total, acc, scale2)
 
     store_rows(o, acc / total[:, None], head, q0, q_stop, Hq, OWN, D, DP)
     tl.store(lse + head.to(tl.int64) * T + query, (m + tl.log2(total)) / LOG2_E, mask=query < q_stop)

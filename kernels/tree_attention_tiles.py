@@ -78,14 +78,3 @@ def dot(a, b, acc=None):
 @triton.jit
 def visible(query, key, key_end):
     return (key <= query) & (query < key_end)
-
-
-@triton.jit
-def zero_or_nan(x):
-    return x.to(tl.float32) * 0.0  # nan for inf, too
-
-
-@triton.jit
-def finite(x):
-    """x with zeros for nan and inf: what a masked score, being 0, may be multiplied by."""
-    return tl.where(zero_or_nan(x) == 0.0, x, 0.0).to(x.dtype)

@@ -4,8 +4,8 @@ The kernels are in tree_attention_forward.py and tree_attention_backward.py. A p
 streams what tree_attention_worklist.py lists for it: full tiles, where nothing is masked, then masked ones. There are
 no atomics: every sum has a fixed order, so results are bitwise reproducible. The schedule is ours.
 
-What a query does not see cannot reach it, nan and inf included: masked scores are replaced, not multiplied, and
-masked tiles zero the non-finite elements that a masked 0 would otherwise multiply.
+What a query does not see has no weight in its sums: masked scores are replaced. A nan or inf of a tile may still reach
+other queries of that tile, as 0 times it is nan; an update with one is dropped whole.
 """
 
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ class Config(NamedTuple):
 TMA_CONFIGS = {
     "forward": (Config(128, 64, 8, 5, True), Config(128, 64, 8, 5, True)),
     "dq": (Config(128, 64, 8, 5, True), Config(128, 64, 8, 5, True)),
-    "dkdv": (Config(128, 64, 8, 3, True), Config(128, 64, 8, 2, True)),
+    "dkdv": (Config(128, 64, 8, 3, True), Config(128, 32, 8, 3, True)),
 }
 CONFIGS = {
     "forward": (Config(128, 64, 8, 3, False), Config(64, 32, 4, 3, False)),

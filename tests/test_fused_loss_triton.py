@@ -111,7 +111,7 @@ def test_matches_reference_for_every_term(name, ratio, monkeypatch):
     assert_matches_reference(inputs, make_terms(*inputs) | TERMS[name] | {"ratio": ratio}, monkeypatch)
 
 
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.2])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1875])
 @pytest.mark.parametrize("name", HEADS)
 def test_matches_reference_for_every_head(name, entropy_coef, monkeypatch):
     inputs = make_inputs(n=N)
@@ -124,7 +124,7 @@ def test_matches_reference_for_every_head(name, entropy_coef, monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, CHUNK, CHUNK + 1])
 def test_matches_reference_for_ragged_sizes(vocab, n, monkeypatch):
     inputs = make_inputs(n=n, vocab=vocab)
-    assert_matches_reference(inputs, make_terms(*inputs) | {"entropy_coef": 0.1}, monkeypatch)
+    assert_matches_reference(inputs, make_terms(*inputs) | {"entropy_coef": 0.125}, monkeypatch)
 
 
 def test_matches_reference_without_bias_and_for_branch_points(monkeypatch):
@@ -142,13 +142,16 @@ def strided(x):
 
 def test_strided_inputs(monkeypatch):
     inputs = make_inputs(n=N)
-    kwargs = make_terms(*inputs) | {"entropy_coef": 0.1, "temperature": torch.linspace(0.5, 2, N, dtype=torch.float64)}
+    kwargs = make_terms(*inputs) | {
+        "entropy_coef": 0.125,
+        "temperature": torch.linspace(0.5, 2, N, dtype=torch.float64),
+    }
     assert_matches_reference(inputs, kwargs, monkeypatch, place=strided)
 
 
 HOW = {
-    "token": {"entropy_coef": 0.2},
-    "sequence": {"entropy_coef": 0.2, "ratio": "sequence"},
+    "token": {"entropy_coef": 0.1875},
+    "sequence": {"entropy_coef": 0.1875, "ratio": "sequence"},
     "exp": {"impl": "exp"},
 }
 
@@ -169,7 +172,7 @@ def test_no_output_depends_on_uninitialised_memory(how, exp_chunks, monkeypatch)
 @pytest.mark.parametrize("how", HOW)
 def test_zero_weight_targets_give_exactly_nothing(how, exp_chunks):
     parameters, *index = make_inputs(n=N)
-    kwargs = make_terms(parameters, *index) | {"beta": 0.3, "is_cap": 1.1} | HOW[how]
+    kwargs = make_terms(parameters, *index) | {"beta": 0.3125, "is_cap": 1.125} | HOW[how]
     inputs = ([to_device(p) for p in parameters], *(to_device(i) for i in index))
     off = torch.arange(N, device=DEVICE) % 2 == 0
     kwargs = {k: to_device(v) for k, v in kwargs.items()} | {"chunk_targets": CHUNK}
@@ -210,7 +213,7 @@ def test_exp_matches_reference(name, exp_chunks, monkeypatch):
 def test_exp_matches_reference_for_ragged_sizes(vocab, n, exp_chunks, monkeypatch):
     (hidden, weight, _), *index = make_inputs(n=n, vocab=vocab)
     inputs = ((hidden, weight, None), *index)
-    kwargs = make_terms(*inputs) | {"old_logp": None, "is_cap": 1.1, "beta": 0.3, "impl": "exp"}
+    kwargs = make_terms(*inputs) | {"old_logp": None, "is_cap": 1.125, "beta": 0.3125, "impl": "exp"}
     assert_matches_reference(inputs, kwargs, monkeypatch)
 
 
@@ -238,7 +241,7 @@ def test_exp_recomputes_rows_whose_anchor_is_far_off(exp_chunks, monkeypatch):
     class Spy:
         def __getitem__(self, grid):
             def launch(*args):
-                sums = args[7]  # [2, n, parts]: a recomputed row has its S in the first part alone
+                sums = args[6]  # [2, n, parts]: a recomputed row has its S in the first part alone
                 repaired.append((sums[0, :, 1:] == 0).all(1).sum().item())
                 return kernel[grid](*args)
 
@@ -281,7 +284,7 @@ def test_exp_gives_the_numbers_of_the_logits_where_it_recomputes(exp_chunks):
 
 def test_exp_runs_on_the_logits_where_it_does_not_apply(exp_chunks, monkeypatch):
     inputs = make_inputs(n=3)
-    for other in ({"entropy_coef": 0.1}, {"softcap": 3.0}, {"ratio": "sequence"}):
+    for other in ({"entropy_coef": 0.125}, {"softcap": 3.0}, {"ratio": "sequence"}):
         assert_matches_reference(inputs, make_terms(*inputs) | other | {"impl": "exp"}, monkeypatch)
     assert not exp_chunks
 
@@ -319,6 +322,81 @@ def test_bf16_inputs(impl, exp_chunks):
     torch.testing.assert_close(out.logp.double(), logp, rtol=0, atol=1e-5)
     for actual, baseline, e in zip(grads, eager(torch.bfloat16)[1], exact, strict=True):
         assert (actual.double() - e).norm() <= 2 * (baseline - e).norm()
+
+
+def confident_head(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden [N, H], weight [V, H], target_id): of target n, 1 - p is 10^-(2 + n / 2), down to 1e-6."""
+    g = torch.Generator().manual_seed(1)
+    n, width, vocab = 9, 1024, 300
+    weight = torch.randn(vocab, width, generator=g, dtype=torch.float64).to(dtype).double() / 8
+    target = torch.randperm(vocab, generator=g)[:n]
+    toward = weight[target] / weight[target].norm(dim=1, keepdim=True)
+    noise = torch.randn(n, width, generator=g, dtype=torch.float64) / 16
+    low, high = torch.zeros(n, 1), torch.full((n, 1), 100.0)
+    for _ in range(60):
+        scale = (low + high) / 2
+        z = (scale * toward + noise).to(dtype).double() @ weight.T
+        others = z.scatter(1, target[:, None], -math.inf)
+        rest = -torch.expm1(-torch.nn.functional.softplus(others.logsumexp(1) - z.gather(1, target[:, None])[:, 0]))
+        above = rest[:, None] > 10.0 ** -(2 + torch.arange(n)[:, None] / 2)
+        low, high = torch.where(above, scale, low), torch.where(above, high, scale)
+    return (scale * toward + noise).to(dtype), weight.to(dtype), target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("how", ["logits", "exp", "logprob"])
+def test_confident_targets(how, dtype, exp_chunks):
+    """1 - p from 1e-2 to 1e-6: log-probs within 1% of 1 - p, and each row of d(hidden) within 1%."""
+    hidden, weight, target = confident_head(dtype)
+    index = torch.arange(len(target)), target
+
+    def grad_and_logp(hidden, weight, index):
+        hidden = hidden.requires_grad_()
+        if how == "logprob":
+            logp = fused_linear_logprob(hidden, weight, *index)
+            (-logp).sum().backward()
+        else:
+            one, none = torch.ones(len(target), device=hidden.device), torch.zeros(len(target), device=hidden.device)
+            out = fused_linear_cipo_loss(
+                hidden, weight, *index, old_logp=None, advantage=none, rl_weight=none, ce_weight=one, impl=how
+            )
+            logp = out.logp
+            out.loss.backward()
+        return hidden.grad.cpu().double(), logp.detach().cpu().double()
+
+    grad, logp = grad_and_logp(hidden.to(DEVICE), weight.to(DEVICE), [i.to(DEVICE) for i in index])
+    if how == "exp" and (DEVICE == "cpu" or dtype == torch.bfloat16):
+        assert exp_chunks
+    exact, wide = hidden.detach().double().requires_grad_(), weight.double()
+    z = exact @ wide.T
+    others = z.scatter(1, target[:, None], -math.inf).logsumexp(1) - z.gather(1, target[:, None])[:, 0]
+    expected = -torch.nn.functional.softplus(others)
+    (-expected).sum().backward()
+    rest = -torch.expm1(expected.detach())
+    assert ((logp - expected).abs() <= 0.01 * rest).all()
+    assert ((grad - exact.grad).norm(dim=1) <= 0.01 * exact.grad.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("how", ["logits", "exp", "logprob"])
+@pytest.mark.parametrize("unknown", [-1, -(2**40), 300, 2**40])
+def test_a_target_outside_the_vocabulary_is_nan_and_writes_nothing(how, unknown, exp_chunks):
+    hidden, weight, target = confident_head(torch.float32)
+    target[3] = unknown
+    hidden, weight = hidden.to(DEVICE).requires_grad_(), weight.to(DEVICE).requires_grad_()
+    index = torch.arange(len(target), device=DEVICE), target.to(DEVICE)
+    if how == "logprob":
+        logp = fused_linear_logprob(hidden, weight, *index)
+        logp.sum().backward()
+    else:
+        one = torch.ones(len(target), device=DEVICE)
+        out = fused_linear_cipo_loss(
+            hidden, weight, *index, old_logp=None, advantage=one, rl_weight=one, ce_weight=one, impl=how
+        )
+        logp = out.logp
+        out.loss.backward()
+    bad = torch.arange(len(target)) == 3
+    assert torch.equal(logp.isnan().cpu(), bad)
+    assert torch.equal(hidden.grad.isnan().any(1).cpu(), bad)
 
 
 def test_extreme_logits_in_fp32():
@@ -614,7 +692,7 @@ def test_chunk_of_a_large_vocabulary(width):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_no_host_synchronisation():
     parameters, *index = make_inputs(n=N)
-    kwargs = make_terms(parameters, *index) | {"beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0}
+    kwargs = make_terms(parameters, *index) | {"beta": 0.125, "entropy_coef": 0.125, "is_cap": 2.0}
     inputs = ([to_device(p) for p in parameters], *(to_device(i) for i in index))
     kwargs = {k: to_device(v) for k, v in kwargs.items()}
     loss_and_grads(inputs, kwargs)  # compiles

