@@ -146,8 +146,8 @@ def exp_gemm_kernel(
         QUARTER: tl.constexpr = BLOCK_N // 4
         for q in tl.static_range(4):
             _store_exp(
-                (a, b, c, d)[q], row, column + q * QUARTER, column // QUARTER + q, 4 * column_tiles, e_out, e_stride, first,
-                bias, target_id, inv_temperature, anchor, d_out, sums, n, vocab,
+                (a, b, c, d)[q], row, column + q * QUARTER, column // QUARTER + q, 4 * column_tiles, e_out, e_stride,
+                first, bias, target_id, inv_temperature, anchor, d_out, sums, n, vocab,
             )  # fmt: skip
 
 
