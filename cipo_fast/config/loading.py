@@ -155,7 +155,7 @@ def comparison(config: Config) -> list[str]:
     checks = ", and what each answer becomes when it is shown back to be checked" if config.eval.checks else ""
     what = f"{config.train.steps} steps of {said}, {answers + corrections} answers each"
     lines = [f"compared: held-out problems before and after {what}: accuracy{checks}"]
-    if corrects:
+    if corrects and config.model.path == "embedded":
         lines.append(
             "its control: the same command with grpo.yaml, or grpo_2g.yaml (rollouts instead of corrections); all at "
             "once, with seeds and intervals: python -m cipo_fast.experiment headline.yaml"
