@@ -96,6 +96,7 @@ def settings_of(config: Config, prompts: Sequence[Prompt], about: dict[str, Any]
         "n": config.eval.samples,
         "checked": min(config.eval.checked, config.eval.samples),
         "checks": config.eval.checks,
+        "shown": "the newest answer",  # in each of them; once the conversation went on: such samples are not continued
         "temperature": 1.0,
         "max_tokens": config.eval.max_tokens,
         "correction": config.correction.model_dump(
