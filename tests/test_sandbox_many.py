@@ -1,5 +1,6 @@
 """10,000 executions leave nothing behind."""
 
+import gc
 import os
 import threading
 import time
@@ -31,6 +32,10 @@ def everything():
     return {(folder, name) for folder in ("/tmp", "/dev/shm") for name in os.listdir(folder) if name.startswith("left")}
 
 
+def descriptors_open():
+    return len(os.listdir("/proc/self/fd"))
+
+
 def zombies():
     found = []
     for pid in descendants(os.getpid()):
@@ -50,7 +55,8 @@ def test_many_executions_leave_nothing(kind, count):
     if isinstance(tier, str):
         pytest.skip(tier)
     config = SandboxConfig()
-    files, running, descriptors = everything(), descendants(os.getpid()), len(os.listdir("/proc/self/fd"))
+    gc.collect()  # what earlier tests of this process left open is not closed in the middle of this one
+    files, running, descriptors = everything(), descendants(os.getpid()), descriptors_open()
     sandboxes, failed = [Sandbox(config, tier), Sandbox(config, tier)], []
 
     def work(sandbox, numbers):
@@ -81,4 +87,5 @@ def test_many_executions_leave_nothing(kind, count):
     assert not any(os.path.exists(folder) for folder in folders)
     assert set(descendants(os.getpid())) <= set(running)
     assert everything() <= files
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    gc.collect()
+    assert descriptors_open() <= descriptors

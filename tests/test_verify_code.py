@@ -13,7 +13,7 @@ from cipo_fast.verify.sandbox import Result, Sandbox
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(SandboxConfig(cpu_s=1)) as sandbox:
+    with Sandbox(SandboxConfig(cpu_s=2, memory_mib=512)) as sandbox:
         yield sandbox
 
 
