@@ -106,10 +106,14 @@ class ChunkedHead:
         self.softcap = softcap
         self.allocate(min(chunk_targets, pred_index.numel()))
         self.needs_grad = needs_grad
-        self.accumulators = [
-            torch.zeros(p.shape, dtype=self.dtype, device=p.device) if needed and p is not None else None
-            for p, needed in zip((hidden, weight, bias), needs_grad, strict=True)
-        ]
+        d_weight = torch.empty if pred_index.numel() else torch.zeros  # the first chunk writes over what is there
+        self.d_hidden, self.d_weight, self.d_bias = (
+            None if p is None or not needed else new(p.shape, dtype=self.dtype, device=p.device)
+            for p, needed, new in zip(
+                (hidden, weight, bias), needs_grad, (torch.zeros, d_weight, torch.zeros), strict=True
+            )
+        )
+        self.beta = 0  # 1 once d_weight holds a chunk's gradient
 
     @staticmethod
     def auto_chunk_targets(weight: Tensor) -> int:
@@ -164,26 +168,23 @@ class ChunkedHead:
 
     def accumulate(self, rows: Tensor, x: Tensor, dz: Tensor, scale: Tensor | None = None) -> None:
         """Add to the gradients what d(logits) gives: dz [n, V], times scale [n]. Hidden rows [n] are x [n, H]."""
-        d_hidden, d_weight, d_bias = self.accumulators
-        if d_hidden is not None:
+        if self.d_hidden is not None:
             dx = gemm(torch.empty(x.shape, dtype=self.dtype, device=x.device), dz, self.weight)
             dx = dx if scale is None else dx.mul_(scale[:, None])
-            d_hidden.index_add_(0, rows, dx)  # a branch point repeats its hidden row
-        if d_weight is not None:
-            gemm(d_weight, dz.T, x if scale is None else (x * scale[:, None]).to(x.dtype), beta=1)
-        if d_bias is not None and scale is None:
-            d_bias.add_(dz.sum(0, dtype=self.dtype))
-        elif d_bias is not None and scale is not None:
-            gemm(d_bias[:, None], dz.T, scale[:, None].to(dz.dtype), beta=1)
+            self.d_hidden.index_add_(0, rows, dx)  # a branch point repeats its hidden row
+        if self.d_weight is not None:
+            gemm(self.d_weight, dz.T, x if scale is None else (x * scale[:, None]).to(x.dtype), beta=self.beta)
+            self.beta = 1
+        if self.d_bias is not None and scale is None:
+            self.d_bias.add_(dz.sum(0, dtype=self.dtype))
+        elif self.d_bias is not None and scale is not None:
+            gemm(self.d_bias[:, None], dz.T, scale[:, None].to(dz.dtype), beta=1)
 
-    def gradients(self, takers: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients of (hidden, weight, bias) in the dtypes of their takers, those or what stands in for one; empty
-        where not asked for. The head's last call."""
-        self.allocate(0)  # the chunk's buffers go before dW exists in two dtypes
-        _, weight, _ = takers
-        assert weight is not None
-        pairs = zip(self.accumulators, takers, strict=True)
-        return [weight.new_empty(0) if d is None or p is None else d.to(p.dtype) for d, p in pairs]
+    def gradients(self) -> list[Tensor]:
+        """Gradients of (hidden, weight, bias) in fp32 or fp64, empty where not asked for. The head's last call."""
+        self.allocate(0)  # the chunk's buffers go before a gradient is rounded to its parameter's dtype
+        found = (self.d_hidden, self.d_weight, self.d_bias)
+        return [self.weight.new_empty(0, dtype=self.dtype) if d is None else d for d in found]
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, beta: float = 0) -> Tensor:
@@ -260,7 +261,8 @@ def _linear_logprob_backward(
         for start, end in chunk_ranges(pred_index.numel(), size):
             g_h = None if g_entropy is None else g_entropy[start:end]
             head.backward(head.forward(start, end), g_logp[start:end], g_h)
-    d_hidden, d_weight, d_bias = head.gradients((hidden, weight, bias))
+    parameters = (hidden, weight, weight if bias is None else bias)
+    d_hidden, d_weight, d_bias = (d.to(p.dtype) for d, p in zip(head.gradients(), parameters, strict=True))
     return d_hidden, d_weight, d_bias
 
 
@@ -268,16 +270,17 @@ def _linear_logprob_backward(
 def _(
     g_logp: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return fake_gradients((hidden, weight, bias), rest[-1])
+    return fake_gradients((hidden, weight, bias), rest[-1], None)
 
 
-def fake_gradients(takers: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
-    """What `ChunkedHead.gradients` returns, for torch's shape propagation."""
-    _, weight, _ = takers
-    assert weight is not None
+def fake_gradients(
+    parameters: tuple[Tensor, Tensor, Tensor | None], needs_grad: Sequence[bool], dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
+    """Gradients for torch's shape propagation, in `dtype`, or in their parameters' own; empty where not asked for."""
+    _, weight, _ = parameters
     return tuple(
-        weight.new_empty(0) if p is None or not needed else p.new_empty(p.shape)
-        for p, needed in zip(takers, needs_grad, strict=True)
+        (weight if p is None else p).new_empty(0 if p is None or not needed else p.shape, dtype=dtype)
+        for p, needed in zip(parameters, needs_grad, strict=True)
     )
 
 
@@ -343,8 +346,13 @@ def refuse_create_graph(op: str) -> None:
 
 
 def chunk_ranges(n: int, chunk_targets: int) -> list[tuple[int, int]]:
-    """[start, end) of each chunk of n targets; only the last is short."""
-    return [(start, min(start + chunk_targets, n)) for start in range(0, n, chunk_targets)]
+    """[start, end) of each chunk of n targets: as few as can be, and of about one size, for a short last one would be
+    bound by the traffic of W and dW. Multiples of 128 where chunk_targets is."""
+    if n == 0:
+        return []
+    align = 128 if chunk_targets % 128 == 0 else 1
+    size = -(-n // -(-n // chunk_targets) // align) * align
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def per_target(temperature: float | Tensor, pred_index: Tensor) -> Tensor | None:
