@@ -21,6 +21,7 @@ from cipo_kernels.fused_linear_cipo_loss import (
 from cipo_kernels.fused_linear_logprob import (
     _linear_logprob,
     _linear_logprob_backward,
+    chunk_ranges,
     fused_linear_logprob,
     fused_linear_logprob_reference,
     gemm,
@@ -535,6 +536,7 @@ def test_tied_embeddings(op, monkeypatch):
 FACTORS = (1.7, -0.5, 1.0)  # incoming gradients
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("impl", ["logits", "exp"])
 def test_the_gradient_of_a_bf16_head_is_rounded_once(impl, exp_chunks):
     """Whatever the incoming gradient is, and as often as backward runs: half an ulp of the fp32 gradient times it."""
@@ -608,13 +610,25 @@ def test_compiles_as_one_graph(impl, ratio, monkeypatch):
 # ---- chunk size
 
 
-@pytest.mark.parametrize("width", [2560, 4096])
-def test_chunk_of_a_large_vocabulary(width):
-    n = triton_head.gpu_chunk_targets(151936, width, processors=132)
-    assert n % 128 == 0
-    assert 2**29 < 4 * n * 151936 <= 2**31  # bytes
-    tiles = n // 128 * width // 256
-    assert tiles / (math.ceil(tiles / 132) * 132) > 0.95  # of the last wave is filled
+@pytest.mark.parametrize("bytes_each", [2, 4])
+@pytest.mark.parametrize("vocab", [151936, 151669, 50257, 2**26])
+def test_chunk_of_a_large_vocabulary(vocab, bytes_each):
+    most = triton_head.gpu_chunk_targets(vocab, bytes_each)
+    assert most % 128 == 0
+    assert most == 128 or bytes_each * most * vocab <= 2**31 < bytes_each * (most + 128) * vocab
+
+
+@pytest.mark.parametrize("most", [1, 5, 128, 3328])
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 3328, 3329, 3400, 7000, 10000])
+def test_chunks_are_of_about_one_size(n, most):
+    chunks = chunk_ranges(n, most)
+    assert [0, *(end for _, end in chunks)] == [*(start for start, _ in chunks), n]
+    sizes = [end - start for start, end in chunks]
+    assert max(sizes) <= most
+    assert len(chunks) == math.ceil(n / most)
+    align = 128 if most % 128 == 0 else 1
+    assert all(size == max(sizes) and size % align == 0 for size in sizes[:-1])
+    assert max(sizes) - sizes[-1] < align * len(chunks)
 
 
 @pytest.mark.gpu
