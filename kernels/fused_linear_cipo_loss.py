@@ -27,6 +27,7 @@ from torch import Tensor
 from .dispatch import implementation
 from .fused_linear_logprob import (
     ChunkedHead,
+    autocast_operands,
     check_chunk_targets,
     check_inputs,
     chunk_ranges,
@@ -189,7 +190,7 @@ def _head_and_loss(
     Head = head_class(hidden)
     if Head is ChunkedHead or ratio == "sequence":
         return Head, _group_loss
-    if exp and (hidden.dtype == weight.dtype == torch.bfloat16 or not hidden.is_cuda):
+    if exp and (hidden.dtype == torch.bfloat16 or not hidden.is_cuda):
         from .exp_gemm import ExpHead, exp_loss
 
         return ExpHead, exp_loss
@@ -388,6 +389,7 @@ def fused_linear_cipo_loss(
     (arXiv 2503.14476); CISPO is MiniMax-M1's (arXiv 2506.13585), dual clip arXiv 1912.09729's; gradients in the
     forward pass after Liger-Kernel (arXiv 2410.10989).
     """
+    hidden, weight = autocast_operands(hidden, weight)
     check_inputs(hidden, weight, pred_index, target_id, bias, temperature, softcap)
     if impl not in ("logits", "exp"):
         raise ValueError(f'impl={impl!r}: expected "logits" or "exp"')

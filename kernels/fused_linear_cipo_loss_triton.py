@@ -263,7 +263,7 @@ class TritonChunk(NamedTuple):
 
 
 class TritonHead(ChunkedHead):
-    """bf16 operands stay bf16 and their logits are fp32; other dtypes compute in fp32, or fp64 if one is fp64.
+    """bf16 operands stay bf16 and their logits are fp32.
 
     One [chunk, V] buffer: d(logits) lies over the logits.
     """
@@ -279,8 +279,7 @@ class TritonHead(ChunkedHead):
         return gpu_chunk_targets(weight.shape[0])
 
     def operand_dtype(self, hidden: Tensor, weight: Tensor) -> torch.dtype:
-        """fp16 is no operand: gradients of 1e-8 would be 0 in it."""
-        return torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else self.dtype
+        return hidden.dtype
 
     def allocate(self, rows: int) -> None:
         vocab = self.weight.shape[0]

@@ -62,7 +62,8 @@ def fused_linear_logprob_reference(
     x = hidden[pred_index].to(dtype)  # [N, H]
     b = None if bias is None else bias.to(dtype)
     t = temperature[:, None].to(dtype) if isinstance(temperature, Tensor) else temperature
-    return logp_and_entropy(linear_logits(x, weight.to(dtype), b, t, softcap), target_id)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round x and W to its dtype once more
+        return logp_and_entropy(linear_logits(x, weight.to(dtype), b, t, softcap), target_id)
 
 
 class Chunk(NamedTuple):
@@ -325,9 +326,12 @@ def fused_linear_logprob(
     logits, before the temperature. Logits must be finite. Without grad only the forward runs (2NHV FLOPs);
     the backward recomputes the logits.
 
+    hidden and weight are of one dtype, bf16, fp32 or fp64; under torch.autocast both are cast to its dtype.
+
     Returns logp [N] in nats, fp32 (fp64 for fp64 inputs), and the entropy [N] if `return_entropy`.
     Raises ValueError for shapes and dtypes that do not fit. Source: ours; the chunking is common practice.
     """
+    hidden, weight = autocast_operands(hidden, weight)
     check_inputs(hidden, weight, pred_index, target_id, bias, temperature, softcap)
     if implementation(hidden) == "reference":
         logp, entropy = fused_linear_logprob_reference(
@@ -343,6 +347,16 @@ def refuse_create_graph(op: str) -> None:
     """For a backward whose own gradient is not implemented; once_differentiable misses a constant incoming gradient."""
     if torch.is_grad_enabled():  # in a backward: create_graph=True
         raise RuntimeError(f"{op} can be differentiated once: backward with create_graph=True is not supported")
+
+
+def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype where that is on, as F.linear has them (fp64 stays); it does not know our operators."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    h, w = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (hidden, weight))
+    return h, w
 
 
 def chunk_ranges(n: int, chunk_targets: int) -> list[tuple[int, int]]:
@@ -386,6 +400,10 @@ def check_inputs(
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)}: expected [T, H] and [V, H]")
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: both must be floating point")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them to the other's dtype")
+    if hidden.dtype == torch.float16:
+        raise ValueError("hidden and weight are torch.float16, in which small gradients are 0: expected bfloat16")
     n, vocab = pred_index.shape[:1], weight.shape[:1]
     for name, index in (("pred_index", pred_index), ("target_id", target_id)):
         if index.shape != n or index.dim() != 1 or index.dtype != torch.int64:
