@@ -249,8 +249,7 @@ class ExpHead(TritonHead):
     def auto_chunk_targets(weight: Tensor) -> int:
         if not weight.is_cuda:
             return TritonHead.auto_chunk_targets(weight)
-        vocab, width = weight.shape
-        return gpu_chunk_targets(vocab, width, multiprocessors(weight.device), weight.element_size())
+        return gpu_chunk_targets(weight.shape[0], weight.element_size())
 
     def allocate(self, rows: int) -> None:
         self.weight = self.weight.contiguous()

@@ -27,6 +27,7 @@ from torch import Tensor
 from .dispatch import implementation
 from .fused_linear_logprob import (
     ChunkedHead,
+    autocast_operands,
     check_chunk_targets,
     check_inputs,
     chunk_ranges,
@@ -189,7 +190,7 @@ def _head_and_loss(
     Head = head_class(hidden)
     if Head is ChunkedHead or ratio == "sequence":
         return Head, _group_loss
-    if exp and (hidden.dtype == weight.dtype == torch.bfloat16 or not hidden.is_cuda):
+    if exp and (hidden.dtype == torch.bfloat16 or not hidden.is_cuda):
         from .exp_gemm import ExpHead, exp_loss
 
         return ExpHead, exp_loss
@@ -209,7 +210,6 @@ def _linear_cipo_loss(
     softcap: float | None,
     chunk_targets: int | None,
     needs_grad: Sequence[bool],
-    main_grad: Tensor | None,
     old_logp: Tensor | None,
     advantage: Tensor,
     rl_weight: Tensor,
@@ -229,7 +229,7 @@ def _linear_cipo_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], logp, entropy, ratio, clipped [N], two_pass_rows [], d_hidden, d_weight, d_bias).
 
-    A gradient not asked for is empty. d_weight is fp32 when main_grad will take it, which is backward's work.
+    A gradient not asked for is empty; the others are of the accumulators' dtype: `_backward` scales and rounds them.
     """
     terms: dict[str, Any] = {
         "old_logp": old_logp,
@@ -264,13 +264,13 @@ def _linear_cipo_loss(
             group_loss(head, group, terms, out)
     two_pass_rows = sum(len(group) > 1 for group in groups) if any(needs_grad) else 0
     stat = torch.full((), two_pass_rows, dtype=torch.int64, device=hidden.device)  # a fill kernel: no sync
-    d_hidden, d_weight, d_bias = head.gradients((hidden, weight if main_grad is None else main_grad, bias))
+    d_hidden, d_weight, d_bias = head.gradients()
     return out.loss.sum(), out.logp, out.entropy, out.ratio, out.clipped, stat, d_hidden, d_weight, d_bias
 
 
 @_linear_cipo_loss.register_fake
 def _(*args: Any, **_: Any) -> tuple[Tensor, ...]:
-    hidden, weight, bias, pred_index, _target_id, _temperature, _softcap, _size, needs_grad, main_grad, *_terms = args
+    hidden, weight, bias, pred_index, _target_id, _temperature, _softcap, _size, needs_grad, *_terms = args
     vector = hidden.new_empty(pred_index.shape, dtype=compute_dtype(hidden, weight))
     return (
         vector.new_empty(()),
@@ -279,28 +279,24 @@ def _(*args: Any, **_: Any) -> tuple[Tensor, ...]:
         torch.empty_like(vector),
         torch.empty_like(vector, dtype=torch.bool),
         vector.new_empty((), dtype=torch.int64),
-        *fake_gradients((hidden, weight if main_grad is None else main_grad, bias), needs_grad),
+        *fake_gradients((hidden, weight, bias), needs_grad, vector.dtype),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # or autograd makes a zero gradient for each output, [V, H] ones included
     ctx.save_for_backward(*output[6:])
-    ctx.main_grad = inputs[9]  # not saved by save_for_backward, which would refuse what another backward has added to
+    ctx.dtypes = [None if p is None else p.dtype for p in inputs[:3]]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     refuse_create_graph("fused_linear_cipo_loss")
-    needs_grad = list(ctx.needs_input_grad[:3])
-    if g_loss is not None and needs_grad[1] and ctx.main_grad is not None:
-        ctx.main_grad.addcmul_(ctx.saved_tensors[1], g_loss)
-        needs_grad[1] = False
     grads = [
-        d * g_loss.to(d.dtype) if needed and g_loss is not None else None
-        for d, needed in zip(ctx.saved_tensors, needs_grad, strict=True)
+        torch.mul(d, g_loss, out=torch.empty_like(d, dtype=dtype)) if needed and g_loss is not None else None
+        for d, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     ]
-    return *grads, *(None,) * 23
+    return *grads, *(None,) * 22
 
 
 _linear_cipo_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -327,21 +323,6 @@ def _row_groups(row_lengths: list[int], chunk_targets: int) -> list[list[tuple[i
             groups.append([(start + a, start + b) for a, b in chunk_ranges(length, chunk_targets)])
             start = end  # nothing is being filled
     return [*groups, [(start, end)]] if end > start else groups
-
-
-def _with_main_grad(weight: Tensor, main_grad: Tensor) -> Tensor:
-    """The weight as a leaf of main_grad's dtype, whose gradient goes there."""
-    if not (weight.requires_grad and torch.is_grad_enabled()):
-        return weight
-
-    def move(leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        main_grad.add_(leaf.grad)
-        leaf.grad = None
-
-    leaf = weight.detach().to(main_grad.dtype).requires_grad_()
-    leaf.register_post_accumulate_grad_hook(move)
-    return leaf
 
 
 def fused_linear_cipo_loss_reference(
@@ -390,7 +371,6 @@ def fused_linear_cipo_loss(
     softcap: float | None = None,
     chunk_targets: int | Literal["auto"] = "auto",
     impl: Literal["logits", "exp"] = "logits",
-    main_grad: Tensor | None = None,
 ) -> LossOutput:
     """The CIPO loss of N targets, a plain sum: the weights carry every normaliser. Formula: this file's docstring.
 
@@ -402,16 +382,14 @@ def fused_linear_cipo_loss(
     above 1. chunk_targets changes memory and rounding, not results.
     impl, on Triton: "logits", or "exp" (exp_gemm.py) where that applies: bf16 on a GPU, with grad, ratio="token", no
     softcap and no entropy_coef; elsewhere "logits" runs.
-    main_grad [V, H], fp32 (fp64 for fp64 inputs), such as Megatron's weight.main_grad: backward adds the weight's
-    gradient to it in place, never rounded, and weight.grad stays None.
 
-    Differentiable once, in hidden, weight and bias. Without grad no gradient GEMM runs (2NHV FLOPs). An incoming
-    gradient other than 1 is rounded to the parameters' dtype (main_grad's apart): put factors into the weights.
+    Differentiable once, in hidden, weight and bias. Without grad no gradient GEMM runs (2NHV FLOPs).
     Raises ValueError for shapes, dtypes and options that do not fit.
     Sources: CIPO (arXiv 2605.14539) over PPO's clipped objective (arXiv 1707.06347) with DAPO's two clips
     (arXiv 2503.14476); CISPO is MiniMax-M1's (arXiv 2506.13585), dual clip arXiv 1912.09729's; gradients in the
     forward pass after Liger-Kernel (arXiv 2410.10989).
     """
+    hidden, weight = autocast_operands(hidden, weight)
     check_inputs(hidden, weight, pred_index, target_id, bias, temperature, softcap)
     if impl not in ("logits", "exp"):
         raise ValueError(f'impl={impl!r}: expected "logits" or "exp"')
@@ -434,15 +412,10 @@ def fused_linear_cipo_loss(
     }
     _check_terms(pred_index.numel(), terms)
     dtype = compute_dtype(hidden, weight)
-    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.dtype != dtype):
-        raise ValueError(
-            f"main_grad is {main_grad.dtype} {list(main_grad.shape)}: expected {dtype} [V, H] = {list(weight.shape)}"
-        )
     terms |= {k: terms[k].to(dtype).contiguous() for k in PER_TARGET if k != "row_id" and terms[k] is not None}
     if implementation(hidden) == "reference":
         if ratio == "sequence" and row_id is not None:
             _row_lengths(row_id)  # for what it refuses
-        weight = weight if main_grad is None else _with_main_grad(weight, main_grad)
         return fused_linear_cipo_loss_reference(
             hidden, weight, pred_index, target_id, temperature=temperature, bias=bias, softcap=softcap, **terms
         )
@@ -457,7 +430,6 @@ def fused_linear_cipo_loss(
         softcap,
         check_chunk_targets(chunk_targets),
         needs_grad,
-        main_grad,
         **terms,
         impl=impl,
     )

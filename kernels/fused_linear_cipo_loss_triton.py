@@ -263,7 +263,7 @@ class TritonChunk(NamedTuple):
 
 
 class TritonHead(ChunkedHead):
-    """bf16 operands stay bf16 and their logits are fp32; other dtypes compute in fp32, or fp64 if one is fp64.
+    """bf16 operands stay bf16 and their logits are fp32.
 
     One [chunk, V] buffer: d(logits) lies over the logits.
     """
@@ -276,12 +276,10 @@ class TritonHead(ChunkedHead):
     def auto_chunk_targets(weight: Tensor) -> int:
         if not weight.is_cuda:
             return ChunkedHead.auto_chunk_targets(weight)
-        vocab, width = weight.shape
-        return gpu_chunk_targets(vocab, width, multiprocessors(weight.device))
+        return gpu_chunk_targets(weight.shape[0])
 
     def operand_dtype(self, hidden: Tensor, weight: Tensor) -> torch.dtype:
-        """fp16 is no operand: gradients of 1e-8 would be 0 in it."""
-        return torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else self.dtype
+        return hidden.dtype
 
     def allocate(self, rows: int) -> None:
         vocab = self.weight.shape[0]
@@ -339,17 +337,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def gpu_chunk_targets(vocab: int, width: int, processors: int, bytes_each: int = 4) -> int:
-    """A multiple of 128 whose logits, of bytes_each, take at most 2 GiB; at most 2^15.
-
-    Of those above half the most, the one whose d(hidden) GEMM [n, V] x [V, H] fills its last wave best: of the
-    three it has the fewest tiles, taken as 128 x 256. (Our model of cuBLAS, not measured.)
-    """
-    most = max(1, min(2**31 // (bytes_each * 128 * vocab), 2**8))
-    tiles = triton.cdiv(width, 256)  # of 128 targets
-
-    def fill(blocks: int) -> float:
-        waves = triton.cdiv(blocks * tiles, processors)
-        return blocks * tiles / (waves * processors)
-
-    return 128 * max(range(most // 2 + 1, most + 1), key=lambda blocks: (fill(blocks), blocks))
+def gpu_chunk_targets(vocab: int, bytes_each: int = 4) -> int:
+    """The largest multiple of 128 whose logits, of bytes_each, take at most 2 GiB; from 128 to 2^15."""
+    return 128 * max(1, min(2**31 // (bytes_each * 128 * vocab), 2**8))

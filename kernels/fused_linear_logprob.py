@@ -62,7 +62,8 @@ def fused_linear_logprob_reference(
     x = hidden[pred_index].to(dtype)  # [N, H]
     b = None if bias is None else bias.to(dtype)
     t = temperature[:, None].to(dtype) if isinstance(temperature, Tensor) else temperature
-    return logp_and_entropy(linear_logits(x, weight.to(dtype), b, t, softcap), target_id)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round x and W to its dtype once more
+        return logp_and_entropy(linear_logits(x, weight.to(dtype), b, t, softcap), target_id)
 
 
 class Chunk(NamedTuple):
@@ -106,10 +107,14 @@ class ChunkedHead:
         self.softcap = softcap
         self.allocate(min(chunk_targets, pred_index.numel()))
         self.needs_grad = needs_grad
-        self.accumulators = [
-            torch.zeros(p.shape, dtype=self.dtype, device=p.device) if needed and p is not None else None
-            for p, needed in zip((hidden, weight, bias), needs_grad, strict=True)
-        ]
+        d_weight = torch.empty if pred_index.numel() else torch.zeros  # the first chunk writes over what is there
+        self.d_hidden, self.d_weight, self.d_bias = (
+            None if p is None or not needed else new(p.shape, dtype=self.dtype, device=p.device)
+            for p, needed, new in zip(
+                (hidden, weight, bias), needs_grad, (torch.zeros, d_weight, torch.zeros), strict=True
+            )
+        )
+        self.beta = 0  # 1 once d_weight holds a chunk's gradient
 
     @staticmethod
     def auto_chunk_targets(weight: Tensor) -> int:
@@ -164,26 +169,23 @@ class ChunkedHead:
 
     def accumulate(self, rows: Tensor, x: Tensor, dz: Tensor, scale: Tensor | None = None) -> None:
         """Add to the gradients what d(logits) gives: dz [n, V], times scale [n]. Hidden rows [n] are x [n, H]."""
-        d_hidden, d_weight, d_bias = self.accumulators
-        if d_hidden is not None:
+        if self.d_hidden is not None:
             dx = gemm(torch.empty(x.shape, dtype=self.dtype, device=x.device), dz, self.weight)
             dx = dx if scale is None else dx.mul_(scale[:, None])
-            d_hidden.index_add_(0, rows, dx)  # a branch point repeats its hidden row
-        if d_weight is not None:
-            gemm(d_weight, dz.T, x if scale is None else (x * scale[:, None]).to(x.dtype), beta=1)
-        if d_bias is not None and scale is None:
-            d_bias.add_(dz.sum(0, dtype=self.dtype))
-        elif d_bias is not None and scale is not None:
-            gemm(d_bias[:, None], dz.T, scale[:, None].to(dz.dtype), beta=1)
+            self.d_hidden.index_add_(0, rows, dx)  # a branch point repeats its hidden row
+        if self.d_weight is not None:
+            gemm(self.d_weight, dz.T, x if scale is None else (x * scale[:, None]).to(x.dtype), beta=self.beta)
+            self.beta = 1
+        if self.d_bias is not None and scale is None:
+            self.d_bias.add_(dz.sum(0, dtype=self.dtype))
+        elif self.d_bias is not None and scale is not None:
+            gemm(self.d_bias[:, None], dz.T, scale[:, None].to(dz.dtype), beta=1)
 
-    def gradients(self, takers: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients of (hidden, weight, bias) in the dtypes of their takers, those or what stands in for one; empty
-        where not asked for. The head's last call."""
-        self.allocate(0)  # the chunk's buffers go before dW exists in two dtypes
-        _, weight, _ = takers
-        assert weight is not None
-        pairs = zip(self.accumulators, takers, strict=True)
-        return [weight.new_empty(0) if d is None or p is None else d.to(p.dtype) for d, p in pairs]
+    def gradients(self) -> list[Tensor]:
+        """Gradients of (hidden, weight, bias) in fp32 or fp64, empty where not asked for. The head's last call."""
+        self.allocate(0)  # the chunk's buffers go before a gradient is rounded to its parameter's dtype
+        found = (self.d_hidden, self.d_weight, self.d_bias)
+        return [self.weight.new_empty(0, dtype=self.dtype) if d is None else d for d in found]
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, beta: float = 0) -> Tensor:
@@ -260,7 +262,8 @@ def _linear_logprob_backward(
         for start, end in chunk_ranges(pred_index.numel(), size):
             g_h = None if g_entropy is None else g_entropy[start:end]
             head.backward(head.forward(start, end), g_logp[start:end], g_h)
-    d_hidden, d_weight, d_bias = head.gradients((hidden, weight, bias))
+    parameters = (hidden, weight, weight if bias is None else bias)
+    d_hidden, d_weight, d_bias = (d.to(p.dtype) for d, p in zip(head.gradients(), parameters, strict=True))
     return d_hidden, d_weight, d_bias
 
 
@@ -268,16 +271,17 @@ def _linear_logprob_backward(
 def _(
     g_logp: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return fake_gradients((hidden, weight, bias), rest[-1])
+    return fake_gradients((hidden, weight, bias), rest[-1], None)
 
 
-def fake_gradients(takers: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> tuple[Tensor, ...]:
-    """What `ChunkedHead.gradients` returns, for torch's shape propagation."""
-    _, weight, _ = takers
-    assert weight is not None
+def fake_gradients(
+    parameters: tuple[Tensor, Tensor, Tensor | None], needs_grad: Sequence[bool], dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
+    """Gradients for torch's shape propagation, in `dtype`, or in their parameters' own; empty where not asked for."""
+    _, weight, _ = parameters
     return tuple(
-        weight.new_empty(0) if p is None or not needed else p.new_empty(p.shape)
-        for p, needed in zip(takers, needs_grad, strict=True)
+        (weight if p is None else p).new_empty(0 if p is None or not needed else p.shape, dtype=dtype)
+        for p, needed in zip(parameters, needs_grad, strict=True)
     )
 
 
@@ -322,9 +326,12 @@ def fused_linear_logprob(
     logits, before the temperature. Logits must be finite. Without grad only the forward runs (2NHV FLOPs);
     the backward recomputes the logits.
 
+    hidden and weight are of one dtype, bf16, fp32 or fp64; under torch.autocast both are cast to its dtype.
+
     Returns logp [N] in nats, fp32 (fp64 for fp64 inputs), and the entropy [N] if `return_entropy`.
     Raises ValueError for shapes and dtypes that do not fit. Source: ours; the chunking is common practice.
     """
+    hidden, weight = autocast_operands(hidden, weight)
     check_inputs(hidden, weight, pred_index, target_id, bias, temperature, softcap)
     if implementation(hidden) == "reference":
         logp, entropy = fused_linear_logprob_reference(
@@ -342,9 +349,24 @@ def refuse_create_graph(op: str) -> None:
         raise RuntimeError(f"{op} can be differentiated once: backward with create_graph=True is not supported")
 
 
+def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype where that is on, as F.linear has them (fp64 stays); it does not know our operators."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    h, w = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (hidden, weight))
+    return h, w
+
+
 def chunk_ranges(n: int, chunk_targets: int) -> list[tuple[int, int]]:
-    """[start, end) of each chunk of n targets; only the last is short."""
-    return [(start, min(start + chunk_targets, n)) for start in range(0, n, chunk_targets)]
+    """[start, end) of each chunk of n targets: as few as can be, and of about one size, for a short last one would be
+    bound by the traffic of W and dW. Multiples of 128 where chunk_targets is."""
+    if n == 0:
+        return []
+    align = 128 if chunk_targets % 128 == 0 else 1
+    size = -(-n // -(-n // chunk_targets) // align) * align
+    return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def per_target(temperature: float | Tensor, pred_index: Tensor) -> Tensor | None:
@@ -378,6 +400,10 @@ def check_inputs(
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)}: expected [T, H] and [V, H]")
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: both must be floating point")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them to the other's dtype")
+    if hidden.dtype == torch.float16:
+        raise ValueError("hidden and weight are torch.float16, in which small gradients are 0: expected bfloat16")
     n, vocab = pred_index.shape[:1], weight.shape[:1]
     for name, index in (("pred_index", pred_index), ("target_id", target_id)):
         if index.shape != n or index.dim() != 1 or index.dtype != torch.int64:

@@ -501,9 +501,36 @@ def test_bf16_inputs_give_fp32_logp():
         torch.testing.assert_close(p.grad.double(), e.grad, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("op", ["loss", "logprob"])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_autocast_casts_the_operands_as_it_does_those_of_linear(impl, op, monkeypatch):
+    monkeypatch.setenv("CIPO_KERNELS", impl)
+    (hidden, weight, bias), *index = make_inputs(dtype=torch.float32)
+    terms = make_terms((hidden, weight, bias), *index)
+
+    def run(h, w):
+        if op == "loss":
+            return fused_linear_cipo_loss(h, w, *index, bias=bias, **terms).loss
+        return fused_linear_logprob(h, w, *index, bias=bias).sum()
+
+    expected = run(hidden.bfloat16(), weight.bfloat16())
+    for given in (weight, weight.bfloat16()):  # the norm before the head returns fp32: two dtypes
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = run(hidden, given)
+        assert torch.equal(actual, expected)
+    grads = [torch.autograd.grad(loss, (hidden, weight)) for loss in (actual, expected)]
+    for d, e in zip(*grads, strict=True):
+        assert d.dtype == torch.float32
+        assert torch.equal(d, e)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # fp64 stays, as in F.linear
+        assert run(hidden.double(), weight.double()).dtype == torch.float64
+
+
 BAD = {
     "hidden": ({"weight": torch.zeros(5, 3)}, r"expected \[T, H\] and \[V, H\]"),
     "integer hidden": ({"hidden": torch.zeros(30, 24, dtype=torch.int64)}, "must be floating point"),
+    "two dtypes": ({"weight": torch.zeros(257, 24)}, "hidden is torch.float64 and weight torch.float32: cast one"),
+    "fp16": ({"hidden": torch.zeros(30, 24).half(), "weight": torch.zeros(257, 24).half()}, "expected bfloat16"),
     "pred_index": ({"pred_index": torch.zeros(41, dtype=torch.int32)}, r"pred_index is torch.int32 .*int64 \[N\]"),
     "target_id": ({"target_id": torch.zeros(40, dtype=torch.int64)}, "target_id is"),
     "bias": ({"bias": torch.zeros(3)}, r"bias is \[3\]"),
