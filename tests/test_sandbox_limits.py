@@ -13,7 +13,7 @@ from cipo_fast.config import SandboxConfig
 from cipo_fast.verify.sandbox import Call, Sandbox
 
 CALL = ["call", "entry_point", "folder", "limits", "mode", "nonce", "program", "tasks"]  # what a program gets
-LIMITS = {"cpu_s": 1.0, "wall_s": 2.5, "memory_mib": 256}
+LIMITS = {"cpu_s": 2.0, "wall_s": 5.0, "memory_mib": 256}
 
 
 @pytest.fixture(scope="module", params=["bubblewrap", "sandlock"])
