@@ -265,14 +265,17 @@ class ExpHead(TritonHead):
             x, self.weight, start, self.bias, self.target_id, self.inv_temperature, old_logp, anchor, d,
             vocab, width, BLOCK_H=BLOCK_H,
         )  # fmt: skip
+        a, b = x, self.weight
+        if not x.is_cuda and x.dtype == torch.bfloat16:  # the interpreter multiplies bits; these products are bf16's
+            a, b = x.float(), self.weight.float()
         tma = use_tma(self.weight)
         tiles = TMA_TILES if tma else POINTER_TILES
         row_tiles, column_tiles = triton.cdiv(n, tiles.m), triton.cdiv(vocab, tiles.n)
         sums = torch.empty(2, n, 4 * column_tiles, dtype=self.dtype, device=x.device)
         programs = multiprocessors(x.device) if x.is_cuda else 2
         exp_gemm_kernel[(min(programs, row_tiles * column_tiles),)](
-            TensorDescriptor.from_tensor(x, [tiles.m, tiles.k]) if tma else x,
-            TensorDescriptor.from_tensor(self.weight, [tiles.n, tiles.k]) if tma else self.weight,
+            TensorDescriptor.from_tensor(a, [tiles.m, tiles.k]) if tma else a,
+            TensorDescriptor.from_tensor(b, [tiles.n, tiles.k]) if tma else b,
             self.e, self.e.stride(0), start, self.bias, self.target_id, self.inv_temperature, anchor, d, sums,
             n, vocab, width,
             BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=GROUP_M, TMA=tma,

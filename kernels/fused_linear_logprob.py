@@ -107,11 +107,11 @@ class ChunkedHead:
         self.softcap = softcap
         self.allocate(min(chunk_targets, pred_index.numel()))
         self.needs_grad = needs_grad
-        d_weight = torch.empty if pred_index.numel() else torch.zeros  # the first chunk writes over what is there
+        unset = torch.empty if pred_index.numel() else torch.zeros  # the first chunk writes over what is there
         self.d_hidden, self.d_weight, self.d_bias = (
             None if p is None or not needed else new(p.shape, dtype=self.dtype, device=p.device)
             for p, needed, new in zip(
-                (hidden, weight, bias), needs_grad, (torch.zeros, d_weight, torch.zeros), strict=True
+                (hidden, weight, bias), needs_grad, (torch.zeros, unset, torch.zeros), strict=True
             )
         )
         self.beta = 0  # 1 once d_weight holds a chunk's gradient
