@@ -574,5 +574,7 @@ def test_without_isolation_programs_run_all_the_same():
         assert printed(unsafe, "x = bytearray(2 << 30)").outcome == "memory"
         assert suite(unsafe, "def f(): return 1", "assert candidate() == 1").outcome == "ok"
         scratch = unsafe._nest._scratch
-        assert os.listdir(scratch) == []
+        for _ in range(50):  # whoever has a report finds nothing left behind
+            assert one(unsafe, "def f(): return open('a', 'w').write('x' * 100_000)").value == 100_000
+            assert os.listdir(scratch) == []
     assert not os.path.exists(scratch)

@@ -48,10 +48,11 @@ def supervise(channel: socket.socket, isolation: str, uid: int, scratch: str, ot
             request |= {"folder": tempfile.mkdtemp(dir=scratch), "tasks": tasks}
         lockdown.dumpable(False)
         try:
-            Execution(channel, frames, request, isolation).run(waiting[1:])
+            report = Execution(channel, frames, request, isolation).run(waiting[1:])
         finally:
             if not namespaces:
                 shutil.rmtree(request["folder"], ignore_errors=True)
+        channel.sendall(report)  # the last thing: who reads it finds nothing left behind
 
 
 def _first(channel: socket.socket, frames: Frames) -> list[bytes]:
@@ -73,7 +74,8 @@ class Execution:
         self.pending: dict[int, bytearray] = {}  # what is still to be written, by descriptor
         self.done: tuple[str, str] | None = None  # outcome and detail, once decided
 
-    def run(self, waiting: list[bytes]) -> None:
+    def run(self, waiting: list[bytes]) -> bytes:
+        """The frame of the report, which is still to be sent."""
         theirs, ours = self._pipes()
         self.started = time.monotonic()
         self.pid = os.fork()
@@ -92,7 +94,7 @@ class Execution:
             self._check_limits()
         usage = self._end_all(status)
         self._drain()
-        self._report(status if status is not None else usage)
+        return self._report(status if status is not None else usage)
 
     def _pipes(self) -> tuple[list[int], list[int]]:
         """(theirs, ours) of: stdin, stdout, stderr, tell (the program's messages), ask (messages for it)."""
@@ -237,7 +239,7 @@ class Execution:
                 while self._read(descriptor):
                     pass
 
-    def _report(self, status: int) -> None:
+    def _report(self, status: int) -> bytes:
         code = os.waitstatus_to_exitcode(status)
         outcome, detail = self.done or ("exit", "")
         if self.done is None and code in (-signal.SIGXCPU, -signal.SIGKILL) and self._cpu_spent():
@@ -250,7 +252,7 @@ class Execution:
             "stdout": self.output[self.stdout][:keep].decode("utf-8", "replace"),
             "stderr": self.output[self.stderr][-4096:].decode("utf-8", "replace"),
         }
-        self.channel.sendall(frame(b"e" + json.dumps(report).encode()))
+        return frame(b"e" + json.dumps(report).encode())
 
     def _cpu_spent(self) -> bool:
         times = os.times()
