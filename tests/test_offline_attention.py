@@ -76,6 +76,7 @@ def compile_case(cc, name, head_dim, dtype):
         "shared": binary.metadata.shared,
         "mma": binary.asm["ptx"].count(MMA[cc]),
         "tma": binary.asm["ptx"].count("cp.async.bulk.tensor"),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", binary.asm["ptx"])),
     }
 
 
@@ -94,6 +95,7 @@ def test_kernel_compiles_for_tensor_cores_without_spilling(results, case):
     assert result["stack"] == 0
     assert result["shared"] <= SHARED_LIMIT[case[0]]
     assert result["mma"] > 0
+    assert result["atomics"] == 0  # results are reproducible
     assert (result["tma"] > 0) == (case[0] >= 90)
 
 
