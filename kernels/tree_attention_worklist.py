@@ -45,11 +45,11 @@ class TreeWork(NamedTuple):
         return [*self.by_query, *self.by_key, self.partial]
 
 
-def tree_work(start: Tensor, end: Tensor, subtree_end: Tensor) -> TreeWork:
-    """The work of a layout with these segments, [S] each, in preorder; on their device, which should be the CPU."""
+def tree_work(start: Tensor, end: Tensor, subtree_end: Tensor, parent: Tensor) -> TreeWork:
+    """The work of a layout with these segments, [S] each, in preorder, on the CPU; parent: -1 for a root."""
     first, stop = _tiles(start, end)
     by_key, partial = _split(_work(first, stop, *_query_ranges(first, stop, start, end, subtree_end)))
-    by_query = _longest_first(_work(first, stop, *_key_ranges(first, stop, start, end, subtree_end)))
+    by_query = _longest_first(_work(first, stop, *_key_ranges(first, stop, start, end, subtree_end, parent)))
     return TreeWork(by_query, by_key, partial)
 
 
@@ -66,16 +66,15 @@ def _tiles(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _key_ranges(
-    first: Tensor, stop: Tensor, start: Tensor, end: Tensor, subtree_end: Tensor
+    first: Tensor, stop: Tensor, start: Tensor, end: Tensor, subtree_end: Tensor, parent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(tile, lo, hi, is_full) of the ranges of keys each tile of queries meets, tile by tile, root first."""
-    f = first[:, None]
-    on_path = (start < f) & (f < subtree_end)  # [tiles, S] before the tile, and seen by its first query
-    on_path = torch.cat((on_path, torch.ones_like(f, dtype=torch.bool)), 1)  # and the tile itself
-    is_full = torch.cat((subtree_end >= stop[:, None], torch.zeros_like(f, dtype=torch.bool)), 1)[on_path]
-    lo = torch.cat((start.expand(len(first), -1), f), 1)[on_path]
-    hi = torch.cat((end.minimum(f), stop[:, None]), 1)[on_path]
-    tile = on_path.nonzero()[:, 0]
+    tile, segment = _paths(first, start, parent)
+    lo, hi, is_full = start[segment], end[segment].minimum(first[tile]), subtree_end[segment] >= stop[tile]
+    # After its path, the tile itself.
+    tile, order = torch.cat((tile, torch.arange(len(first)))).sort(stable=True)
+    lo, hi = torch.cat((lo, first))[order], torch.cat((hi, stop))[order]
+    is_full = torch.cat((is_full, torch.zeros_like(first, dtype=torch.bool)))[order]
 
     # What lies between two ranges of a path are finished branches: a mask hides them.
     gap = torch.where(is_full, 0, MASKED_TILE - 1)
@@ -83,6 +82,22 @@ def _key_ranges(
     opens[1:] = (tile[1:] != tile[:-1]) | (is_full[1:] != is_full[:-1]) | (lo[1:] - hi[:-1] > gap[1:])
     closes = torch.cat((opens[1:], opens[:1]))
     return tile[opens], lo[opens], hi[closes], is_full[opens]
+
+
+def _paths(first: Tensor, start: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
+    """(tile, segment), int64, of the segments that a tile's first query sees and that start before it: tile by tile,
+    root first. One pass a level of the trees, over the tiles that reach it."""
+    segment = torch.searchsorted(start, first, right=True) - 1  # that of the tile's first query
+    segment = torch.where(start[segment] < first, segment, parent[segment])
+    tile = torch.arange(len(first))
+    path = []
+    while len(tile):
+        below_root = segment >= 0
+        tile, segment = tile[below_root], segment[below_root]
+        path.append(tile * len(start) + segment)
+        segment = parent[segment]
+    tile_and_segment = torch.cat(path).sort().values  # preorder: a parent comes before its children
+    return tile_and_segment // len(start), tile_and_segment % len(start)
 
 
 def _query_ranges(

@@ -154,7 +154,7 @@ class TreeLayout:
     @cached_property
     def attention_work(self) -> list[torch.Tensor]:
         """`TreeWork.tensors()`, what the Triton kernels loop over, on `device`. Built once a pack."""
-        work = tree_work(self.start, self.end, self.subtree_end)
+        work = tree_work(self.start, self.end, self.subtree_end, self.parent)
         return [x.to(self.device, non_blocking=True) for x in work.tensors()]
 
     @cached_property

@@ -91,7 +91,7 @@ def pairs_met(work, tree, mask):
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS.keys())
 def test_every_visible_pair_is_met_once(stream):
     tree = TreeLayout.from_parents(*stream)
-    work = tree_work(tree.start, tree.end, tree.subtree_end)
+    work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
     mask = tree.dense_mask()
     assert torch.equal(pairs_met(work.by_query, tree, mask), mask.int())
     assert torch.equal(pairs_met(work.by_key, tree, mask.T), mask.T.int())
@@ -99,14 +99,14 @@ def test_every_visible_pair_is_met_once(stream):
 
 def test_tiles_of_long_segments_never_cross_them_and_short_ones_share():
     tree = TreeLayout.from_parents([300, 2, 3, 200, 1], [-1, 0, 1, 0, -1])
-    item = tree_work(tree.start, tree.end, tree.subtree_end).by_query.item
+    item = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent).by_query.item
     tiles = sorted(item[:, :2].tolist())
     assert tiles == [[0, 128], [128, 256], [256, 300], [300, 305], [305, 433], [433, 505], [505, 506]]
 
 
 def test_masks_are_few():
     tree = TreeLayout.from_parents(*cipo_tree(512, 1024, 64, 1024, n_rollouts=8, n_corrections=4))
-    work = tree_work(tree.start, tree.end, tree.subtree_end)
+    work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
     for side in (work.by_query, work.by_key):
         slots = TILE * TILE * len(side.full) + TILE * MASKED_TILE * len(side.masked)
         assert slots < 1.12 * tree.visible_pairs()
@@ -115,7 +115,7 @@ def test_masks_are_few():
 
 def test_work_is_longest_first_and_its_largest_share_bounded():
     tree = TreeLayout.from_parents(*cipo_tree(512, 512, 64, 512, n_rollouts=8, n_corrections=4))
-    work = tree_work(tree.start, tree.end, tree.subtree_end)
+    work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
     for side in (work.by_query, work.by_key):
         cost = worklist._cost(side.item)
         assert (cost.diff() <= 0).all()
