@@ -12,6 +12,7 @@ visible and no mask is computed, then masked ones, which test each pair. Ours.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 128  # tokens at most of a program's own tile; tokens of a full tile
@@ -22,15 +23,16 @@ MAX_SHARE, MIN_SPLIT = 1 / 64, 16
 
 
 class TileWork(NamedTuple):
-    """One item a program and head, longest first. `full` and `masked` hold the streamed tiles of all items.
+    """One item a program and head, longest first. `full` and `masked` hold the streamed tiles of all items, and a last
+    one that no item has: programs look one ahead.
 
     An item: first and past the last token of its own tile, its range in `full`, its range in `masked`, and its
     slot among the partial results, or -1 where it is alone on its tile.
     """
 
     item: Tensor  # int32 [n, 7]
-    full: Tensor  # int32 [n_full] first token
-    masked: Tensor  # int32 [n_masked, 2] first token, past the last token
+    full: Tensor  # int32 [n_full + 1] first token
+    masked: Tensor  # int32 [n_masked + 1, 2] first token, past the last token
 
 
 class TreeWork(NamedTuple):
@@ -130,10 +132,11 @@ def _work(first: Tensor, stop: Tensor, tile: Tensor, lo: Tensor, hi: Tensor, is_
     for n in (n_full, n_masked):
         stop = torch.zeros_like(first).index_add(0, tile, n).cumsum(0)
         columns += [torch.cat((torch.zeros_like(stop[:1]), stop[:-1])), stop]
+    masked = torch.stack((masked, (masked + MASKED_TILE).minimum(hi.repeat_interleave(n_masked))), 1)
     return TileWork(
         item=torch.stack((*columns, torch.full_like(first, -1)), 1).int(),
-        full=_arange_each(lo, n_full, TILE).int(),
-        masked=torch.stack((masked, (masked + MASKED_TILE).minimum(hi.repeat_interleave(n_masked))), 1).int(),
+        full=F.pad(_arange_each(lo, n_full, TILE), (0, 1)).int(),
+        masked=F.pad(masked, (0, 0, 0, 1)).int(),
     )
 
 
