@@ -1,9 +1,10 @@
 """What the programs of the Triton tree attention loop over, from the segment arrays alone.
 
-The stream is cut into tiles of at most TILE tokens. A segment of TILE tokens or more is cut on its own, so that
-its tiles see every earlier token of their root path in full; neighbours shorter than that share tiles. A program
-owns one tile and streams the tokens on the other side of the score matrix: first full tiles, where every pair is
-visible and no mask is computed, then masked ones, which test each pair. Ours.
+The stream is cut into tiles of at most TILE tokens. Segments shorter than that share them with neighbours. Others
+start a tile, unless they can go on in their parent's last one with no more to mask: for tiles of queries, first
+children, who see all that the parent's tokens see before the tile; for tiles of keys, only children, seen by the same
+later queries. A program owns one tile and streams the tokens on the other side of the score matrix: first full tiles,
+where every pair is visible and no mask is computed, then masked ones, which test each pair. Ours.
 
     forward, dQ: the tile's queries meet the root path of its first one, then the tile itself
     dK, dV: the tile's keys meet the tile itself, then all queries up to the last `subtree_end`
@@ -49,17 +50,20 @@ class TreeWork(NamedTuple):
 
 def tree_work(start: Tensor, end: Tensor, subtree_end: Tensor, parent: Tensor) -> TreeWork:
     """The work of a layout with these segments, [S] each, in preorder, on the CPU; parent: -1 for a root."""
-    first, stop = _tiles(start, end)
+    first_child = parent == torch.arange(len(parent)) - 1
+    first, stop = _tiles(start, end, first_child & (subtree_end == subtree_end[parent]))
     by_key, partial = _split(_work(first, stop, *_query_ranges(first, stop, start, end, subtree_end)))
+    first, stop = _tiles(start, end, first_child)
     by_query = _longest_first(_work(first, stop, *_key_ranges(first, stop, start, end, subtree_end, parent)))
     return TreeWork(by_query, by_key, partial)
 
 
-def _tiles(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """First and past the last token of each tile: long segments alone, runs of short ones cut as one."""
+def _tiles(start: Tensor, end: Tensor, goes_on: Tensor) -> tuple[Tensor, Tensor]:
+    """First and past the last token of each tile; goes_on: bool [S], may the segment share one with that before it.
+    Short neighbours always may."""
     short = end - start < TILE
     opens = torch.ones_like(short)
-    opens[1:] = ~(short[1:] & short[:-1])
+    opens[1:] = ~(short[1:] & short[:-1] | goes_on[1:])
     run_start = start[opens]
     run_end = torch.cat((run_start[1:], end[-1:]))
     n = _ceil_div(run_end - run_start, TILE)
