@@ -15,9 +15,10 @@ import triton.language as tl
 from .tree_attention_tiles import (
     LOG2_E,
     dot,
-    full_step,
+    full_tile,
+    into_tile,
     load_rows,
-    masked_step,
+    masked_tile,
     store_rows,
     visible,
     work_item,
@@ -64,15 +65,20 @@ def dq_kernel(
     lse2 = tl.load(lse + query, mask=query < q_stop, other=0.0) * LOG2_E
     acc = tl.zeros((OWN, DP), tl.float32)
 
+    tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first, full_stop):
-        k0 = full_step(full, i, TILE, STEP)
+        k0 = tile0 + into_tile(i, TILE, STEP)
+        next_tile0 = full_tile(full, i + 1, TILE, STEP)
         k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
         v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
         ds = _ds(_p(q_tile, k_tile, lse2[:, None], scale2), do_tile, v_tile, delta_row[:, None])
         acc = dot(ds.to(k_tile.dtype), k_tile, acc)
+        tile0 = next_tile0
 
+    tile0, k_stop = masked_tile(masked, masked_first, MASKED_TILE, STEP)
     for i in range(masked_first, masked_stop):
-        k0, k_stop = masked_step(masked, i, MASKED_TILE, STEP)
+        k0 = tile0 + into_tile(i, MASKED_TILE, STEP)
+        next_tile0, next_k_stop = masked_tile(masked, i + 1, MASKED_TILE, STEP)
         key = k0 + tl.arange(0, STEP)
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
         k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
@@ -80,6 +86,7 @@ def dq_kernel(
         ds = _ds(_p(q_tile, k_tile, lse2[:, None], scale2), do_tile, v_tile, delta_row[:, None])
         ds = tl.where(visible(query[:, None], key[None, :], key_end[None, :]), ds, 0.0)
         acc = dot(ds.to(k_tile.dtype), k_tile, acc)
+        tile0, k_stop = next_tile0, next_k_stop
 
     store_rows(dq, acc * scale, head, q0, q_stop, Hq, OWN, D, DP)
 
@@ -110,9 +117,11 @@ def dkdv_kernel(
     dk_acc = tl.zeros((OWN, DP), tl.float32)
     dv_acc = tl.zeros((OWN, DP), tl.float32)
 
+    tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first * GROUP, full_stop * GROUP):
         head = kv_head * GROUP + i % GROUP
-        q0 = full_step(full, i // GROUP, TILE, STEP)
+        q0 = tile0 + into_tile(i // GROUP, TILE, STEP)
+        next_tile0 = full_tile(full, (i + 1) // GROUP, TILE, STEP)
         row = head * T + q0 + tl.arange(0, STEP)
         q_tile = load_rows(q, head, q0, T, STEP, D, DP, TMA)
         do_tile = load_rows(do, head, q0, T, STEP, D, DP, TMA)
@@ -120,10 +129,13 @@ def dkdv_kernel(
         ds = _ds(p, v_tile, do_tile, tl.load(delta + row)[None, :])
         dv_acc = dot(p.to(do_tile.dtype), do_tile, dv_acc)
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
+        tile0 = next_tile0
 
+    tile0, q_stop = masked_tile(masked, masked_first, MASKED_TILE, STEP)
     for i in range(masked_first * GROUP, masked_stop * GROUP):
         head = kv_head * GROUP + i % GROUP
-        q0, q_stop = masked_step(masked, i // GROUP, MASKED_TILE, STEP)
+        q0 = tile0 + into_tile(i // GROUP, MASKED_TILE, STEP)
+        next_tile0, next_q_stop = masked_tile(masked, (i + 1) // GROUP, MASKED_TILE, STEP)
         query = q0 + tl.arange(0, STEP)
         row = head * T + query
         q_tile = load_rows(q, head, q0, T, STEP, D, DP, TMA)
@@ -136,6 +148,7 @@ def dkdv_kernel(
         dv_acc = dot(p.to(do_tile.dtype), do_tile, dv_acc)
         ds = _ds(p, v_tile, do_tile, delta_row[None, :])  # 0 where p is
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
+        tile0, q_stop = next_tile0, next_q_stop
 
     dk_acc *= scale
     if slot < 0:

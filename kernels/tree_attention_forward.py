@@ -13,9 +13,10 @@ import triton.language as tl
 from .tree_attention_tiles import (
     LOG2_E,
     dot,
-    full_step,
+    full_tile,
+    into_tile,
     load_rows,
-    masked_step,
+    masked_tile,
     store_rows,
     visible,
     work_item,
@@ -46,14 +47,19 @@ def forward_kernel(
     total = tl.zeros((OWN,), tl.float32)
     acc = tl.zeros((OWN, DP), tl.float32)
 
+    tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first, full_stop):
-        k0 = full_step(full, i, TILE, STEP)
+        k0 = tile0 + into_tile(i, TILE, STEP)
+        next_tile0 = full_tile(full, i + 1, TILE, STEP)
         k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
         v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
         m, total, acc = _softmax_step(dot(q_tile, k_tile.T), v_tile, m, total, acc, scale2)
+        tile0 = next_tile0
 
+    tile0, k_stop = masked_tile(masked, masked_first, MASKED_TILE, STEP)
     for i in range(masked_first, masked_stop):
-        k0, k_stop = masked_step(masked, i, MASKED_TILE, STEP)
+        k0 = tile0 + into_tile(i, MASKED_TILE, STEP)
+        next_tile0, next_k_stop = masked_tile(masked, i + 1, MASKED_TILE, STEP)
         key = k0 + tl.arange(0, STEP)
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
         k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
@@ -61,6 +67,7 @@ def forward_kernel(
         seen = visible(query[:, None], key[None, :], key_end[None, :])
         s = tl.where(seen, dot(q_tile, k_tile.T), float("-inf"))
         m, total, acc = _softmax_step(s, v_tile, m, total, acc, scale2)
+        tile0, k_stop = next_tile0, next_k_stop
 
     store_rows(o, acc / total[:, None], head, q0, q_stop, Hq, OWN, D, DP)
     tl.store(lse + head.to(tl.int64) * T + query, (m + tl.log2(total)) / LOG2_E, mask=query < q_stop)

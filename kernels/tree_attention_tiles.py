@@ -5,6 +5,9 @@ q, k, v, do and backward's o are tensor descriptors of [H, T, D] in blocks [1, O
 TMA, (pointer, token stride, head stride); other tensors are pointers to contiguous memory. With descriptors, addresses
 stay out of the registers: dK/dV spills without.
 
+Loops carry the first token of the next step's tile, as the lists hold it: loads that had to wait for it within a step
+would take a stage of the pipeline each, and on sm_100 dK/dV is not pipelined at all if anything is added to it.
+
     D             head dim; DP a power of two >= D
     GROUP         query heads a key head, Hq / Hkv
     TILE          tokens of a full tile, and of an item's own tile at most; MASKED_TILE of a masked one
@@ -35,18 +38,22 @@ def work_item(items, heads, TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: 
 
 
 @triton.jit
-def full_step(full, i, TILE: tl.constexpr, STEP: tl.constexpr):
-    """First token of the i-th step through full tiles."""
-    STEPS: tl.constexpr = TILE // STEP
-    return tl.load(full + i // STEPS) + i % STEPS * STEP
+def full_tile(full, i, TILE: tl.constexpr, STEP: tl.constexpr):
+    """First token of the tile of the i-th step through full tiles."""
+    return tl.load(full + i // (TILE // STEP))
 
 
 @triton.jit
-def masked_step(masked, i, MASKED_TILE: tl.constexpr, STEP: tl.constexpr):
-    """First token of the i-th step through masked tiles, and past the last one of its tile."""
-    STEPS: tl.constexpr = MASKED_TILE // STEP
-    tile = masked + i // STEPS * 2
-    return tl.load(tile) + i % STEPS * STEP, tl.load(tile + 1)
+def masked_tile(masked, i, MASKED_TILE: tl.constexpr, STEP: tl.constexpr):
+    """First token of the tile of the i-th step through masked tiles, and past its last one."""
+    tile = masked + i // (MASKED_TILE // STEP) * 2
+    return tl.load(tile), tl.load(tile + 1)
+
+
+@triton.jit
+def into_tile(i, TILE: tl.constexpr, STEP: tl.constexpr):
+    """Tokens of the i-th step's tile before the step."""
+    return i % (TILE // STEP) * STEP
 
 
 @triton.jit

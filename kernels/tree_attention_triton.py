@@ -33,20 +33,20 @@ class Config(NamedTuple):
     own: int  # tokens of the own tile
     step: int  # tokens of a streamed step
     num_warps: int
-    num_stages: int  # a tile's load waits for that of its first token: (num_stages - 1) // 2 tiles are under way
+    num_stages: int  # num_stages - 1 steps' tiles are under way
     tma: bool
 
 
 # By kernel, then for head dims up to 64 and up to 128. From what compiles without spilling, not from timings.
 TMA_CONFIGS = {
-    "forward": (Config(128, 64, 8, 5, True), Config(128, 64, 8, 5, True)),
-    "dq": (Config(128, 64, 8, 5, True), Config(128, 64, 8, 5, True)),
+    "forward": (Config(128, 64, 8, 3, True), Config(128, 64, 8, 3, True)),
+    "dq": (Config(128, 64, 8, 3, True), Config(128, 64, 8, 3, True)),
     "dkdv": (Config(128, 64, 8, 3, True), Config(128, 32, 8, 3, True)),
 }
 CONFIGS = {
-    "forward": (Config(128, 64, 8, 3, False), Config(64, 32, 4, 3, False)),
-    "dq": (Config(128, 64, 8, 3, False), Config(128, 32, 8, 3, False)),
-    "dkdv": (Config(128, 32, 8, 3, False), Config(64, 32, 8, 3, False)),
+    "forward": (Config(128, 64, 8, 3, False), Config(64, 32, 4, 2, False)),
+    "dq": (Config(128, 64, 8, 3, False), Config(128, 32, 8, 2, False)),
+    "dkdv": (Config(128, 32, 8, 2, False), Config(64, 32, 8, 2, False)),
 }
 FP32_CONFIG = Config(32, 32, 8, 1, False)  # no tensor cores: for small models and tests
 INTERPRETER_CONFIG = TMA_CONFIGS["forward"][1]

@@ -1,9 +1,10 @@
 """What the programs of the Triton tree attention loop over, from the segment arrays alone.
 
-The stream is cut into tiles of at most TILE tokens. A segment of TILE tokens or more is cut on its own, so that
-its tiles see every earlier token of their root path in full; neighbours shorter than that share tiles. A program
-owns one tile and streams the tokens on the other side of the score matrix: first full tiles, where every pair is
-visible and no mask is computed, then masked ones, which test each pair. Ours.
+The stream is cut into tiles of at most TILE tokens. Segments shorter than that share them with neighbours. Others
+start a tile, unless they can go on in their parent's last one with no more to mask: for tiles of queries, first
+children, who see all that the parent's tokens see before the tile; for tiles of keys, only children, seen by the same
+later queries. A program owns one tile and streams the tokens on the other side of the score matrix: first full tiles,
+where every pair is visible and no mask is computed, then masked ones, which test each pair. Ours.
 
     forward, dQ: the tile's queries meet the root path of its first one, then the tile itself
     dK, dV: the tile's keys meet the tile itself, then all queries up to the last `subtree_end`
@@ -12,6 +13,7 @@ visible and no mask is computed, then masked ones, which test each pair. Ours.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 128  # tokens at most of a program's own tile; tokens of a full tile
@@ -22,15 +24,16 @@ MAX_SHARE, MIN_SPLIT = 1 / 64, 16
 
 
 class TileWork(NamedTuple):
-    """One item a program and head, longest first. `full` and `masked` hold the streamed tiles of all items.
+    """One item a program and head, longest first. `full` and `masked` hold the streamed tiles of all items, and a last
+    one that no item has: programs look one ahead.
 
     An item: first and past the last token of its own tile, its range in `full`, its range in `masked`, and its
     slot among the partial results, or -1 where it is alone on its tile.
     """
 
     item: Tensor  # int32 [n, 7]
-    full: Tensor  # int32 [n_full] first token
-    masked: Tensor  # int32 [n_masked, 2] first token, past the last token
+    full: Tensor  # int32 [n_full + 1] first token
+    masked: Tensor  # int32 [n_masked + 1, 2] first token, past the last token
 
 
 class TreeWork(NamedTuple):
@@ -47,17 +50,20 @@ class TreeWork(NamedTuple):
 
 def tree_work(start: Tensor, end: Tensor, subtree_end: Tensor, parent: Tensor) -> TreeWork:
     """The work of a layout with these segments, [S] each, in preorder, on the CPU; parent: -1 for a root."""
-    first, stop = _tiles(start, end)
+    first_child = parent == torch.arange(len(parent)) - 1
+    first, stop = _tiles(start, end, first_child & (subtree_end == subtree_end[parent]))
     by_key, partial = _split(_work(first, stop, *_query_ranges(first, stop, start, end, subtree_end)))
+    first, stop = _tiles(start, end, first_child)
     by_query = _longest_first(_work(first, stop, *_key_ranges(first, stop, start, end, subtree_end, parent)))
     return TreeWork(by_query, by_key, partial)
 
 
-def _tiles(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """First and past the last token of each tile: long segments alone, runs of short ones cut as one."""
+def _tiles(start: Tensor, end: Tensor, goes_on: Tensor) -> tuple[Tensor, Tensor]:
+    """First and past the last token of each tile; goes_on: bool [S], may the segment share one with that before it.
+    Short neighbours always may."""
     short = end - start < TILE
     opens = torch.ones_like(short)
-    opens[1:] = ~(short[1:] & short[:-1])
+    opens[1:] = ~(short[1:] & short[:-1] | goes_on[1:])
     run_start = start[opens]
     run_end = torch.cat((run_start[1:], end[-1:]))
     n = _ceil_div(run_end - run_start, TILE)
@@ -130,10 +136,11 @@ def _work(first: Tensor, stop: Tensor, tile: Tensor, lo: Tensor, hi: Tensor, is_
     for n in (n_full, n_masked):
         stop = torch.zeros_like(first).index_add(0, tile, n).cumsum(0)
         columns += [torch.cat((torch.zeros_like(stop[:1]), stop[:-1])), stop]
+    masked = torch.stack((masked, (masked + MASKED_TILE).minimum(hi.repeat_interleave(n_masked))), 1)
     return TileWork(
         item=torch.stack((*columns, torch.full_like(first, -1)), 1).int(),
-        full=_arange_each(lo, n_full, TILE).int(),
-        masked=torch.stack((masked, (masked + MASKED_TILE).minimum(hi.repeat_interleave(n_masked))), 1).int(),
+        full=F.pad(_arange_each(lo, n_full, TILE), (0, 1)).int(),
+        masked=F.pad(masked, (0, 0, 0, 1)).int(),
     )
 
 

@@ -20,7 +20,12 @@ SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 OWN = {"forward": ["q"], "dq": ["q", "o", "do"], "dkdv": ["k", "v"]}
 STREAMED = {"forward": ["k", "v"], "dq": ["k", "v"], "dkdv": ["q", "do"]}
-CASES = [(cc, name, D, "bf16") for cc in (80, 90, 100) for D in (64, 96, 128) for name in ("forward", "dq", "dkdv")]
+KERNELS = ("forward", "dq", "dkdv")
+# sm, kernel, head dim, dtype, query heads a key head.
+CASES = [(cc, name, D, "bf16", 4) for cc in (80, 90, 100) for D in (64, 96, 128) for name in KERNELS]
+# Not in the table.
+OTHER_CASES = [(90, name, D, "bf16", group) for D in (64, 128) for group in (1, 2, 7) for name in KERNELS]
+OTHER_CASES += [(90, name, 64, "fp32", 4) for name in KERNELS]
 
 
 def signature(kernel, name, config, constants, dtype):
@@ -45,8 +50,8 @@ def signature(kernel, name, config, constants, dtype):
     return types, multiples
 
 
-def compile_case(cc, name, head_dim, dtype):
-    """What a launch with 4 query heads a key head compiles to."""
+def compile_case(cc, name, head_dim, dtype, group):
+    """What a launch compiles to."""
     import torch
     import triton
     from cipo_kernels import tree_attention_triton as ops
@@ -55,7 +60,7 @@ def compile_case(cc, name, head_dim, dtype):
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     kernel, config = ops.KERNELS[name], ops.config(name, torch_dtype, head_dim, cc)
-    constants = ops.constants(config, head_dim, group=4)
+    constants = ops.constants(config, head_dim, group)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages", "enable_fp_fusion")}
     types, multiples = signature(kernel, name, config, constants, dtype)
     source = ASTSource(kernel, types, constants, multiples)
@@ -70,6 +75,7 @@ def compile_case(cc, name, head_dim, dtype):
         "kernel": name,
         "head_dim": head_dim,
         "dtype": dtype,
+        "group": group,
         "config": list(config),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -86,17 +92,18 @@ def results():
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     lines = subprocess.check_output([sys.executable, __file__, "--json"], env=env, text=True).splitlines()
-    return {(case["sm"], case["kernel"], case["head_dim"], case["dtype"]): case for case in map(json.loads, lines)}
+    keys = ("sm", "kernel", "head_dim", "dtype", "group")
+    return {tuple(case[key] for key in keys): case for case in map(json.loads, lines)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", CASES + OTHER_CASES, ids=lambda case: "-".join(map(str, case)))
 def test_kernel_compiles_for_tensor_cores_without_spilling(results, case):
-    result = results[case]
+    result, cc, fp32 = results[case], case[0], case[3] == "fp32"
     assert result["stack"] == 0
-    assert result["shared"] <= SHARED_LIMIT[case[0]]
-    assert result["mma"] > 0
+    assert result["shared"] <= SHARED_LIMIT[cc]
     assert result["atomics"] == 0  # results are reproducible
-    assert (result["tma"] > 0) == (case[0] >= 90)
+    assert (result["mma"] > 0) == (not fp32)
+    assert (result["tma"] > 0) == (cc >= 90 and not fp32)
 
 
 def table_row(r):
@@ -108,11 +115,11 @@ def table_row(r):
 
 def test_results_hold_this_table(results):
     written = table_in_results("Tree attention")
-    assert not {table_row(r) for r in results.values()} - set(written)
+    assert not {table_row(results[case]) for case in CASES} - set(written)
 
 
 def write_results():
-    fp32 = [(80, name, 32, "fp32") for name in ("forward", "dq", "dkdv")]
+    fp32 = [(80, name, 32, "fp32", 4) for name in KERNELS]
     write_table(
         "Tree attention",
         [
@@ -125,7 +132,7 @@ def write_results():
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--json"]:
-        for case in CASES:
+        for case in CASES + OTHER_CASES:
             print(json.dumps(compile_case(*case)), flush=True)
     else:
         write_results()

@@ -1,5 +1,6 @@
 """Tree layouts against brute force over parents; tree attention against its definition and against plain rows."""
 
+import math
 import random
 
 import pytest
@@ -32,6 +33,27 @@ def cipo_tree(prompt, rollout, glue, correction, n_rollouts, n_corrections):
     """A prompt, its rollouts, and glue with corrections below the last of them."""
     lengths = [prompt] + [rollout] * n_rollouts + [glue] + [correction] * n_corrections
     parents = [-1] + [0] * n_rollouts + [n_rollouts] + [n_rollouts + 1] * n_corrections
+    return lengths, parents
+
+
+def ragged_cipo_trees(prompt, answer, glue, n_trees, n_rollouts=8, n_corrections=4):
+    """Trees with lognormal lengths of these means and a spread of half of them; every second rollout is corrected."""
+    rng = random.Random(0)
+    lengths, parents = [], []
+
+    def add(mean, parent):
+        lengths.append(max(1, round(rng.lognormvariate(math.log(mean) - 0.125, 0.5))))
+        parents.append(parent)
+        return len(lengths) - 1
+
+    for _ in range(n_trees):
+        root = add(prompt, -1)
+        for i in range(n_rollouts):
+            rollout = add(answer, root)
+            if i % 2 == 0:
+                below = add(glue, rollout)
+                for _ in range(n_corrections):
+                    add(answer, below)
     return lengths, parents
 
 

@@ -12,7 +12,7 @@ from cipo_kernels import tree_attention_worklist as worklist
 from cipo_kernels.tree_attention import tree_attention
 from cipo_kernels.tree_attention_worklist import MASKED_TILE, TILE, tree_work
 from cipo_kernels.tree_layout import TreeLayout
-from test_tree_attention import STREAMS, cipo_tree, forest, qkv
+from test_tree_attention import STREAMS, cipo_tree, forest, qkv, ragged_cipo_trees
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -27,6 +27,8 @@ STREAMS = STREAMS | {
     "T % tile = 0": ([256, 128, 128], [-1, 0, 1]),
     "T % tile = 1": ([129, 128, 256], [-1, 0, 0]),
     "T % tile = tile - 1": ([127, 128, 256], [-1, 0, 0]),
+    "first children after long ones": ([200, 150, 40, 170, 130, 9, 140], [-1, 0, 1, 1, 0, 4, 5]),
+    "ragged": ragged_cipo_trees(60, 90, 12, n_trees=2, n_rollouts=3, n_corrections=2),
     "short after long": ([300, 2, 3, 200, 1], [-1, 0, 1, 0, -1]),
 }
 
@@ -97,20 +99,43 @@ def test_every_visible_pair_is_met_once(stream):
     assert torch.equal(pairs_met(work.by_key, tree, mask.T), mask.T.int())
 
 
-def test_tiles_of_long_segments_never_cross_them_and_short_ones_share():
+def tiles(side):
+    """First and past the last token of each tile; one that is split has several items."""
+    return sorted(set(map(tuple, side.item[:, :2].tolist())))
+
+
+def test_segments_share_tiles_with_their_parent_where_that_is_free_and_short_ones_with_neighbours():
     tree = TreeLayout.from_parents([300, 2, 3, 200, 1], [-1, 0, 1, 0, -1])
-    item = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent).by_query.item
-    tiles = sorted(item[:, :2].tolist())
-    assert tiles == [[0, 128], [128, 256], [256, 300], [300, 305], [305, 433], [433, 505], [505, 506]]
-
-
-def test_masks_are_few():
-    tree = TreeLayout.from_parents(*cipo_tree(512, 1024, 64, 1024, n_rollouts=8, n_corrections=4))
     work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
-    for side in (work.by_query, work.by_key):
-        slots = TILE * TILE * len(side.full) + TILE * MASKED_TILE * len(side.masked)
-        assert slots < 1.12 * tree.visible_pairs()
-        assert len(side.masked) < len(side.full) / 3
+    after_300 = [(305, 433), (433, 505), (505, 506)]
+    # Queries: a first child sees what its parent sees. Keys: segment 1 is not an only child, 0 is also seen by 3.
+    assert tiles(work.by_query) == [(0, 128), (128, 256), (256, 305), *after_300]
+    assert tiles(work.by_key) == [(0, 128), (128, 256), (256, 300), (300, 305), *after_300]
+
+    tree = TreeLayout.from_parents([300, 200, 150], [-1, 0, 1])  # only children: as one segment
+    work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
+    assert tiles(work.by_query) == tiles(work.by_key) == [(i, min(i + TILE, 650)) for i in range(0, 650, TILE)]
+
+
+@pytest.mark.parametrize(
+    ("stream", "most_slots", "most_masked"),
+    [
+        (cipo_tree(512, 1024, 64, 1024, n_rollouts=8, n_corrections=4), (1.06, 1.07), 0.11),
+        (ragged_cipo_trees(512, 1024, 64, n_trees=8), (1.13, 1.12), 0.13),
+        (ragged_cipo_trees(512, 300, 64, n_trees=8), (1.34, 1.25), 0.23),
+    ],
+    ids=["multiples of the tile", "about 1024", "about 300"],
+)
+def test_masks_are_few(stream, most_slots, most_masked):
+    """Slots computed a visible pair, by query and by key, and the share of steps that compute a mask."""
+    tree = TreeLayout.from_parents(*stream)
+    work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
+    for side, most in zip((work.by_query, work.by_key), most_slots, strict=True):
+        item = side.item.long()
+        full, masked = (item[:, 3] - item[:, 2]).sum().item(), (item[:, 5] - item[:, 4]).sum().item()
+        steps = full * (TILE // MASKED_TILE) + masked
+        assert TILE * MASKED_TILE * steps < most * tree.visible_pairs()
+        assert masked < most_masked * steps
 
 
 def test_work_is_longest_first_and_its_largest_share_bounded():

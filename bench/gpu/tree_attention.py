@@ -1,12 +1,14 @@
 """Tree attention on a GPU against what else could train CIPO's trees; one JSON line a case. torch and triton alone.
 
-    python bench/gpu/tree_attention.py              under 6 minutes; also into bench/results/, or $OUT if that is set
+    python bench/gpu/tree_attention.py              minutes; also into bench/results/, or $OUT if that is set
     python bench/gpu/tree_attention.py --smoke      tiny shapes on any device, a check of this file: times mean nothing
 
 First errors against fp64; then each attention alone, forward and backward; then a stack of decoder layers of Qwen3-4B's
 shape, forward and backward. At the end the rates of this device go into kernels/device_rates.json (and $OUT).
 
 Shapes: a prompt of P tokens, G rollouts of R; below each of F rollouts I tokens of glue and K corrections of R.
+Attention alone also runs with `ragged` lengths of these means: lognormal, a fixed draw. They end inside tiles, as real
+ones do, and theirs are the rates kept.
 Peers get what a trainer without the tree kernel would run: FlexAttention on the same stream, or one causal row a
 conversation, packed (varlen, no padding) or as dense batches of equal rows (cuDNN). `useful_tflops` counts the visible
 pairs of the tree for all of them, 4 D FLOPs a pair and query head forward, 10 D backward; `own_tflops` counts
@@ -18,11 +20,13 @@ the pairs an implementation itself had to compute. Each case has the time we pre
 import importlib.util
 import inspect
 import json
+import math
 import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import torch
 
@@ -52,6 +56,7 @@ from cipo_kernels.tree_layout import TreeLayout
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 BLOCK = 128  # of the FlexAttention block mask
 BACKENDS = ("triton", "flash")  # ours
+SPREAD = 0.5  # sigma of ragged lengths
 
 # Predicted TFLOP/s (forward, backward) on an H100, over the pairs each computes, and of layers without attention.
 # triton: from the offline artefacts (wgmma, no spills; 7 GEMMs backward where atomics would need 5). flash: varlen's,
@@ -75,7 +80,7 @@ SMOKE = {
 class Job:
     """A tree of CIPO's shape, and the same conversations as rows."""
 
-    def __init__(self, P, G, R, F, K, I):  # noqa: E741
+    def __init__(self, P, G, R, F, K, I, ragged=False):  # noqa: E741
         lengths, parents, sampled = [P], [-1], []
         for rollout in range(G):
             anchor = len(lengths)
@@ -84,6 +89,9 @@ class Job:
                 glue = len(lengths)
                 lengths, parents = [*lengths, I, *[R] * K], [*parents, anchor, *[glue] * K]
                 sampled += range(glue + 1, glue + 1 + K)
+        if ragged:
+            rng = Random(0)
+            lengths = [max(1, round(rng.lognormvariate(math.log(n) - SPREAD**2 / 2, SPREAD))) for n in lengths]
         self.tree = TreeLayout.from_parents(lengths, parents)
         self.layout = self.tree.to(DEVICE)
         self.rows = [root_path(self.tree, segment) for segment in sampled]  # token indices of each conversation
@@ -263,8 +271,8 @@ def attend_rows(q, k, v, rows):
 # ---- attention alone
 
 
-def time_attention(shape, name, R):
-    job = Job(R=R, **shape["tree"])
+def time_attention(shape, name, R, ragged):
+    job = Job(R=R, ragged=ragged, **shape["tree"])
     attention = ATTENTIONS[name](job)
     inputs, do = random_inputs(job.tokens(name), shape)
     constants = [x.detach() for x in inputs]
@@ -410,7 +418,8 @@ def write(files, value):
 
 def run_cases(shape):
     cases = [("correctness", check, name, {}) for name in (*BACKENDS, "flex")]
-    cases += [("attention", time_attention, name, {"R": R}) for R in shape["R"] for name in ATTENTIONS]
+    lengths = [{"R": R, "ragged": ragged} for R in shape["R"] for ragged in (False, True)]
+    cases += [("attention", time_attention, name, arguments) for arguments in lengths for name in ATTENTIONS]
     stacks = ("linear", "varlen", *BACKENDS)
     cases += [("stack", time_stack, name, {"R": R}) for R in shape["stack_R"] for name in stacks]
     for case, function, name, arguments in cases:
@@ -430,16 +439,17 @@ def run_case(function, shape, name, arguments):
 
 
 def rates_entry(records, shape, smoke):
-    """What device_rates.json will say of this device: our back-ends that ran and are right, at the first R."""
+    """What device_rates.json will say of this device: our back-ends that ran and are right, at the first R, ragged."""
     R, last = shape["R"][0], records[-1]
-    found = {(r["case"], r["implementation"], r.get("R")): r for r in records if "error" not in r}
-    linear = found.get(("stack", "linear", R))
+    ran = [r for r in records if "error" not in r]
+    ok = {r["implementation"] for r in ran if r["case"] == "correctness" and (smoke or r["ok"])}
+    timed = {r["implementation"]: r for r in ran if r["case"] == "attention" and r["R"] == R and r["ragged"]}
+    linear = next((r for r in ran if (r["case"], r["implementation"], r.get("R")) == ("stack", "linear", R)), None)
     attention = {
-        name: {direction: rounded(found["attention", name, R][direction]["useful_tflops"])
-               for direction in ("forward", "backward")}
+        name: {direction: rounded(timed[name][direction]["useful_tflops"]) for direction in ("forward", "backward")}
         for name in BACKENDS
-        if ("attention", name, R) in found and (smoke or found.get(("correctness", name, None), {}).get("ok"))
-    }  # fmt: skip
+        if name in timed and name in ok
+    }
     if not attention or linear is None:
         return None
     return {
