@@ -24,13 +24,12 @@ V0's cuBLAS GEMM over those rows would need for their number.
 dr is not a multiple of E under a softcap or an entropy bonus: those, as sequence-level ratios, run on the logits.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .fused_linear_cipo_loss_triton import (
     LOWEST,
@@ -38,23 +37,10 @@ from .fused_linear_cipo_loss_triton import (
     gpu_chunk_targets,
     load_or,
     logp_entropy_rest,
-    multiprocessors,
     target_loss_of_token,
 )
+from .gemm_tiles import gemm_tile, launch, quarters, tile_origin
 
-
-class Tiles(NamedTuple):
-    """Of the GEMM: m x n of E, k along H. The epilogue takes a quarter of n at once: all of it would spill."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-
-TMA_TILES, POINTER_TILES = Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 8, 4)
-GROUP_M = 16  # rows of tiles that share W in L2, while theirs of x stay there
 BLOCK_H = 1024  # of the target's dot product
 REPAIR_V, REPAIR_H = 64, 64
 MAX_SUM = tl.constexpr(2.0**40)
@@ -79,17 +65,6 @@ def anchor_kernel(
     old = load_or(old_logp, first + i, 0.0)
     tl.store(anchor_out + i, z - tl.where((old <= 0) & (old > -60), old, 0.0))  # masked targets may hold anything
     tl.store(d_out + i, float("nan"))
-
-
-@triton.jit
-def _load_tile(x, row, k, rows, H, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """[ROWS, BLOCK_K] of x [rows, H] from (row, k), zeros outside."""
-    if TMA:
-        return x.load([row, k])
-    else:
-        r, h = row + tl.arange(0, ROWS), k + tl.arange(0, BLOCK_K)
-        inside = (r < rows)[:, None] & (h < H)[None, :]
-        return tl.load(x + r.to(tl.int64)[:, None] * H + h[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -125,36 +100,19 @@ def exp_gemm_kernel(
     n, vocab, H,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """E [n, V] of x [n, H], weight [V, H] (contiguous, or descriptors of them); sums [2, n, parts]: partial S', T'.
-
-    Persistent: program p takes tiles p, p + programs, ...; they run down GROUP_M row tiles, then on to the next column.
-    """
-    row_tiles, column_tiles = tl.cdiv(n, BLOCK_M), tl.cdiv(vocab, BLOCK_N)
-    for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
-        group, within = tile // (GROUP_M * column_tiles), tile % (GROUP_M * column_tiles)
-        group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
-        row = (group * GROUP_M + within % group_rows) * BLOCK_M
-        column = within // group_rows * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), anchor.dtype.element_ty)
-        for k in range(0, H, BLOCK_K):
-            a = _load_tile(x, row, k, n, H, BLOCK_M, BLOCK_K, TMA)
-            b = _load_tile(weight, column, k, vocab, H, BLOCK_N, BLOCK_K, TMA)
-            acc = tl.dot(a, b.T, acc, input_precision="ieee", out_dtype=acc.dtype)
-        left, right = _halves(acc)
-        a, b = _halves(left)
-        c, d = _halves(right)
-        QUARTER: tl.constexpr = BLOCK_N // 4
+    """E [n, V] of x [n, H], weight [V, H] (contiguous, or descriptors of them); sums [2, n, parts]: partial S', T'."""
+    column_tiles = tl.cdiv(vocab, BLOCK_N)
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK_M) * column_tiles, tl.num_programs(0)):
+        row, column = tile_origin(tile, n, vocab, BLOCK_M, BLOCK_N, GROUP_M)
+        dtype: tl.constexpr = anchor.dtype.element_ty
+        acc = gemm_tile(x, weight, row, column, n, vocab, H, dtype, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        a, b, c, d = quarters(acc)
         for q in tl.static_range(4):
             _store_exp(
                 (a, b, c, d)[q], row, column + q * QUARTER, column // QUARTER + q, 4 * column_tiles, e_out, e_stride,
                 first, bias, target_id, inv_temperature, anchor, d_out, sums, n, vocab,
             )  # fmt: skip
-
-
-@triton.jit
-def _halves(x):
-    """[M, N] as two of [M, N / 2]."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -265,34 +223,18 @@ class ExpHead(TritonHead):
             x, self.weight, start, self.bias, self.target_id, self.inv_temperature, old_logp, anchor, d,
             vocab, width, BLOCK_H=BLOCK_H,
         )  # fmt: skip
-        a, b = x, self.weight
-        if not x.is_cuda and x.dtype == torch.bfloat16:  # the interpreter multiplies bits; these products are bf16's
-            a, b = x.float(), self.weight.float()
-        tma = use_tma(self.weight)
-        tiles = TMA_TILES if tma else POINTER_TILES
-        row_tiles, column_tiles = triton.cdiv(n, tiles.m), triton.cdiv(vocab, tiles.n)
-        sums = torch.empty(2, n, 4 * column_tiles, dtype=self.dtype, device=x.device)
-        programs = multiprocessors(x.device) if x.is_cuda else 2
-        exp_gemm_kernel[(min(programs, row_tiles * column_tiles),)](
-            TensorDescriptor.from_tensor(a, [tiles.m, tiles.k]) if tma else a,
-            TensorDescriptor.from_tensor(b, [tiles.n, tiles.k]) if tma else b,
-            self.e, self.e.stride(0), start, self.bias, self.target_id, self.inv_temperature, anchor, d, sums,
-            n, vocab, width,
-            BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, GROUP_M=GROUP_M, TMA=tma,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+        plan = launch(x, self.weight)
+        sums = torch.empty(2, n, 4 * plan.column_tiles, dtype=self.dtype, device=x.device)
+        exp_gemm_kernel[(plan.programs,)](
+            **plan.operands, e_out=self.e, e_stride=self.e.stride(0), first=start, bias=self.bias,
+            target_id=self.target_id, inv_temperature=self.inv_temperature, anchor=anchor, d_out=d, sums=sums,
+            n=n, vocab=vocab, H=width, **plan.options,
         )  # fmt: skip
         reanchor_kernel[(n,)](
             x, self.weight, self.e, self.e.stride(0), start, self.bias, self.target_id, self.inv_temperature, anchor, d,
-            sums, n, vocab, width, 4 * column_tiles, BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H,
+            sums, n, vocab, width, sums.shape[2], BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H,
         )  # fmt: skip
         return d, sums
-
-
-def use_tma(weight: Tensor) -> bool:
-    """Descriptors need rows on 16 bytes. sm_90 and sm_100 have TMA and the memory for TMA_TILES; sm_120 only TMA."""
-    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device)[0] not in (9, 10):
-        return False
-    return weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
 
 
 def exp_loss(head: ExpHead, group: list[tuple[int, int]], terms: dict[str, Any], out: Any) -> None:

@@ -35,6 +35,7 @@ from .fused_linear_logprob import (
     fake_gradients,
     fused_linear_logprob_reference,
     head_class,
+    head_log_probs,
     per_target,
     refuse_create_graph,
 )
@@ -164,7 +165,7 @@ class TargetOutputs(NamedTuple):
 
 
 def _group_loss(head: ChunkedHead, group: list[tuple[int, int]], terms: dict[str, Any], out: TargetOutputs) -> None:
-    """Losses of one group of chunks, and their gradients if the head accumulates any."""
+    """Losses of one group of chunks, and their gradients."""
     for start, end in group:
         chunk = head.forward(start, end)
         out.logp[start:end], out.entropy[start:end] = chunk.logp, chunk.entropy
@@ -173,8 +174,6 @@ def _group_loss(head: ChunkedHead, group: list[tuple[int, int]], terms: dict[str
     logp = out.logp[first:last]
     loss, q, clipped = target_loss(logp, out.entropy[first:last], **local)
     out.loss[first:last], out.ratio[first:last], out.clipped[first:last] = loss, q, clipped
-    if not any(head.needs_grad):
-        return
     g_logp, g_entropy = target_loss_gradient(logp, q, clipped, local)
     for start, end in group:
         if len(group) > 1:  # a row longer than a chunk: its logits again, now that its ratio is known
@@ -248,7 +247,12 @@ def _linear_cipo_loss(
         "ratio": ratio,
         "row_id": row_id,
     }
-    exp = impl == "exp" and any(needs_grad) and ratio == "token" and softcap is None and entropy_coef == 0
+    if not any(needs_grad):
+        logp, entropy = head_log_probs(hidden, weight, bias, pred_index, target_id, temperature, softcap, chunk_targets)
+        loss, q, clipped = target_loss(logp, entropy, **terms)
+        nothing = [torch.empty(0, dtype=logp.dtype, device=logp.device) for _ in range(3)]
+        return loss.sum(), logp, entropy, q, clipped, pred_index.new_zeros(()), *nothing  # type: ignore[return-value]
+    exp = impl == "exp" and ratio == "token" and softcap is None and entropy_coef == 0
     Head, group_loss = _head_and_loss(hidden, weight, ratio, exp)
     size = chunk_targets or Head.auto_chunk_targets(weight)
     head = Head(hidden, weight, bias, needs_grad, pred_index, target_id, temperature, softcap, size)
@@ -262,7 +266,7 @@ def _linear_cipo_loss(
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
         for group in groups:
             group_loss(head, group, terms, out)
-    two_pass_rows = sum(len(group) > 1 for group in groups) if any(needs_grad) else 0
+    two_pass_rows = sum(len(group) > 1 for group in groups)
     stat = torch.full((), two_pass_rows, dtype=torch.int64, device=hidden.device)  # a fill kernel: no sync
     d_hidden, d_weight, d_bias = head.gradients()
     return out.loss.sum(), out.logp, out.entropy, out.ratio, out.clipped, stat, d_hidden, d_weight, d_bias

@@ -48,6 +48,15 @@ def maximum(a, b):
 
 
 @triton.jit
+def soft_capped(z, softcap):
+    """(softcap * tanh(z / softcap), its derivative)."""
+    e = tl.exp(-2.0 * tl.abs(z) / softcap)
+    tanh = (1.0 - e) / (1.0 + e)
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - tanh^2, without its cancellation
+    return tl.where(z < 0, -tanh, tanh) * softcap, slope
+
+
+@triton.jit
 def _logits(row, bias, v, vocab, inv_t, softcap):
     """z at columns v of the row of raw logits, and dz/dr. inv_t: 1 / temperature, correctly rounded by its maker."""
     z = tl.load(row + v, mask=v < vocab, other=0.0)
@@ -55,10 +64,8 @@ def _logits(row, bias, v, vocab, inv_t, softcap):
     if bias is not None:
         z += tl.load(bias + v, mask=v < vocab, other=0.0)
     if softcap is not None:
-        e = tl.exp(-2.0 * tl.abs(z) / softcap)
-        tanh = (1.0 - e) / (1.0 + e)
-        z = tl.where(z < 0, -tanh, tanh) * softcap
-        slope = 4.0 * e / ((1.0 + e) * (1.0 + e)) * inv_t  # 1 - tanh^2, without its cancellation
+        z, slope = soft_capped(z, softcap)
+        slope *= inv_t
     return tl.where(v < vocab, z * inv_t, LOWEST), slope
 
 
@@ -196,7 +203,7 @@ def token_loss_kernel(
     vocab, softcap, eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap,
     CISPO: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Row i of logits belongs to target first + i. d_logits None: no gradient. Other None: a term that is not there."""
+    """Row i of logits belongs to target first + i. None: a term that is not there."""
     i = tl.program_id(0).to(tl.int64)
     n = first + i
     row, target, inv_t = logits + i * row_stride, tl.load(target_id + n), load_or(inv_temperature, n, 1.0)
@@ -210,12 +217,10 @@ def token_loss_kernel(
     tl.store(entropy_out + n, entropy)
     tl.store(ratio_out + n, q)
     tl.store(clipped_out + n, clipped)
-    if d_logits is not None:
-        d_row = d_logits + i * d_row_stride
-        _sweep_gradient(
-            row, d_row, bias, target, vocab, inv_t, softcap, m, log_s, entropy, rest, g_logp, g_entropy,
-            entropy_coef is not None, BLOCK_V,
-        )  # fmt: skip
+    _sweep_gradient(
+        row, d_logits + i * d_row_stride, bias, target, vocab, inv_t, softcap, m, log_s, entropy, rest,
+        g_logp, g_entropy, entropy_coef is not None, BLOCK_V,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -318,9 +323,8 @@ def token_loss(head: TritonHead, group: list[tuple[int, int]], terms: dict[str, 
     """As fused_linear_cipo_loss.py's `_group_loss`, for a group of one chunk and the ratio of tokens."""
     [(start, end)] = group
     x = head.compute_logits(start, end)
-    needs_grad = any(head.needs_grad)
     token_loss_kernel[(end - start,)](
-        head.logits, head.d_logits if needs_grad else None, head.logits.stride(0), head.d_logits.stride(0), start,
+        head.logits, head.d_logits, head.logits.stride(0), head.d_logits.stride(0), start,
         head.bias, head.target_id, head.inv_temperature,
         terms["old_logp"], terms["advantage"], terms["rl_weight"], terms["ce_weight"],
         terms["ref_logp"] if terms["beta"] != 0 else None,
@@ -329,12 +333,7 @@ def token_loss(head: TritonHead, group: list[tuple[int, int]], terms: dict[str, 
         terms["eps_low"], terms["eps_high"], terms["dual_clip"], terms["beta"], terms["entropy_coef"] or None,
         terms["is_cap"], CISPO=terms["clip"] == "cispo", BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
     )  # fmt: skip
-    if needs_grad:
-        head.accumulate(head.pred_index[start:end], x, head.d_logits[: end - start])
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    head.accumulate(head.pred_index[start:end], x, head.d_logits[: end - start])
 
 
 def gpu_chunk_targets(vocab: int, bytes_each: int = 4) -> int:

@@ -220,15 +220,47 @@ def _linear_logprob(
     softcap: float | None,
     chunk_targets: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) [N]: 2NHV FLOPs, nothing [n, V] is kept."""
-    Head, no_grad = head_class(hidden), (False, False, False)
-    size = chunk_targets or Head.auto_chunk_targets(weight)
-    head = Head(hidden, weight, bias, no_grad, pred_index, target_id, temperature, softcap, size)
-    logp, entropy = head.new_vector(), head.new_vector()
+    """(logp, entropy) [N]: 2NHV FLOPs, nothing [N, V] is kept."""
+    return head_log_probs(hidden, weight, bias, pred_index, target_id, temperature, softcap, chunk_targets)
+
+
+def head_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pred_index: Tensor,
+    target_id: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    chunk_targets: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) [N] without gradients. Triton stores no logit, except fp32 on a GPU, by cuBLAS."""
+    Head = head_class(hidden)
+    if Head is not ChunkedHead and (hidden.dtype == torch.bfloat16 or not hidden.is_cuda):
+        from .logp_gemm import CHUNK_TARGETS, log_probs
+
+        dtype, w = compute_dtype(hidden, weight), weight.contiguous()
+        b = None if bias is None else bias.to(dtype).contiguous()
+        inv_t = None if temperature is None else temperature.to(dtype).reciprocal()
+
+        def of(start: int, end: int) -> tuple[Tensor, Tensor]:
+            x, target = hidden.index_select(0, pred_index[start:end]), target_id[start:end].contiguous()
+            return log_probs(x, w, b, target, None if inv_t is None else inv_t[start:end].contiguous(), softcap)
+
+        size = chunk_targets or CHUNK_TARGETS
+    else:
+        size = chunk_targets or Head.auto_chunk_targets(weight)
+        head = Head(hidden, weight, bias, (False, False, False), pred_index, target_id, temperature, softcap, size)
+
+        def of(start: int, end: int) -> tuple[Tensor, Tensor]:
+            chunk = head.forward(start, end)
+            return chunk.logp, chunk.entropy
+
+    logp = torch.empty(pred_index.shape, dtype=compute_dtype(hidden, weight), device=hidden.device)
+    entropy = torch.empty_like(logp)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
         for start, end in chunk_ranges(pred_index.numel(), size):
-            chunk = head.forward(start, end)
-            logp[start:end], entropy[start:end] = chunk.logp, chunk.entropy
+            logp[start:end], entropy[start:end] = of(start, end)
     return logp, entropy
 
 

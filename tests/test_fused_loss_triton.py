@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import cipo_kernels.exp_gemm as exp_gemm
 import cipo_kernels.fused_linear_cipo_loss_triton as triton_head
+import cipo_kernels.gemm_tiles as gemm_tiles
 from cipo_kernels.fused_linear_cipo_loss import (
     LossOutput,
     _linear_cipo_loss,
@@ -41,6 +42,12 @@ def _triton(monkeypatch):
     monkeypatch.setattr(triton_head, "BLOCK_V", 64)  # several blocks a row, the last one ragged
 
 
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(gemm_tiles, "POINTER_TILES", gemm_tiles.Tiles(2, 64, 16, 4, 1))
+    monkeypatch.setattr(gemm_tiles, "TMA_TILES", gemm_tiles.Tiles(4, 64, 16, 4, 1))
+    monkeypatch.setattr(gemm_tiles, "GROUP_M", 2)
+
+
 @pytest.fixture
 def exp_chunks(monkeypatch) -> list:
     """Small tiles, several of each, none of them whole; and a list that grows by one for each chunk `exp` runs."""
@@ -52,9 +59,7 @@ def exp_chunks(monkeypatch) -> list:
 
     monkeypatch.setattr(exp_gemm, "exp_loss", counted)
     if DEVICE == "cpu":
-        monkeypatch.setattr(exp_gemm, "POINTER_TILES", exp_gemm.Tiles(2, 64, 16, 4, 1))
-        monkeypatch.setattr(exp_gemm, "TMA_TILES", exp_gemm.Tiles(4, 64, 16, 4, 1))
-        monkeypatch.setattr(exp_gemm, "GROUP_M", 2)
+        small_tiles(monkeypatch)
     return chunks
 
 
@@ -237,7 +242,7 @@ def test_exp_matches_reference_for_ragged_sizes(vocab, n, exp_chunks, monkeypatc
 
 @cpu_only
 def test_exp_through_tensor_descriptors(exp_chunks, monkeypatch):
-    monkeypatch.setattr(exp_gemm, "use_tma", lambda weight: True)
+    monkeypatch.setattr(gemm_tiles, "use_tma", lambda weight: True)
     inputs = make_inputs(n=N)
     assert_matches_reference(inputs, make_terms(*inputs) | {"impl": "exp"}, monkeypatch)
     assert exp_chunks
@@ -480,6 +485,53 @@ def test_logprob_matches_reference():
         torch.testing.assert_close(v.cpu().double(), e, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("vocab", [37, 257, 1000])
+@pytest.mark.parametrize("n", [0, 1, CHUNK + 1, N])
+def test_log_probs_without_grad(n, vocab, tma, monkeypatch):
+    """Several tiles each way, ragged; one whose only column is the target's own; bias, softcap and temperatures."""
+    if DEVICE == "cpu":
+        small_tiles(monkeypatch)
+        monkeypatch.setattr(gemm_tiles, "use_tma", lambda weight: tma)
+    parameters, pred_index, target_id = make_inputs(n=n, vocab=vocab)
+    target_id[: n // 2] = vocab - 1
+    heads = [{}, {"temperature": 0.7}, {"softcap": 3.0, "temperature": torch.linspace(0.5, 2, n, dtype=torch.float64)}]
+    for head in heads:
+        for bias in (None, parameters[2]):
+            given = {"bias": bias, **head}
+            expected = fused_linear_logprob_reference(*parameters[:2], pred_index, target_id, **given)
+            place = {k: to_device(v) for k, v in given.items()}
+            with torch.no_grad():
+                actual = fused_linear_logprob(
+                    *map(to_device, (*parameters[:2], pred_index, target_id)), return_entropy=True,
+                    chunk_targets=CHUNK, **place,
+                )  # fmt: skip
+            for a, e in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a.cpu().double(), e.detach(), rtol=RTOL, atol=ATOL)
+
+
+def test_log_probs_without_grad_of_odd_rows(monkeypatch):
+    """A nan stays in its row; a target outside the vocabulary is nan; a target at -80 nats and one near 1 are exact."""
+    if DEVICE == "cpu":
+        small_tiles(monkeypatch)
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 200, generator=g, dtype=torch.float64)
+    target = torch.tensor([3, 150, 199, 200, -1])
+    z[0, 7], z[1, 150], z[2, 199] = math.nan, -80, 40
+    hidden, weight = to_device(z), to_device(torch.eye(200, dtype=torch.float64))  # the logits are z, rounded
+    with torch.no_grad():
+        logp, entropy = fused_linear_logprob(
+            hidden, weight, to_device(torch.arange(5)), to_device(target), return_entropy=True
+        )
+    assert logp.isnan().tolist() == [True, False, False, True, True]
+    z = hidden.double().cpu()[1:3]
+    expected = z.log_softmax(1)
+    rest = z[1:, :199].logsumexp(1) - z[1, 199]  # log(e^rest + 1) = -logp
+    torch.testing.assert_close(logp[1].double().cpu(), expected[0, 150], rtol=2e-7, atol=0)
+    torch.testing.assert_close(logp[2].double().cpu(), -torch.log1p(rest.exp())[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(entropy[1:3].double().cpu(), -(expected.exp() * expected).sum(1), rtol=1e-4, atol=1e-15)
+
+
 def count_gemms(monkeypatch) -> list:
     calls = []
 
@@ -500,7 +552,7 @@ def test_each_mode_runs_only_the_gemms_it_needs(mode, monkeypatch):
     (hidden, weight, bias), *index = make_inputs(n=N)
     kwargs = make_terms((hidden, weight, bias), *index) | {"bias": bias.detach()}
     kwargs = {k: to_device(v) for k, v in kwargs.items()} | {"chunk_targets": N}
-    requires_grad, gemms = MODES.get(mode, ((True, True), 1))
+    requires_grad, gemms = MODES.get(mode, ((True, True), 0))  # without grad it is logp_gemm.py's own
     leaves = [to_device(p).requires_grad_(r) for p, r in zip((hidden, weight), requires_grad, strict=True)]
     index = [to_device(i) for i in index]
     calls = count_gemms(monkeypatch)

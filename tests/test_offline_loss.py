@@ -29,6 +29,8 @@ def cases(arch: int) -> dict:
     """Name -> (kernel, absent arguments, constexprs, options, types that differ)."""
     from cipo_kernels import exp_gemm as e
     from cipo_kernels import fused_linear_cipo_loss_triton as v0
+    from cipo_kernels import gemm_tiles as g
+    from cipo_kernels import logp_gemm
 
     row, warps = {"BLOCK_V": v0.BLOCK_V}, {"num_warps": v0.NUM_WARPS}
     repair = {"BLOCK_V": e.REPAIR_V, "BLOCK_H": e.REPAIR_H}
@@ -37,7 +39,6 @@ def cases(arch: int) -> dict:
         "token_loss_kernel": (v0.token_loss_kernel, ROW_TERMS, row | ppo, warps, {}),
         "token_loss_kernel, every term": (v0.token_loss_kernel, (), row | ppo, warps, {}),
         "token_loss_kernel, every term, CISPO": (v0.token_loss_kernel, ("dual_clip",), row | cispo, warps, {}),
-        "token_loss_kernel, no gradient": (v0.token_loss_kernel, (*ROW_TERMS, "d_logits"), row | ppo, warps, {}),
         "logp_kernel, every term": (v0.logp_kernel, (), row, warps, {}),
         "gradient_kernel, every term": (v0.gradient_kernel, (), row, warps, {}),
         "anchor_kernel": (e.anchor_kernel, (), {"BLOCK_H": e.BLOCK_H}, {}, {}),
@@ -47,12 +48,16 @@ def cases(arch: int) -> dict:
         "exp_loss_kernel, CISPO": (e.exp_loss_kernel, ("dual_clip",), cispo, {}, {}),
     }
     tma = arch >= 90
-    t = e.TMA_TILES if tma else e.POINTER_TILES
-    blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP_M": e.GROUP_M, "TMA": tma}
+    t = g.TMA_TILES if tma else g.POINTER_TILES
+    blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP_M": g.GROUP_M, "TMA": tma}
     options = {"num_warps": t.warps, "num_stages": t.stages}
     tiles = {"x": f"tensordesc<bf16[{t.m},{t.k}]>", "weight": f"tensordesc<bf16[{t.n},{t.k}]>"} if tma else {}
     found["exp_gemm_kernel"] = (e.exp_gemm_kernel, ("bias", "inv_temperature"), blocks, options, tiles)
     found["exp_gemm_kernel, every term"] = (e.exp_gemm_kernel, (), blocks, options, tiles)
+    head = ("bias", "inv_temperature", "softcap")
+    found["logp_gemm_kernel"] = (logp_gemm.logp_gemm_kernel, head, blocks, options, tiles)
+    found["logp_gemm_kernel, every term"] = (logp_gemm.logp_gemm_kernel, (), blocks, options, tiles)
+    found["logp_of_parts_kernel"] = (logp_gemm.logp_of_parts_kernel, (), {"BLOCK": 1024}, {}, {})
     return found
 
 
@@ -113,7 +118,7 @@ def test_nothing_spills_and_everything_fits(compiled):
 
 def test_row_kernels_leave_room_for_two_programs_and_load_16_bytes_at_once(compiled):
     rows = [row for row in compiled if row["kernel"].startswith("token_loss_kernel")]
-    assert len(rows) == 4 * len(SHARED_LIMIT)
+    assert len(rows) == 3 * len(SHARED_LIMIT)
     for row in rows:
         assert 2 * row["registers"] * 32 * row["warps"] <= 65536, row  # of the multiprocessor's registers
         assert "ld.global.v4" in row["instructions"], row
@@ -122,15 +127,14 @@ def test_row_kernels_leave_room_for_two_programs_and_load_16_bytes_at_once(compi
 def test_rows_are_overwritten_only_after_a_barrier(compiled):
     """d(logits) lies over the logits: in the last loop, a block is loaded by all warps before one stores."""
     rows = [row for row in compiled if row["kernel"].startswith(("token_loss", "gradient"))]
-    rows = [row for row in rows if "no gradient" not in row["kernel"]]
     assert len(rows) == 4 * len(SHARED_LIMIT)
     for row in rows:
         assert row["accesses"][-3:] == ["ld.global", "bar.sync", "st.global"], row
 
 
 def test_the_gemm_uses_tensor_cores_and_tma(compiled):
-    rows = [row for row in compiled if row["kernel"].startswith("exp_gemm")]
-    assert len(rows) == 2 * len(SHARED_LIMIT)
+    rows = [row for row in compiled if "_gemm_kernel" in row["kernel"]]
+    assert len(rows) == 4 * len(SHARED_LIMIT)
     for row in rows:
         assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[row["arch"]] in row["instructions"], row
         assert (row["arch"] >= 90) == ("cp.async.bulk.tensor" in row["instructions"]), row

@@ -1,0 +1,132 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Log-probs and entropies of targets by one GEMM that stores no logit: 2NHV FLOPs, 12 bytes a target and tile.
+
+With z = softcap * tanh((x W^T + bias) / softcap) / temperature, a tile of columns keeps, of each row and over its
+columns v other than the target's,
+
+    m = max z_v,   s = sum exp(z_v - m),   t = sum exp(z_v - m) (z_v - m)
+
+and a row's tiles, one after another, come to one maximum M, the target's own z among them:
+
+    S = sum_j exp(m_j - M) s_j,   T = sum_j exp(m_j - M) (t_j + (m_j - M) s_j)
+
+logp and H from z[target] - M, S and T: `logp_entropy_rest`. z[target] is the GEMM's, as all other logits are; one tile
+has it. A target id outside the vocabulary gives logp = nan.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fused_linear_cipo_loss_triton import LOWEST, logp_entropy_rest, soft_capped
+from .gemm_tiles import gemm_tile, halves, launch, quarters, tile_origin
+
+CHUNK_TARGETS = 2**13  # their partial sums: 58 MB at V = 151,936
+
+
+@triton.jit
+def _fold(
+    r, row, column, m, s, t, z_target, bias, target_id, inv_temperature, n, vocab, softcap,
+):  # fmt: skip
+    """(m, s, t) [M] with the columns of r [M, N], raw logits from (row, column) on; z[target] is stored by its tile."""
+    i, v = row + tl.arange(0, r.shape[0]), column + tl.arange(0, r.shape[1])
+    z = r
+    if bias is not None:
+        z += tl.load(bias + v, mask=v < vocab, other=0.0)[None, :]
+    if softcap is not None:
+        z, _ = soft_capped(z, softcap)
+    if inv_temperature is not None:
+        z *= tl.load(inv_temperature + i, mask=i < n, other=1.0)[:, None]
+    target = tl.load(target_id + i, mask=i < n, other=-1)
+    here = (target >= column) & (target < tl.minimum(column + r.shape[1], vocab))
+    at = tl.where(here, target - column, -1).to(tl.int32)
+    is_target = tl.arange(0, r.shape[1])[None, :] == at[:, None]
+    tl.store(z_target + i, tl.sum(tl.where(is_target, z, 0.0), 1), mask=here)
+    z = tl.where((v < vocab)[None, :] & (is_target == 0), z, LOWEST)
+    new_m = tl.maximum(m, tl.max(z, 1))  # above LOWEST, as m is: what is left out has exp(LOWEST - m) = 0
+    z -= new_m[:, None]
+    e = tl.exp(z)
+    scale = tl.exp(m - new_m)
+    t = scale * (t + (m - new_m) * s) + tl.sum(e * z, 1)
+    return new_m, scale * s + tl.sum(e, 1), t
+
+
+@triton.jit(do_not_specialize=["n"])
+def logp_gemm_kernel(
+    x, weight, bias, target_id, inv_temperature, z_target, sums, n, vocab, H, parts, softcap,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """x [n, H], weight [V, H] (contiguous, or descriptors); z_target [n]; sums [3, n, parts]: m, s, t of each tile."""
+    tiles = tl.cdiv(n, BLOCK_M) * tl.cdiv(vocab, BLOCK_N)
+    dtype: tl.constexpr = z_target.dtype.element_ty
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row, column = tile_origin(tile, n, vocab, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = gemm_tile(x, weight, row, column, n, vocab, H, dtype, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        a, b, c, d = quarters(acc)
+        m = tl.full((BLOCK_M,), 0.1 * LOWEST, dtype)
+        s = tl.zeros((BLOCK_M,), dtype)
+        t = tl.zeros((BLOCK_M,), dtype)
+        for q in tl.static_range(4):
+            left, right = halves((a, b, c, d)[q])
+            for h in tl.static_range(2):
+                m, s, t = _fold(
+                    (left, right)[h], row, column + (2 * q + h) * (BLOCK_N // 8), m, s, t, z_target, bias, target_id,
+                    inv_temperature, n, vocab, softcap,
+                )  # fmt: skip
+        i = row + tl.arange(0, BLOCK_M)
+        at = sums + i.to(tl.int64) * parts + column // BLOCK_N
+        plane = n.to(tl.int64) * parts
+        tl.store(at, m, mask=i < n)
+        tl.store(at + plane, s, mask=i < n)
+        tl.store(at + 2 * plane, t, mask=i < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def logp_of_parts_kernel(sums, z_target, logp_out, entropy_out, n, parts, BLOCK: tl.constexpr):
+    """Program i brings the parts of target i together."""
+    i = tl.program_id(0).to(tl.int64)
+    plane = n.to(tl.int64) * parts
+    z = tl.load(z_target + i)
+    m = tl.where(z == z, z, LOWEST)  # a nan stays in z, not in what it is compared with
+    for start in range(0, parts, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        m = tl.maximum(m, tl.max(tl.load(sums + i * parts + j, mask=j < parts, other=LOWEST), 0))
+    s = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    t = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    for start in range(0, parts, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        at, mask = sums + i * parts + j, j < parts
+        d = tl.load(at, mask=mask, other=LOWEST) - m
+        s_j, t_j = tl.load(at + plane, mask=mask, other=0.0), tl.load(at + 2 * plane, mask=mask, other=0.0)
+        s += tl.exp(d) * s_j
+        t += tl.exp(d) * (t_j + d * s_j)
+    logp, entropy, _ = logp_entropy_rest(z - m, tl.sum(s, 0), tl.sum(t, 0))
+    tl.store(logp_out + i, logp)
+    tl.store(entropy_out + i, entropy)
+
+
+def log_probs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_id: Tensor,
+    inv_temperature: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) [n] of x [n, H], weight [V, H], of one dtype and contiguous; bias [V], target_id and
+    inv_temperature [n], contiguous. Outputs are fp32, fp64 for fp64 operands."""
+    n, (vocab, width) = len(x), weight.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    plan = launch(x, weight)
+    z_target = torch.full((n,), float("nan"), dtype=dtype, device=x.device)
+    sums = torch.empty(3, n, plan.column_tiles, dtype=dtype, device=x.device)
+    logp_gemm_kernel[(plan.programs,)](
+        **plan.operands, bias=bias, target_id=target_id, inv_temperature=inv_temperature, z_target=z_target, sums=sums,
+        n=n, vocab=vocab, H=width, parts=plan.column_tiles, softcap=softcap, **plan.options,
+    )  # fmt: skip
+    logp, entropy = torch.empty(2, n, dtype=dtype, device=x.device).unbind()
+    logp_of_parts_kernel[(n,)](
+        sums=sums, z_target=z_target, logp_out=logp, entropy_out=entropy, n=n, parts=plan.column_tiles, BLOCK=1024
+    )
+    return logp, entropy
