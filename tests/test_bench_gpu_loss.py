@@ -11,7 +11,8 @@ import torch
 
 SCRIPT = Path(__file__).parents[1] / "bench/gpu/fused_loss.py"
 OURS = ["logits", "exp"]
-PEERS = {"eager", "liger_grpo", "liger_cross_entropy", "torch_linear_cross_entropy", "eager_compiled"}
+LIGER = {"liger_grpo", "liger_scaled_cross_entropy", "liger_cross_entropy"}
+PEERS = {"eager", "torch_linear_cross_entropy", "eager_compiled"}
 
 
 def smoke(folder: Path, **environment: str) -> tuple[int, list[dict]]:
@@ -24,18 +25,47 @@ def smoke(folder: Path, **environment: str) -> tuple[int, list[dict]]:
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def load(monkeypatch):
+    """The script as a module, at its small shapes."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--smoke"])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("CIPO_KERNELS", "triton")
+    spec = importlib.util.spec_from_file_location("bench_fused_loss", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_smoke_runs_every_method(tmp_path: Path) -> None:
     status, (machine, *lines) = smoke(tmp_path)
     assert machine["torch"] == torch.__version__
     assert not [line for line in lines if "error" in line]
     assert status == 0
-    checks, times = lines[:2], lines[2:]
-    assert [(line["what"], line["method"], line["ok"]) for line in checks] == [("check", impl, True) for impl in OURS]
-    expected = {*OURS, *PEERS}
-    if importlib.util.find_spec("liger_kernel") is None:
-        expected -= {"liger_grpo", "liger_cross_entropy"}
-    assert {line["method"] for line in times} == expected
-    assert all(line["what"] == "time" and line["ms"] > 0 and line["floor_ms"] > 0 for line in times)
+    times = [line for line in lines if line["what"] == "time"]
+    checks = [line for line in lines if line not in times]
+    assert all(line["ok"] for line in checks)
+    assert [line["method"] for line in checks if line["what"] == "check_large"] == OURS
+    expected = {*OURS, *PEERS, *(LIGER if importlib.util.find_spec("liger_kernel") else ())}
+    expected |= {"quack_cross_entropy"} if importlib.util.find_spec("quack") else set()
+    assert {line["method"] for line in checks} == {line["method"] for line in times} == expected | {"log_probs"}
+    assert all(line["ms"] > 0 and line["floor_ms"] > 0 for line in times)
+
+
+def test_the_bars_see_one_lost_tile_and_a_scaled_column(monkeypatch) -> None:
+    """A kernel that loses the last 16 of 300 columns of d(logits), or one part in 50 of a target's, is wrong."""
+    bench = load(monkeypatch)
+    case = bench.make_case(*bench.CHECKED)
+    rows, ids = torch.arange(bench.CHECKED[0]), torch.arange(bench.VOCAB)
+    right = bench.exact(case, bench.clipped_loss, rows, ids, rounded=False)
+    best = list(bench.exact(case, bench.clipped_loss, rows, ids, rounded=True)[1:])
+    bar = bench.errors(best, right)
+    assert bench.within(bar, bar)
+    lost = best[1].clone()
+    lost[-16:] = 0
+    assert not bench.within(bench.errors([best[0], lost], right), bar)
+    scaled = best[0].clone()
+    scaled[0] *= 0.98
+    assert not bench.within(bench.errors([scaled, best[1]], right), bar)
 
 
 def test_a_case_that_fails_says_so_and_the_next_one_runs(tmp_path: Path) -> None:
@@ -44,7 +74,8 @@ def test_a_case_that_fails_says_so_and_the_next_one_runs(tmp_path: Path) -> None
     (peer / "__init__.py").touch()  # a Liger whose interface has moved
     status, lines = smoke(tmp_path, PYTHONPATH=str(peer.parent))
     errors = {line["method"]: line["error"] for line in lines if "error" in line}
-    assert errors.keys() == {"liger_grpo", "liger_cross_entropy"}
+    assert errors.keys() == LIGER
+    assert not LIGER & {line["method"] for line in lines if line["what"] == "time"}
     assert all(error.startswith("ModuleNotFoundError: ") for error in errors.values())
     assert lines[-1]["method"] == "eager_compiled"
     assert "ms" in lines[-1]
