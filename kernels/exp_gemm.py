@@ -39,7 +39,7 @@ from .fused_linear_cipo_loss_triton import (
     logp_entropy_rest,
     target_loss_of_token,
 )
-from .gemm_tiles import gemm_tile, launch, quarters, tile_origin
+from .gemm_tiles import LN2, LOG2E, gemm_tile, launch, quarters, tile_origin, tile_rows
 
 BLOCK_H = 1024  # of the target's dot product
 REPAIR_V, REPAIR_H = 64, 64
@@ -69,29 +69,29 @@ def anchor_kernel(
 
 @triton.jit
 def _store_exp(
-    acc, row, column, part, parts, e_out, e_stride, first, bias, target_id, inv_temperature, anchor, d_out, sums,
-    n, vocab,
+    acc, row, column, part, parts, e_out, e_stride, bias, target, scale, anchor, d_out, sums, n, vocab,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Epilogue of acc [M, N], raw logits from (row, column): E, d where the target's column is here, and column `part`
-    of the partial S' and T' [n, parts]."""
+    of the partial S' and T' [n, parts]. scale and anchor [M] give log2(e) (z - k). PLAIN: the columns are all in the
+    vocabulary, and none is a target's."""
     i, v = row + tl.arange(0, acc.shape[0]), column + tl.arange(0, acc.shape[1])
+    inside = (i < n)[:, None]
     z = acc
     if bias is not None:
         z += tl.load(bias + v, mask=v < vocab, other=0.0)[None, :]
-    if inv_temperature is not None:
-        z *= tl.load(inv_temperature + first + i, mask=i < n, other=1.0)[:, None]
-    z -= tl.load(anchor + i, mask=i < n, other=0.0)[:, None]
-    target = tl.load(target_id + first + i, mask=i < n, other=-1)
-    here = (target >= column) & (target < tl.minimum(column + acc.shape[1], vocab))
-    at = tl.where(here, target - column, -1).to(tl.int32)
-    is_target = tl.arange(0, acc.shape[1])[None, :] == at[:, None]
-    tl.store(d_out + i, tl.sum(tl.where(is_target, z, 0.0), 1), mask=here)
-    e = tl.where((v < vocab)[None, :] & (is_target == 0), tl.exp(z), 0.0)
-    inside = (i < n)[:, None] & (v < vocab)[None, :]
+    z = z * scale[:, None] - anchor[:, None]  # an FMA, rounded once; an anchor's own rounding cancels in E / S
+    e = tl.exp2(z)
+    if not PLAIN:
+        is_target = tl.arange(0, acc.shape[1])[None, :] == (target - column).to(tl.int32)[:, None]
+        here = (target >= column) & (target < tl.minimum(column + acc.shape[1], vocab))
+        tl.store(d_out + i, tl.sum(tl.where(is_target, z, 0.0), 1) * LN2, mask=here)
+        e = tl.where((v < vocab)[None, :] & (is_target == 0), e, 0.0)
+        inside &= (v < vocab)[None, :]
     i = i.to(tl.int64)
     tl.store(e_out + i[:, None] * e_stride + v[None, :], e.to(e_out.dtype.element_ty), mask=inside)
     tl.store(sums + i * parts + part, tl.sum(e, 1), mask=i < n)
-    tl.store(sums + (n + i) * parts + part, tl.sum(e * z, 1), mask=i < n)
+    tl.store(sums + (n + i) * parts + part, tl.sum(e * z, 1) * LN2, mask=i < n)
 
 
 @triton.jit(do_not_specialize=["first", "n"])
@@ -107,12 +107,21 @@ def exp_gemm_kernel(
         row, column = tile_origin(tile, n, vocab, BLOCK_M, BLOCK_N, GROUP_M)
         dtype: tl.constexpr = anchor.dtype.element_ty
         acc = gemm_tile(x, weight, row, column, n, vocab, H, dtype, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        target, scale, plain = tile_rows(
+            target_id, inv_temperature, first, row, column, n, vocab, BLOCK_M, BLOCK_N, dtype
+        )
+        i = row + tl.arange(0, BLOCK_M)
+        k = tl.load(anchor + i, mask=i < n, other=0.0) * LOG2E
         a, b, c, d = quarters(acc)
         for q in tl.static_range(4):
-            _store_exp(
+            args = (
                 (a, b, c, d)[q], row, column + q * QUARTER, column // QUARTER + q, 4 * column_tiles, e_out, e_stride,
-                first, bias, target_id, inv_temperature, anchor, d_out, sums, n, vocab,
+                bias, target, scale, k, d_out, sums, n, vocab,
             )  # fmt: skip
+            if plain:
+                _store_exp(*args, True)
+            else:
+                _store_exp(*args, False)
 
 
 @triton.jit
