@@ -237,9 +237,9 @@ class ExpHead(TritonHead):
         return d, sums
 
 
-def exp_loss(head: ExpHead, group: list[tuple[int, int]], terms: dict[str, Any], out: Any) -> None:
+def exp_loss(head: ExpHead, group: Any, terms: dict[str, Any], out: Any) -> None:
     """As fused_linear_cipo_loss.py's `_group_loss`, for one chunk, the ratio of tokens, and gradients."""
-    [(start, end)] = group
+    [(start, end)] = group.chunks
     x = head.gather(start, end)
     d, sums = head.exp_logits(start, x, terms["old_logp"])
     u = torch.empty_like(d)

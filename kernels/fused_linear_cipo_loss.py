@@ -40,7 +40,7 @@ from .fused_linear_logprob import (
     refuse_create_graph,
 )
 
-PER_TARGET = ("old_logp", "advantage", "rl_weight", "ce_weight", "ref_logp", "sampler_logp", "row_id")
+PER_TARGET = ("old_logp", "advantage", "rl_weight", "ce_weight", "ref_logp", "sampler_logp")
 
 
 class LossOutput(NamedTuple):
@@ -80,21 +80,21 @@ def target_loss(
     entropy_coef: float,
     is_cap: float | None,
     ratio: Literal["token", "sequence"],
-    row_id: Tensor | None,
+    row_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, q, clipped), each [n], in differentiable torch: the formula of this file's docstring.
 
     For ratio="sequence" (GSPO, arXiv 2507.18071), logp - old_logp is first averaged over the targets of a row
-    that have rl_weight != 0. A weight of 0 cuts its terms off at their inputs: an inf or nan there reaches neither
-    loss nor gradient.
+    that have rl_weight != 0; row_lengths [rows] int64: a row's targets follow those of the row before. A weight of 0
+    cuts its terms off at their inputs: an inf or nan there reaches neither loss nor gradient.
     """
     rl = rl_weight != 0
     p = torch.where(rl, logp, 0.0)
     old = torch.where(rl, (logp if old_logp is None else old_logp).detach(), 0.0)
     log_q = p - old
     if ratio == "sequence":
-        assert row_id is not None
-        log_q = _row_mean(log_q, rl, row_id)
+        assert row_lengths is not None
+        log_q = _row_mean(log_q, rl, row_lengths)
     q, a = log_q.exp(), torch.where(rl, advantage, 0.0)
     held = q.clamp(1 - eps_low, 1 + eps_high)
     if clip == "cispo":
@@ -120,13 +120,16 @@ def _importance(old_logp: Tensor, sampler_logp: Tensor, is_cap: float) -> Tensor
     return (old_logp - sampler_logp).exp().clamp(max=is_cap)
 
 
-def _row_mean(value: Tensor, mask: Tensor, row_id: Tensor) -> Tensor:
-    """Mean of value [n] over the masked targets of its row, as [n]; equal neighbours in row_id make a row."""
-    starts = row_id.diff(prepend=row_id[:1]) != 0
-    row = starts.cumsum(0)  # [n] counts rows from 0, without a sync
-    total = torch.zeros_like(value).index_add(0, row, torch.where(mask, value, 0.0))
-    count = torch.zeros_like(value).index_add(0, row, mask.to(value.dtype))
-    return torch.where(mask, (total / count.clamp(min=1))[row], 0.0)
+def _row_mean(value: Tensor, mask: Tensor, row_lengths: Tensor) -> Tensor:
+    """Mean of value [n] over the masked targets of its row, as [n]. A row is added up in one order: no atomics."""
+    if value.numel() == 0:
+        return value
+    total, count = (
+        torch.segment_reduce(x, "sum", lengths=row_lengths, unsafe=True)  # unsafe: it does not look at the lengths
+        for x in (torch.where(mask, value, 0.0), mask.to(value.dtype))
+    )
+    mean = torch.repeat_interleave(total / count.clamp(min=1), row_lengths, output_size=len(value))
+    return torch.where(mask, mean, 0.0)
 
 
 def target_loss_gradient(
@@ -147,7 +150,7 @@ def target_loss_gradient(
         old = torch.where(rl, logp if terms["old_logp"] is None else terms["old_logp"], 0.0)
         g = g * _importance(old, torch.where(rl, terms["sampler_logp"], 0.0), terms["is_cap"])
     if terms["ratio"] == "sequence":
-        g = _row_mean(g, rl, terms["row_id"])
+        g = _row_mean(g, rl, terms["row_lengths"])
     if terms["beta"] != 0:
         g = g - terms["beta"] * terms["rl_weight"] * torch.expm1(torch.where(rl, terms["ref_logp"], 0.0) - p)
     g_entropy = -terms["entropy_coef"] * terms["rl_weight"] if terms["entropy_coef"] != 0 else None
@@ -164,19 +167,28 @@ class TargetOutputs(NamedTuple):
     clipped: Tensor  # bool
 
 
-def _group_loss(head: ChunkedHead, group: list[tuple[int, int]], terms: dict[str, Any], out: TargetOutputs) -> None:
+class Group(NamedTuple):
+    """Chunks of targets whose losses are taken together."""
+
+    chunks: list[tuple[int, int]]
+    rows: slice  # of row_lengths, for the ratio of sequences
+
+
+def _group_loss(head: ChunkedHead, group: Group, terms: dict[str, Any], out: TargetOutputs) -> None:
     """Losses of one group of chunks, and their gradients."""
-    for start, end in group:
+    for start, end in group.chunks:
         chunk = head.forward(start, end)
         out.logp[start:end], out.entropy[start:end] = chunk.logp, chunk.entropy
-    first, last = group[0][0], group[-1][1]
-    local: dict[str, Any] = {k: v[first:last] if isinstance(v, Tensor) else v for k, v in terms.items()}
+    first, last = group.chunks[0][0], group.chunks[-1][1]
+    local = {k: v[first:last] if k in PER_TARGET and v is not None else v for k, v in terms.items()}
+    if local["row_lengths"] is not None:
+        local["row_lengths"] = local["row_lengths"][group.rows]
     logp = out.logp[first:last]
     loss, q, clipped = target_loss(logp, out.entropy[first:last], **local)
     out.loss[first:last], out.ratio[first:last], out.clipped[first:last] = loss, q, clipped
     g_logp, g_entropy = target_loss_gradient(logp, q, clipped, local)
-    for start, end in group:
-        if len(group) > 1:  # a row longer than a chunk: its logits again, now that its ratio is known
+    for start, end in group.chunks:
+        if len(group.chunks) > 1:  # a row longer than a chunk: its logits again, now that its ratio is known
             chunk = head.forward(start, end)
         part = slice(start - first, end - first)
         head.backward(chunk, g_logp[part], None if g_entropy is None else g_entropy[part])
@@ -223,7 +235,7 @@ def _linear_cipo_loss(
     entropy_coef: float,
     is_cap: float | None,
     ratio: str,
-    row_id: Tensor | None,
+    row_lengths: Sequence[int] | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], logp, entropy, ratio, clipped [N], two_pass_rows [], d_hidden, d_weight, d_bias).
@@ -245,13 +257,16 @@ def _linear_cipo_loss(
         "entropy_coef": entropy_coef,
         "is_cap": is_cap,
         "ratio": ratio,
-        "row_id": row_id,
+        "row_lengths": None if row_lengths is None else _to_device(row_lengths, hidden.device),
     }
     if not any(needs_grad):
         logp, entropy = head_log_probs(hidden, weight, bias, pred_index, target_id, temperature, softcap, chunk_targets)
         loss, q, clipped = target_loss(logp, entropy, **terms)
         nothing = [torch.empty(0, dtype=logp.dtype, device=logp.device) for _ in range(3)]
         return loss.sum(), logp, entropy, q, clipped, pred_index.new_zeros(()), *nothing  # type: ignore[return-value]
+    if ratio == "sequence" and _ratio_is_one(terms):
+        terms |= {"advantage": _advantage_of_row(advantage, rl_weight, terms["row_lengths"]), "ratio": "token"}
+    ratio = terms["ratio"]
     exp = impl == "exp" and ratio == "token" and softcap is None and entropy_coef == 0
     Head, group_loss = _head_and_loss(hidden, weight, ratio, exp)
     size = chunk_targets or Head.auto_chunk_targets(weight)
@@ -259,14 +274,14 @@ def _linear_cipo_loss(
     clipped = torch.empty_like(head.target_id, dtype=torch.bool)
     out = TargetOutputs(head.new_vector(), head.new_vector(), head.new_vector(), head.new_vector(), clipped)
     if ratio == "sequence":
-        assert row_id is not None
-        groups = _row_groups(_row_lengths(row_id), size)
+        assert row_lengths is not None
+        groups = _row_groups(row_lengths, size)
     else:
-        groups = [[chunk] for chunk in chunk_ranges(pred_index.numel(), size)]
+        groups = [Group([chunk], slice(0)) for chunk in chunk_ranges(pred_index.numel(), size)]
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
         for group in groups:
             group_loss(head, group, terms, out)
-    two_pass_rows = sum(len(group) > 1 for group in groups)
+    two_pass_rows = sum(len(group.chunks) > 1 for group in groups)
     stat = torch.full((), two_pass_rows, dtype=torch.int64, device=hidden.device)  # a fill kernel: no sync
     d_hidden, d_weight, d_bias = head.gradients()
     return out.loss.sum(), out.logp, out.entropy, out.ratio, out.clipped, stat, d_hidden, d_weight, d_bias
@@ -306,27 +321,41 @@ def _backward(ctx: Any, g_loss: Tensor | None, *_: None) -> tuple[Tensor | None,
 _linear_cipo_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _row_lengths(row_id: Tensor) -> list[int]:
-    """Targets of each row, in order. Reading row_id is the one host sync of a sequence-level loss."""
-    ids, lengths = torch.unique_consecutive(row_id.cpu(), return_counts=True)
-    if ids.unique().numel() != ids.numel():
-        raise ValueError("row_id: the targets of a row must be contiguous")
-    return lengths.tolist()
+def _to_device(row_lengths: Sequence[int], device: torch.device) -> Tensor:
+    """[rows] int64. From pinned memory, because a copy from any other waits for the device."""
+    lengths = torch.tensor(row_lengths, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return lengths.to(device, non_blocking=True)
 
 
-def _row_groups(row_lengths: list[int], chunk_targets: int) -> list[list[tuple[int, int]]]:
+def _ratio_is_one(terms: dict[str, Any]) -> bool:
+    """On-policy, and no importance weight, which is a function of logp: q and what it weighs are known beforehand."""
+    return terms["old_logp"] is None and (terms["sampler_logp"] is None or terms["is_cap"] is None)
+
+
+def _advantage_of_row(advantage: Tensor, rl_weight: Tensor, row_lengths: Tensor) -> Tensor:
+    """[N]: with it the token's ratio gives the loss and the gradient of a sequence's ratio that is 1.
+
+    Of a row of m targets that count the loss is -sum_n w_n A_n q, and q = exp(mean of logp - old_logp): d/d logp_n is
+    -mean(w A) for each of them. A token's is -w_n A'_n, so A'_n = mean(w A) / w_n; and sum_n w_n A'_n = sum_n w_n A_n.
+    """
+    rl = rl_weight != 0
+    return torch.where(rl, _row_mean(rl_weight * advantage, rl, row_lengths) / rl_weight, 0.0)
+
+
+def _row_groups(row_lengths: Sequence[int], chunk_targets: int) -> list[Group]:
     """Groups of chunks that hold whole rows: one chunk of as many rows as fit, or the chunks of one longer row."""
-    groups: list[list[tuple[int, int]]] = []
-    start = end = 0  # of the chunk being filled
-    for length in row_lengths:
+    groups: list[Group] = []
+    start = end = first = 0  # the chunk being filled: targets start:end, of rows from `first` on
+    for row, length in enumerate(row_lengths):
         if end > start and end + length - start > chunk_targets:
-            groups.append([(start, end)])
-            start = end
+            groups.append(Group([(start, end)], slice(first, row)))
+            start, first = end, row
         end += length
         if end - start > chunk_targets:
-            groups.append([(start + a, start + b) for a, b in chunk_ranges(length, chunk_targets)])
-            start = end  # nothing is being filled
-    return [*groups, [(start, end)]] if end > start else groups
+            chunks = [(start + a, start + b) for a, b in chunk_ranges(length, chunk_targets)]
+            groups.append(Group(chunks, slice(first, row + 1)))
+            start, first = end, row + 1  # nothing is being filled
+    return [*groups, Group([(start, end)], slice(first, len(row_lengths)))] if end > start else groups
 
 
 def fused_linear_cipo_loss_reference(
@@ -369,7 +398,7 @@ def fused_linear_cipo_loss(
     entropy_coef: float = 0.0,
     is_cap: float | None = None,
     ratio: Literal["token", "sequence"] = "token",
-    row_id: Tensor | None = None,
+    row_lengths: Sequence[int] | None = None,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -382,10 +411,10 @@ def fused_linear_cipo_loss(
     old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp: [N], constants; log-probs in nats at the
     sampling temperature. old_logp=None: on-policy, logp itself, so q = 1 and the gradient still flows.
     is_cap needs sampler_logp to act; is = 1 without either. ratio="sequence" (GSPO): q is that of the row; needs
-    row_id [N], integers, the targets of a row contiguous. clip="cispo" goes with neither it nor dual_clip, which is
-    above 1. chunk_targets changes memory and rounding, not results.
-    impl, on Triton: "logits", or "exp" (exp_gemm.py) where that applies: bf16 on a GPU, with grad, ratio="token", no
-    softcap and no entropy_coef; elsewhere "logits" runs.
+    row_lengths, integers of the host: how many targets each row has, one row after another. clip="cispo" goes with
+    neither it nor dual_clip, which is above 1. chunk_targets changes memory and rounding, not results.
+    impl, on Triton: "logits", or "exp" (exp_gemm.py) where that applies: bf16 on a GPU, with grad, ratio="token"
+    (or rows whose ratio is 1: no old_logp, no importance weight), no softcap and no entropy_coef; elsewhere "logits".
 
     Differentiable once, in hidden, weight and bias. Without grad no gradient GEMM runs (2NHV FLOPs).
     Raises ValueError for shapes, dtypes and options that do not fit.
@@ -412,14 +441,14 @@ def fused_linear_cipo_loss(
         "entropy_coef": entropy_coef,
         "is_cap": is_cap,
         "ratio": ratio,
-        "row_id": row_id,
+        "row_lengths": row_lengths if ratio == "sequence" else None,
     }
     _check_terms(pred_index.numel(), terms)
     dtype = compute_dtype(hidden, weight)
-    terms |= {k: terms[k].to(dtype).contiguous() for k in PER_TARGET if k != "row_id" and terms[k] is not None}
+    terms |= {k: terms[k].to(dtype).contiguous() for k in PER_TARGET if terms[k] is not None}
     if implementation(hidden) == "reference":
-        if ratio == "sequence" and row_id is not None:
-            _row_lengths(row_id)  # for what it refuses
+        if terms["row_lengths"] is not None:
+            terms["row_lengths"] = _to_device(terms["row_lengths"], hidden.device)
         return fused_linear_cipo_loss_reference(
             hidden, weight, pred_index, target_id, temperature=temperature, bias=bias, softcap=softcap, **terms
         )
@@ -470,9 +499,11 @@ def _check_terms(n: int, terms: dict[str, Any]) -> None:
         raise ValueError(f"dual_clip={terms['dual_clip']}: must be above 1, for at q = 1 nothing is clipped")
     if terms["clip"] == "cispo" and (terms["ratio"] == "sequence" or terms["dual_clip"] is not None):
         raise ValueError('clip="cispo" is defined for ratio="token" and without dual_clip: it bounds every weight')
-    if terms["ratio"] == "sequence" and terms["row_id"] is None:
-        raise ValueError('ratio="sequence" needs row_id [N]: which targets form a sequence')
-    if terms["row_id"] is not None and terms["row_id"].is_floating_point():
-        raise ValueError(f"row_id is {terms['row_id'].dtype}: expected integers")
+    if terms["ratio"] == "sequence":
+        lengths = terms["row_lengths"]
+        if lengths is None:
+            raise ValueError('ratio="sequence" needs row_lengths: how many targets each sequence has')
+        if any(length < 0 for length in lengths) or sum(lengths) != n:
+            raise ValueError(f"row_lengths={list(lengths)}: expected lengths of rows that add up to N = {n}")
     if terms["beta"] != 0 and terms["ref_logp"] is None:
         raise ValueError(f"beta={terms['beta']} needs ref_logp [N], the reference model's log-probs")

@@ -319,9 +319,9 @@ class TritonHead(ChunkedHead):
         self.accumulate(self.pred_index[chunk.start : chunk.start + n], chunk.x, self.d_logits[:n])
 
 
-def token_loss(head: TritonHead, group: list[tuple[int, int]], terms: dict[str, Any], out: Any) -> None:
+def token_loss(head: TritonHead, group: Any, terms: dict[str, Any], out: Any) -> None:
     """As fused_linear_cipo_loss.py's `_group_loss`, for a group of one chunk and the ratio of tokens."""
-    [(start, end)] = group
+    [(start, end)] = group.chunks
     x = head.compute_logits(start, end)
     token_loss_kernel[(end - start,)](
         head.logits, head.d_logits, head.logits.stride(0), head.d_logits.stride(0), start,

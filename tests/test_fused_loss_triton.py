@@ -116,6 +116,7 @@ def test_derivative_of_the_target_loss(name, ratio):
     terms = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None, "ratio": ratio}
     terms |= {"clip": "ppo", "dual_clip": None}
     terms |= make_terms(*inputs) | TERMS[name]
+    terms["row_lengths"] = torch.tensor(terms["row_lengths"])
     logp = fused_linear_logprob_reference(*inputs[0][:2], *inputs[1:], bias=inputs[0][2])[0].detach().requires_grad_()
     entropy = torch.rand_like(logp).requires_grad_()
     loss, q, clipped = target_loss(logp, entropy, **terms)
@@ -176,6 +177,13 @@ HOW = {
     "token": {"entropy_coef": 0.1875},
     "sequence": {"entropy_coef": 0.1875, "ratio": "sequence"},
     "exp": {"impl": "exp"},
+    "exp of on-policy rows": {
+        "impl": "exp",
+        "ratio": "sequence",
+        "row_lengths": [9, 4],
+        "old_logp": None,
+        "is_cap": None,
+    },
 }
 
 
@@ -202,9 +210,10 @@ def test_zero_weight_targets_give_exactly_nothing(how, exp_chunks):
     kwargs |= {k: kwargs[k].masked_fill(off, 0) for k in ("rl_weight", "ce_weight")}
     clean = loss_and_grads(inputs, kwargs)
     # `exp` anchors on old_logp, so that a sane one in place of nan changes its rounding
-    tolerance = {"rtol": RTOL, "atol": ATOL} if how == "exp" else {"rtol": 0, "atol": 0}
+    tolerance = {"rtol": RTOL, "atol": ATOL} if "exp" in how else {"rtol": 0, "atol": 0}
     for poison in (math.inf, math.nan):
-        dirty = {k: kwargs[k].masked_fill(off, poison) for k in ("old_logp", "ref_logp", "sampler_logp", "advantage")}
+        given = [k for k in ("old_logp", "ref_logp", "sampler_logp", "advantage") if kwargs[k] is not None]
+        dirty = {k: kwargs[k].masked_fill(off, poison) for k in given}
         actual = loss_and_grads(inputs, kwargs | dirty)
         for a, e in zip((*actual[0], *actual[1]), (*clean[0], *clean[1]), strict=True):
             torch.testing.assert_close(a, e, **tolerance)
@@ -325,8 +334,8 @@ def test_bf16_inputs(impl, exp_chunks, monkeypatch):
         z = h[index[0]] @ w.T
         logp_v = torch.log_softmax(z, -1)
         logp, entropy = logp_v.gather(1, index[1][:, None])[:, 0], -(logp_v.exp() * logp_v).sum(1)
-        defaults = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "is_cap": None, "ratio": "token", "row_id": None}
-        defaults |= {"clip": "ppo", "dual_clip": None}
+        defaults = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "is_cap": None, "ratio": "token"}
+        defaults |= {"row_lengths": None, "clip": "ppo", "dual_clip": None}
         loss, _, _ = target_loss(logp, entropy, **(defaults | kwargs), ref_logp=None, sampler_logp=None)
         (loss.sum() * 1.7).backward()
         return logp.detach(), [h.grad.double(), w.grad.double()]
@@ -568,7 +577,7 @@ def test_each_mode_runs_only_the_gemms_it_needs(mode, monkeypatch):
 
 def test_a_row_longer_than_a_chunk_takes_two_passes(monkeypatch):
     inputs = make_inputs(n=N)
-    kwargs = make_terms(*inputs) | {"ratio": "sequence", "row_id": torch.tensor([0] * 3 + [1] * 8 + [2] * 2)}
+    kwargs = make_terms(*inputs) | {"ratio": "sequence", "row_lengths": [3, 8, 2]}
     calls = count_gemms(monkeypatch)
     out, _ = assert_matches_reference(inputs, kwargs, monkeypatch)  # chunks of at most 5: [3], [4 + 4] twice, [2]
     assert out.two_pass_rows == 1
@@ -694,14 +703,19 @@ def test_chunks_are_of_about_one_size(n, most):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_no_host_synchronisation():
-    parameters, *index = make_inputs(n=N)
-    kwargs = make_terms(parameters, *index) | {"beta": 0.125, "entropy_coef": 0.125, "is_cap": 2.0}
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_no_host_synchronisation_and_the_same_bits_again(ratio):
+    """Each target has a hidden row of its own here: those that share one are added up by atomics."""
+    parameters, *index = make_inputs(n=N, tokens=N)
+    index[0] = torch.arange(N)
+    kwargs = make_terms(parameters, *index) | {"beta": 0.125, "entropy_coef": 0.125, "is_cap": 2.0, "ratio": ratio}
     inputs = ([to_device(p) for p in parameters], *(to_device(i) for i in index))
-    kwargs = {k: to_device(v) for k, v in kwargs.items()}
-    loss_and_grads(inputs, kwargs)  # compiles
+    kwargs = {k: to_device(v) for k, v in kwargs.items()} | {"chunk_targets": CHUNK}
+    out, grads = loss_and_grads(inputs, kwargs)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss_and_grads(inputs, kwargs)
+        again, grads_again = loss_and_grads(inputs, kwargs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip((*out, *grads), (*again, *grads_again), strict=True):
+        assert torch.equal(a, b)
