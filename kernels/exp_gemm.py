@@ -37,9 +37,11 @@ from .fused_linear_cipo_loss_triton import (
     gpu_chunk_targets,
     load_or,
     logp_entropy_rest,
+    pointers,
     target_loss_of_token,
 )
 from .gemm_tiles import gemm_tile, launch, quarters, tile_origin
+from .lm_head.terms import Options
 
 BLOCK_H = 1024  # of the target's dot product
 REPAIR_V, REPAIR_H = 64, 64
@@ -237,20 +239,17 @@ class ExpHead(TritonHead):
         return d, sums
 
 
-def exp_loss(head: ExpHead, group: Any, terms: dict[str, Any], out: Any) -> None:
+def exp_loss(head: ExpHead, group: Any, terms: Tensor, options: Options, _rows: None, out: Any) -> None:
     """As fused_linear_cipo_loss.py's `_group_loss`, for one chunk, the ratio of tokens, and gradients."""
     [(start, end)] = group.chunks
-    x = head.gather(start, end)
-    d, sums = head.exp_logits(start, x, terms["old_logp"])
+    x, given = head.gather(start, end), pointers(terms, options)
+    d, sums = head.exp_logits(start, x, given["old_logp"])
     u = torch.empty_like(d)
     exp_loss_kernel[(end - start,)](
-        head.e, head.e.stride(0), start, head.target_id, head.inv_temperature, d, sums,
-        end - start, sums.shape[2],
-        terms["old_logp"], terms["advantage"], terms["rl_weight"], terms["ce_weight"],
-        terms["ref_logp"] if terms["beta"] != 0 else None,
-        terms["sampler_logp"] if terms["is_cap"] is not None else None,
-        out.loss, out.logp, out.entropy, out.ratio, out.clipped, u,
-        terms["eps_low"], terms["eps_high"], terms["dual_clip"], terms["beta"], terms["is_cap"],
-        terms["clip"] == "cispo",
+        e=head.e, e_stride=head.e.stride(0), first=start, target_id=head.target_id,
+        inv_temperature=head.inv_temperature, d_in=d, sums=sums, n_rows=end - start, parts=sums.shape[2], **given,
+        loss_out=out.loss, logp_out=out.logp, entropy_out=out.entropy, ratio_out=out.ratio, clipped_out=out.clipped,
+        u_out=u, eps_low=options.eps_low, eps_high=options.eps_high, dual_clip=options.dual_clip, beta=options.beta,
+        is_cap=options.is_cap, CISPO=bool(options.cispo),
     )  # fmt: skip
     head.accumulate(head.pred_index[start:end], x, head.e[: end - start], scale=u)

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused_linear_logprob import ChunkedHead, gemm
+from .lm_head.terms import Options, Terms
 
 BLOCK_V = 4096  # columns a program reads at once
 NUM_WARPS = 8
@@ -319,19 +320,28 @@ class TritonHead(ChunkedHead):
         self.accumulate(self.pred_index[chunk.start : chunk.start + n], chunk.x, self.d_logits[:n])
 
 
-def token_loss(head: TritonHead, group: Any, terms: dict[str, Any], out: Any) -> None:
+def pointers(terms: Tensor, options: Options) -> dict[str, Tensor | None]:
+    """The terms as kernels take them: None for those that are not there."""
+    t = Terms(*terms)
+    return t._asdict() | {
+        "old_logp": None if options.on_policy else t.old_logp,
+        "ref_logp": None if options.beta == 0 else t.ref_logp,
+        "sampler_logp": None if options.is_cap is None else t.sampler_logp,
+    }
+
+
+def token_loss(head: TritonHead, group: Any, terms: Tensor, options: Options, _rows: None, out: Any) -> None:
     """As fused_linear_cipo_loss.py's `_group_loss`, for a group of one chunk and the ratio of tokens."""
     [(start, end)] = group.chunks
     x = head.compute_logits(start, end)
     token_loss_kernel[(end - start,)](
-        head.logits, head.d_logits, head.logits.stride(0), head.d_logits.stride(0), start,
-        head.bias, head.target_id, head.inv_temperature,
-        terms["old_logp"], terms["advantage"], terms["rl_weight"], terms["ce_weight"],
-        terms["ref_logp"] if terms["beta"] != 0 else None,
-        terms["sampler_logp"] if terms["is_cap"] is not None else None,
-        out.loss, out.logp, out.entropy, out.ratio, out.clipped, head.weight.shape[0], head.softcap,
-        terms["eps_low"], terms["eps_high"], terms["dual_clip"], terms["beta"], terms["entropy_coef"] or None,
-        terms["is_cap"], CISPO=terms["clip"] == "cispo", BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        logits=head.logits, d_logits=head.d_logits, row_stride=head.logits.stride(0),
+        d_row_stride=head.d_logits.stride(0), first=start, bias=head.bias, target_id=head.target_id,
+        inv_temperature=head.inv_temperature, **pointers(terms, options),
+        loss_out=out.loss, logp_out=out.logp, entropy_out=out.entropy, ratio_out=out.ratio, clipped_out=out.clipped,
+        vocab=head.weight.shape[0], softcap=head.softcap, eps_low=options.eps_low, eps_high=options.eps_high,
+        dual_clip=options.dual_clip, beta=options.beta, entropy_coef=options.entropy_coef or None,
+        is_cap=options.is_cap, CISPO=bool(options.cispo), BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
     )  # fmt: skip
     head.accumulate(head.pred_index[start:end], x, head.d_logits[: end - start])
 

@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cipo_kernels.fused_linear_cipo_loss import LossOutput, _linear_cipo_loss, fused_linear_cipo_loss, k3, target_loss
+from cipo_kernels.fused_linear_cipo_loss import LossOutput, _linear_cipo_loss, fused_linear_cipo_loss
 from cipo_kernels.fused_linear_logprob import ChunkedHead, fused_linear_logprob, fused_linear_logprob_reference
+from cipo_kernels.lm_head.terms import Options, Terms, k3, stack_terms, target_loss
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,6 +51,18 @@ def make_terms(parameters, pred_index, target_id, seed=1, **head):
         "eps_low": 0.25,
         "eps_high": 0.28125,
     }
+
+
+def terms_and_options(
+    n, *, eps_low=0.2, eps_high=0.28, clip="ppo", dual_clip=None, beta=0.0, entropy_coef=0.0, is_cap=None,
+    ratio="token", **given,
+):  # fmt: skip
+    """What fused_linear_cipo_loss makes of its arguments, in fp64."""
+    terms = stack_terms(n, torch.float64, torch.device("cpu"), **dict.fromkeys(Terms._fields) | given)
+    is_cap = None if given.get("sampler_logp") is None else is_cap
+    on_policy = given.get("old_logp") is None
+    sequence, cispo = ratio == "sequence", clip == "cispo"
+    return terms, Options(eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, on_policy, cispo, sequence)
 
 
 def run(impl, parameters, pred_index, target_id, monkeypatch, **kwargs) -> tuple[LossOutput, list]:
@@ -199,16 +212,18 @@ def test_the_host_reads_nothing_from_the_device_and_no_sum_of_a_row_is_atomic(ra
     """Fake tensors hold no values: whatever would read one, or a shape that depends on one, raises. The operator's own
     body runs on them, in the chunks that a GPU's launches follow; there is a row of several."""
     parameters, *index = make_inputs()
-    terms = make_terms(parameters, *index) | {"beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0, "row_lengths": [20, 21]}
-    terms |= {"clip": "ppo", "dual_clip": None, "ratio": ratio.split()[-1], "impl": "logits"}
-    terms |= {"old_logp": None, "is_cap": None} if ratio == "on-policy sequence" else {}
+    terms = make_terms(parameters, *index) | {"beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0}
+    terms |= {"ratio": ratio.split()[-1]} | ({"old_logp": None, "is_cap": None} if "on-policy" in ratio else {})
+    del terms["row_lengths"]
+    stacked, options = terms_and_options(41, **terms)
     mode = FakeTensorMode()
-    fake = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in terms.items()}
-    given = [mode.from_tensor(x.detach()) for x in (*parameters, *index)]
+    *given, fake = (mode.from_tensor(x.detach()) for x in (*parameters, *index, stacked))
     with mode, Ops() as ops:
         with pytest.raises(DataDependentOutputException):
             given[0].sum().item()
-        _linear_cipo_loss._init_fn(*given, None, None, CHUNK, [needs_grad] * 3, **fake)
+        rows = [20, 21] if options.sequence else None
+        body = _linear_cipo_loss._init_fn
+        body(*given, None, None, CHUNK, [needs_grad] * 3, fake, options.to_floats(), rows, "logits")
     atomic = [shape for name, shape in ops.seen if name.startswith(("index_add", "scatter_add", "index_put"))]
     assert {len(shape) for shape in atomic} <= {2}  # d(hidden) and d(logits); a target has one id, a token may repeat
     assert ("segment_reduce" in {name for name, _ in ops.seen}) == (ratio != "token")
@@ -301,10 +316,9 @@ def test_gradients_worked_by_hand(clip, dual_clip):
     q = torch.tensor([2, 0.5, 1, 2, 0.5, 4], dtype=torch.float64)
     logp = torch.full((6,), -5.0, dtype=torch.float64, requires_grad=True)
     one, zero = torch.ones_like(q), torch.zeros_like(q)
-    options = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None, "ratio": "token"}
-    options |= {"ref_logp": None, "sampler_logp": None, "row_lengths": None, "clip": clip, "dual_clip": dual_clip}
-    terms = {"old_logp": logp.detach() - q.log(), "advantage": torch.tensor([1.0, 1, -1, -1, -1, -1]).double()}
-    loss, _, _ = target_loss(logp, zero, **terms, rl_weight=one, ce_weight=zero, **options)
+    given = {"old_logp": logp.detach() - q.log(), "advantage": torch.tensor([1.0, 1, -1, -1, -1, -1])}
+    terms, options = terms_and_options(6, **given, rl_weight=one, clip=clip, dual_clip=dual_clip)
+    loss, _, _ = target_loss(logp, zero, Terms(*terms), options)
     loss.sum().backward()
     expected = torch.tensor(SLOPES[clip, dual_clip], dtype=torch.float64)
     torch.testing.assert_close(logp.grad, expected, rtol=1e-12, atol=0)
@@ -320,10 +334,8 @@ def test_sequence_ratio_and_stats_by_hand():
         "ce_weight": [0.0] * 4,
     }
     terms = {k: torch.tensor(v, dtype=torch.float64) for k, v in terms.items()}
-    options = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None}
-    options |= {"ref_logp": None, "sampler_logp": None, "ratio": "sequence", "row_lengths": torch.tensor([3, 1])}
-    options |= {"clip": "ppo", "dual_clip": None}
-    loss, q, clipped = target_loss(logp, torch.zeros(4), **terms, **options)
+    terms, options = terms_and_options(4, **terms, ratio="sequence")
+    loss, q, clipped = target_loss(logp, torch.zeros(4), Terms(*terms), options, torch.tensor([3, 1]))
     torch.testing.assert_close(loss, torch.tensor([-1.28, 2.0, 0.0, -5.0], dtype=torch.float64))
     torch.testing.assert_close(q, torch.tensor([2.0, 2.0, 1.0, 0.5], dtype=torch.float64))
     assert clipped.tolist() == [True, False, False, False]
@@ -387,11 +399,9 @@ def test_target_loss_keeps_infinite_logp_out(clip):
     logp = torch.tensor([-math.inf, math.nan, -1.0], requires_grad=True)
     entropy = torch.tensor([math.nan, 1.0, 1.0], requires_grad=True)
     zero, one = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])
-    terms = {"old_logp": logp.detach(), "advantage": torch.ones(3), "rl_weight": one, "ce_weight": one}
-    terms |= {"ref_logp": zero, "sampler_logp": zero, "eps_low": 0.2, "eps_high": 0.28, "beta": 0.1}
-    terms |= {"entropy_coef": 0.1, "is_cap": 2.0, "ratio": "token", "row_lengths": None}
-    terms |= {"clip": clip, "dual_clip": None}
-    loss, _, _ = target_loss(logp, entropy, **terms)
+    given = {"old_logp": logp, "advantage": torch.ones(3), "rl_weight": one, "ce_weight": one, "ref_logp": zero}
+    terms, options = terms_and_options(3, **given, sampler_logp=zero, beta=0.1, entropy_coef=0.1, is_cap=2.0, clip=clip)
+    loss, _, _ = target_loss(logp, entropy, Terms(*terms), options)
     assert loss[:2].tolist() == [0, 0]
     loss.sum().backward()
     assert logp.grad[:2].tolist() == entropy.grad[:2].tolist() == [0, 0]

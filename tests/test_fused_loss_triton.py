@@ -16,8 +16,6 @@ from cipo_kernels.fused_linear_cipo_loss import (
     LossOutput,
     _linear_cipo_loss,
     fused_linear_cipo_loss,
-    target_loss,
-    target_loss_gradient,
 )
 from cipo_kernels.fused_linear_logprob import (
     _linear_logprob,
@@ -27,7 +25,8 @@ from cipo_kernels.fused_linear_logprob import (
     fused_linear_logprob_reference,
     gemm,
 )
-from test_fused_loss import EVERY_TERM, HEADS, TERMS, extreme_head, make_inputs, make_terms
+from cipo_kernels.lm_head.terms import Terms, target_loss, target_loss_gradient
+from test_fused_loss import EVERY_TERM, HEADS, TERMS, extreme_head, make_inputs, make_terms, terms_and_options
 
 if torch.cuda.is_available():
     DEVICE, DTYPE, RTOL, ATOL = "cuda", torch.float32, 1e-4, 1e-5
@@ -69,10 +68,9 @@ def count_repairs(monkeypatch) -> list[int]:
 
     class Spy:
         def __getitem__(self, grid):
-            def launch(*args):
-                sums = args[6]  # [2, n, parts]: a recomputed row has its S in the first part alone
+            def launch(*, sums, **arguments):  # [2, n, parts]: a recomputed row has its S in the first part alone
                 repaired.append((sums[0, :, 1:] == 0).all(1).sum().item())
-                return kernel[grid](*args)
+                return kernel[grid](sums=sums, **arguments)
 
             return launch
 
@@ -113,17 +111,17 @@ def assert_matches_reference(inputs, kwargs, monkeypatch, place=to_device):
 @pytest.mark.parametrize(("name", "ratio"), EVERY_TERM)
 def test_derivative_of_the_target_loss(name, ratio):
     inputs = make_inputs()
-    terms = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None, "ratio": ratio}
-    terms |= {"clip": "ppo", "dual_clip": None}
-    terms |= make_terms(*inputs) | TERMS[name]
-    terms["row_lengths"] = torch.tensor(terms["row_lengths"])
+    kwargs = make_terms(*inputs) | TERMS[name] | {"ratio": ratio}
+    rows = torch.tensor(kwargs.pop("row_lengths"))
+    stacked, options = terms_and_options(len(inputs[1]), **kwargs)
+    terms = Terms(*stacked)
     logp = fused_linear_logprob_reference(*inputs[0][:2], *inputs[1:], bias=inputs[0][2])[0].detach().requires_grad_()
     entropy = torch.rand_like(logp).requires_grad_()
-    loss, q, clipped = target_loss(logp, entropy, **terms)
+    loss, q, clipped = target_loss(logp, entropy, terms, options, rows)
     expected = torch.autograd.grad(loss.sum(), (logp, entropy), materialize_grads=True)
-    g_logp, g_entropy = target_loss_gradient(logp.detach(), q, clipped, terms)
+    g_logp, g_entropy = target_loss_gradient(logp.detach(), q, clipped, terms, options, rows)
     torch.testing.assert_close(g_logp, expected[0], rtol=1e-12, atol=1e-14)
-    if terms["entropy_coef"] == 0:
+    if options.entropy_coef == 0:
         assert g_entropy is None
     else:
         torch.testing.assert_close(g_entropy, expected[1], rtol=1e-12, atol=1e-14)
@@ -334,9 +332,11 @@ def test_bf16_inputs(impl, exp_chunks, monkeypatch):
         z = h[index[0]] @ w.T
         logp_v = torch.log_softmax(z, -1)
         logp, entropy = logp_v.gather(1, index[1][:, None])[:, 0], -(logp_v.exp() * logp_v).sum(1)
-        defaults = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "is_cap": None, "ratio": "token"}
-        defaults |= {"row_lengths": None, "clip": "ppo", "dual_clip": None}
-        loss, _, _ = target_loss(logp, entropy, **(defaults | kwargs), ref_logp=None, sampler_logp=None)
+        given = {k: v if k in ("entropy_coef", "old_logp") else v.cpu() for k, v in kwargs.items()}
+        stacked, options = terms_and_options(n, **given)
+        loss, _, _ = target_loss(
+            logp, entropy, Terms(*stacked.to(DEVICE, torch.promote_types(logp.dtype, torch.float32))), options
+        )
         (loss.sum() * 1.7).backward()
         return logp.detach(), [h.grad.double(), w.grad.double()]
 
@@ -646,9 +646,12 @@ def test_opcheck(impl, monkeypatch):
     terms = {k: to_device(v) for k, v in make_terms(parameters, *index).items()}
     leaves, index = [to_device(p).requires_grad_() for p in parameters], [to_device(i) for i in index]
     head = (*leaves, *index, torch.rand_like(terms["old_logp"]) + 0.5, 3.0, 3)
-    options = {"eps_low": 0.2, "eps_high": 0.3, "beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0, "ratio": "token"}
-    options |= {"clip": "ppo", "dual_clip": 3.0}
-    torch.library.opcheck(_linear_cipo_loss, (*head, [True] * 3), terms | options | {"impl": "logits"})
+    del terms["row_lengths"]
+    options = {"beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0, "dual_clip": 3.0}
+    for ratio, rows in (("token", None), ("sequence", [3, 1])):
+        stacked, given = terms_and_options(4, **terms, **options, ratio=ratio)
+        loss = (to_device(stacked), given.to_floats(), rows, "logits")
+        torch.library.opcheck(_linear_cipo_loss, (*head, [True] * 3, *loss))
     torch.library.opcheck(_linear_logprob, head)
     torch.library.opcheck(
         _linear_logprob_backward,

@@ -1,0 +1,1 @@
+"""Linear LM head, log-probs and the CIPO loss of its targets."""
