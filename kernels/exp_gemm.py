@@ -34,14 +34,14 @@ from torch import Tensor
 from .fused_linear_cipo_loss_triton import (
     LOWEST,
     TritonHead,
+    arguments,
     gpu_chunk_targets,
     load_or,
     logp_entropy_rest,
-    pointers,
     target_loss_of_token,
 )
 from .gemm_tiles import gemm_tile, launch, quarters, tile_origin
-from .lm_head.terms import Options
+from .lm_head.terms import Options, Terms
 
 BLOCK_H = 1024  # of the target's dot product
 REPAIR_V, REPAIR_H = 64, 64
@@ -176,30 +176,28 @@ def reanchor_kernel(
             tl.store(sums + (n + i) * parts + j, tl.where(j == 0, t, 0.0), mask=j < parts)
 
 
-@triton.jit(do_not_specialize=["first", "n_rows"])
+@triton.jit(do_not_specialize=["first", "n", "targets"])
 def exp_loss_kernel(
-    e, e_stride, first, target_id, inv_temperature, d_in, sums, n_rows, parts,
-    old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
+    e, e_stride, first, target_id, inv_temperature, d_in, sums, n, parts, terms, targets,
     loss_out, logp_out, entropy_out, ratio_out, clipped_out, u_out,
-    eps_low, eps_high, dual_clip, beta, is_cap, CISPO: tl.constexpr,
+    eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, ON_POLICY: tl.constexpr, CISPO: tl.constexpr,
 ):  # fmt: skip
-    """Row i of E belongs to target first + i. Writes the target's outputs, E'_target over E_target, and u [n]."""
+    """Row i of E belongs to target first + i of `targets`. Writes its outputs, E'_target over E_target, and u [n]."""
     i = tl.program_id(0).to(tl.int64)
-    n = first + i
-    s, t = _total(sums + i * parts, parts, 1024), _total(sums + (n_rows + i) * parts, parts, 1024)
+    at = first + i
+    s, t = _total(sums + i * parts, parts, 1024), _total(sums + (n + i) * parts, parts, 1024)
     d = tl.load(d_in + i)
     logp, entropy, _ = logp_entropy_rest(d, s, t)
     loss, q, clipped, g, _ = target_loss_of_token(
-        n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
-        eps_low, eps_high, dual_clip, beta, None, is_cap, CISPO,
-    )  # fmt: skip
-    tl.store(loss_out + n, loss)
-    tl.store(logp_out + n, logp)
-    tl.store(entropy_out + n, entropy)
-    tl.store(ratio_out + n, q)
-    tl.store(clipped_out + n, clipped)
-    tl.store(u_out + i, -g / (s + tl.exp(d)) * load_or(inv_temperature, n, 1.0))
-    tl.store(e + i * e_stride + tl.load(target_id + n), (-s).to(e.dtype.element_ty), mask=d == d)
+        at, logp, entropy, terms, targets, eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, ON_POLICY, CISPO
+    )
+    tl.store(loss_out + at, loss)
+    tl.store(logp_out + at, logp)
+    tl.store(entropy_out + at, entropy)
+    tl.store(ratio_out + at, q)
+    tl.store(clipped_out + at, clipped)
+    tl.store(u_out + i, -g / (s + tl.exp(d)) * load_or(inv_temperature, at, 1.0))
+    tl.store(e + i * e_stride + tl.load(target_id + at), (-s).to(e.dtype.element_ty), mask=d == d)
 
 
 class ExpHead(TritonHead):
@@ -221,35 +219,33 @@ class ExpHead(TritonHead):
         """E of targets start on, x [n, H], into the buffer; (d [n], partial sums [2, n, parts])."""
         n, (vocab, width) = len(x), self.weight.shape
         anchor, d = torch.empty(2, n, dtype=self.dtype, device=x.device).unbind()
-        anchor_kernel[(n,)](
-            x, self.weight, start, self.bias, self.target_id, self.inv_temperature, old_logp, anchor, d,
-            vocab, width, BLOCK_H=BLOCK_H,
-        )  # fmt: skip
         plan = launch(x, self.weight)
         sums = torch.empty(2, n, 4 * plan.column_tiles, dtype=self.dtype, device=x.device)
-        exp_gemm_kernel[(plan.programs,)](
-            **plan.operands, e_out=self.e, e_stride=self.e.stride(0), first=start, bias=self.bias,
-            target_id=self.target_id, inv_temperature=self.inv_temperature, anchor=anchor, d_out=d, sums=sums,
-            n=n, vocab=vocab, H=width, **plan.options,
-        )  # fmt: skip
+        row = {
+            "first": start, "bias": self.bias, "target_id": self.target_id, "inv_temperature": self.inv_temperature,
+            "vocab": vocab, "H": width,
+        }  # fmt: skip
+        found = {"e_out": self.e, "e_stride": self.e.stride(0), "anchor": anchor, "d_out": d, "sums": sums, "n": n}
+        anchor_kernel[(n,)](
+            x=x, weight=self.weight, old_logp=old_logp, anchor_out=anchor, d_out=d, BLOCK_H=BLOCK_H, **row
+        )
+        exp_gemm_kernel[(plan.programs,)](**plan.operands, **row, **found, **plan.options)
         reanchor_kernel[(n,)](
-            x, self.weight, self.e, self.e.stride(0), start, self.bias, self.target_id, self.inv_temperature, anchor, d,
-            sums, n, vocab, width, sums.shape[2], BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H,
-        )  # fmt: skip
+            x=x, weight=self.weight, parts=sums.shape[2], BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H, **row, **found
+        )
         return d, sums
 
 
 def exp_loss(head: ExpHead, group: Any, terms: Tensor, options: Options, _rows: None, out: Any) -> None:
     """As fused_linear_cipo_loss.py's `_group_loss`, for one chunk, the ratio of tokens, and gradients."""
     [(start, end)] = group.chunks
-    x, given = head.gather(start, end), pointers(terms, options)
-    d, sums = head.exp_logits(start, x, given["old_logp"])
+    x, n = head.gather(start, end), end - start
+    d, sums = head.exp_logits(start, x, None if options.on_policy else Terms(*terms).old_logp)
     u = torch.empty_like(d)
-    exp_loss_kernel[(end - start,)](
+    exp_loss_kernel[(n,)](
         e=head.e, e_stride=head.e.stride(0), first=start, target_id=head.target_id,
-        inv_temperature=head.inv_temperature, d_in=d, sums=sums, n_rows=end - start, parts=sums.shape[2], **given,
-        loss_out=out.loss, logp_out=out.logp, entropy_out=out.entropy, ratio_out=out.ratio, clipped_out=out.clipped,
-        u_out=u, eps_low=options.eps_low, eps_high=options.eps_high, dual_clip=options.dual_clip, beta=options.beta,
-        is_cap=options.is_cap, CISPO=bool(options.cispo),
+        inv_temperature=head.inv_temperature, d_in=d, sums=sums, n=n, parts=sums.shape[2], terms=terms,
+        targets=terms.shape[1], **arguments(options), loss_out=out.loss, logp_out=out.logp, entropy_out=out.entropy,
+        ratio_out=out.ratio, clipped_out=out.clipped, u_out=u,
     )  # fmt: skip
     head.accumulate(head.pred_index[start:end], x, head.e[: end - start], scale=u)

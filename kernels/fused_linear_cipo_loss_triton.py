@@ -33,6 +33,7 @@ from .lm_head.terms import Options, Terms
 
 BLOCK_V = 4096  # columns a program reads at once
 NUM_WARPS = 8
+OLD_LOGP, ADVANTAGE, RL_WEIGHT, CE_WEIGHT, REF_LOGP, SAMPLER_LOGP = (tl.constexpr(i) for i in range(len(Terms._fields)))
 LOWEST = tl.constexpr(-1e30)  # a logit past the vocabulary: finite, for 0 * (z - max) has to be 0
 
 
@@ -168,24 +169,27 @@ def _policy_term(q, a, p, eps_low, eps_high, dual_clip, CISPO: tl.constexpr):
 
 @triton.jit
 def target_loss_of_token(
-    n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
-    eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, CISPO: tl.constexpr,
+    n, logp, entropy, terms, targets, eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap,
+    ON_POLICY: tl.constexpr, CISPO: tl.constexpr,
 ):  # fmt: skip
-    """(loss, q, clipped, g_logp, g_entropy) of target n: `target_loss` and `target_loss_gradient` of a token."""
-    rl, ce = tl.load(rl_weight + n), tl.load(ce_weight + n)
+    """(loss, q, clipped, g_logp, g_entropy) of target n of `targets`."""
+    rl, ce = tl.load(terms + RL_WEIGHT * targets + n), tl.load(terms + CE_WEIGHT * targets + n)
     on = rl != 0
     p = tl.where(on, logp, 0.0)
-    old = tl.where(on, load_or(old_logp, n, logp), 0.0)
-    a = tl.where(on, tl.load(advantage + n), 0.0)
+    old = p
+    if not ON_POLICY:
+        old = tl.where(on, tl.load(terms + OLD_LOGP * targets + n), 0.0)
+    a = tl.where(on, tl.load(terms + ADVANTAGE * targets + n), 0.0)
     q = tl.exp(p - old)
     policy, slope, clipped = _policy_term(q, a, p, eps_low, eps_high, dual_clip, CISPO)
     importance = 1.0
-    if sampler_logp is not None:
-        importance = minimum(tl.exp(old - tl.where(on, tl.load(sampler_logp + n), 0.0)), is_cap)
+    if is_cap is not None:
+        sampler_logp = tl.load(terms + SAMPLER_LOGP * targets + n)
+        importance = minimum(tl.exp(old - tl.where(on, sampler_logp, 0.0)), is_cap)
     loss = -importance * policy
     g = -importance * slope  # d/d logp
-    if ref_logp is not None:
-        d = tl.where(on, tl.load(ref_logp + n), 0.0) - p
+    if beta is not None:
+        d = tl.where(on, tl.load(terms + REF_LOGP * targets + n), 0.0) - p
         loss += beta * (tl.exp(d) - d - 1.0)  # k3
         g += beta * (1.0 - tl.exp(d))
     g_entropy = 0.0
@@ -196,23 +200,21 @@ def target_loss_of_token(
     return loss, q, clipped, rl * g - ce, g_entropy
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "targets"])
 def token_loss_kernel(
-    logits, d_logits, row_stride, d_row_stride, first, bias, target_id, inv_temperature,
-    old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
+    logits, d_logits, row_stride, d_row_stride, first, bias, target_id, inv_temperature, terms, targets,
     loss_out, logp_out, entropy_out, ratio_out, clipped_out,
     vocab, softcap, eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap,
-    CISPO: tl.constexpr, BLOCK_V: tl.constexpr,
+    ON_POLICY: tl.constexpr, CISPO: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Row i of logits belongs to target first + i. None: a term that is not there."""
+    """Row i of logits belongs to target first + i of `targets`. None: a term that is not there."""
     i = tl.program_id(0).to(tl.int64)
     n = first + i
     row, target, inv_t = logits + i * row_stride, tl.load(target_id + n), load_or(inv_temperature, n, 1.0)
     m, log_s, logp, entropy, rest = _sweep_logp(row, bias, target, vocab, inv_t, softcap, BLOCK_V)
     loss, q, clipped, g_logp, g_entropy = target_loss_of_token(
-        n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
-        eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, CISPO,
-    )  # fmt: skip
+        n, logp, entropy, terms, targets, eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, ON_POLICY, CISPO
+    )
     tl.store(loss_out + n, loss)
     tl.store(logp_out + n, logp)
     tl.store(entropy_out + n, entropy)
@@ -300,33 +302,50 @@ class TritonHead(ChunkedHead):
         gemm(self.logits[: end - start], x, self.weight.T)
         return x
 
+    def arguments(self, start: int) -> dict[str, Any]:
+        """What every kernel of a chunk is launched with."""
+        return {
+            "first": start,
+            "bias": self.bias,
+            "target_id": self.target_id,
+            "inv_temperature": self.inv_temperature,
+            "vocab": self.weight.shape[0],
+            "softcap": self.softcap,
+            "BLOCK_V": BLOCK_V,
+            "num_warps": NUM_WARPS,
+        }
+
     def forward(self, start: int, end: int) -> TritonChunk:
         x = self.compute_logits(start, end)
         m, log_s, logp, entropy, rest = torch.empty(5, end - start, dtype=self.dtype, device=x.device).unbind()
         logp_kernel[(end - start,)](
-            self.logits, self.logits.stride(0), start, self.bias, self.target_id, self.inv_temperature,
-            m, log_s, logp, entropy, rest, self.weight.shape[0], self.softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+            logits=self.logits, row_stride=self.logits.stride(0), **self.arguments(start),
+            m_out=m, log_s_out=log_s, logp_out=logp, entropy_out=entropy, rest_out=rest,
         )  # fmt: skip
         return TritonChunk(start, x, m, log_s, logp, entropy, rest)
 
     def backward(self, chunk: TritonChunk, g_logp: Tensor, g_entropy: Tensor | None) -> None:
         n = len(chunk.x)
         gradient_kernel[(n,)](
-            self.logits, self.d_logits, self.logits.stride(0), self.d_logits.stride(0), chunk.start,
-            self.bias, self.target_id, self.inv_temperature,
-            chunk.m, chunk.log_s, chunk.entropy, chunk.rest, g_logp, g_entropy,
-            self.weight.shape[0], self.softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+            logits=self.logits, d_logits=self.d_logits, row_stride=self.logits.stride(0),
+            d_row_stride=self.d_logits.stride(0), **self.arguments(chunk.start),
+            m_in=chunk.m, log_s_in=chunk.log_s, entropy_in=chunk.entropy, rest_in=chunk.rest,
+            g_logp_in=g_logp, g_entropy_in=g_entropy,
         )  # fmt: skip
         self.accumulate(self.pred_index[chunk.start : chunk.start + n], chunk.x, self.d_logits[:n])
 
 
-def pointers(terms: Tensor, options: Options) -> dict[str, Tensor | None]:
-    """The terms as kernels take them: None for those that are not there."""
-    t = Terms(*terms)
-    return t._asdict() | {
-        "old_logp": None if options.on_policy else t.old_logp,
-        "ref_logp": None if options.beta == 0 else t.ref_logp,
-        "sampler_logp": None if options.is_cap is None else t.sampler_logp,
+def arguments(options: Options) -> dict[str, Any]:
+    """None: a term that is not there, and not compiled."""
+    return {
+        "eps_low": options.eps_low,
+        "eps_high": options.eps_high,
+        "dual_clip": options.dual_clip,
+        "beta": options.beta or None,
+        "entropy_coef": options.entropy_coef or None,
+        "is_cap": options.is_cap,
+        "ON_POLICY": bool(options.on_policy),
+        "CISPO": bool(options.cispo),
     }
 
 
@@ -336,12 +355,9 @@ def token_loss(head: TritonHead, group: Any, terms: Tensor, options: Options, _r
     x = head.compute_logits(start, end)
     token_loss_kernel[(end - start,)](
         logits=head.logits, d_logits=head.d_logits, row_stride=head.logits.stride(0),
-        d_row_stride=head.d_logits.stride(0), first=start, bias=head.bias, target_id=head.target_id,
-        inv_temperature=head.inv_temperature, **pointers(terms, options),
-        loss_out=out.loss, logp_out=out.logp, entropy_out=out.entropy, ratio_out=out.ratio, clipped_out=out.clipped,
-        vocab=head.weight.shape[0], softcap=head.softcap, eps_low=options.eps_low, eps_high=options.eps_high,
-        dual_clip=options.dual_clip, beta=options.beta, entropy_coef=options.entropy_coef or None,
-        is_cap=options.is_cap, CISPO=bool(options.cispo), BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        d_row_stride=head.d_logits.stride(0), **head.arguments(start), terms=terms, targets=terms.shape[1],
+        **arguments(options), loss_out=out.loss, logp_out=out.logp, entropy_out=out.entropy, ratio_out=out.ratio,
+        clipped_out=out.clipped,
     )  # fmt: skip
     head.accumulate(head.pred_index[start:end], x, head.d_logits[: end - start])
 
