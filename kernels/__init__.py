@@ -5,9 +5,7 @@ it exists, a Triton one; `dispatch.py` says which runs.
 """
 
 from cipo_kernels.device_rates import DeviceRates, device_rates
-from cipo_kernels.fused_linear_cipo_loss import LossOutput, fused_linear_cipo_loss
-from cipo_kernels.fused_linear_logprob import fused_linear_logprob
-from cipo_kernels.lm_head.terms import k3
+from cipo_kernels.lm_head import LossOutput, fused_linear_cipo_loss, fused_linear_logprob, k3
 from cipo_kernels.tree_attention import tree_attention
 from cipo_kernels.tree_layout import TreeLayout
 

@@ -9,22 +9,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
 
-import cipo_kernels.exp_gemm as exp_gemm
-import cipo_kernels.fused_linear_cipo_loss_triton as triton_head
-import cipo_kernels.gemm_tiles as gemm_tiles
-from cipo_kernels.fused_linear_cipo_loss import (
-    LossOutput,
-    _linear_cipo_loss,
-    fused_linear_cipo_loss,
-)
-from cipo_kernels.fused_linear_logprob import (
+from cipo_kernels import LossOutput, fused_linear_cipo_loss, fused_linear_logprob
+from cipo_kernels.lm_head import exp_gemm, gemm_tiles, row_kernel
+from cipo_kernels.lm_head import head as head_file
+from cipo_kernels.lm_head.head import chunk_ranges
+from cipo_kernels.lm_head.logprob import (
     _linear_logprob,
     _linear_logprob_backward,
-    chunk_ranges,
-    fused_linear_logprob,
     fused_linear_logprob_reference,
-    gemm,
 )
+from cipo_kernels.lm_head.loss import _linear_cipo_loss
 from cipo_kernels.lm_head.terms import Terms, target_loss, target_loss_gradient
 from test_fused_loss import EVERY_TERM, HEADS, TERMS, extreme_head, make_inputs, make_terms, terms_and_options
 
@@ -38,7 +32,7 @@ N, CHUNK = 13, 5
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
     monkeypatch.setenv("CIPO_KERNELS", "triton")
-    monkeypatch.setattr(triton_head, "BLOCK_V", 64)  # several blocks a row, the last one ragged
+    monkeypatch.setattr(row_kernel, "BLOCK_V", 64)  # several blocks a row, the last one ragged
 
 
 def small_tiles(monkeypatch):
@@ -50,13 +44,13 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def exp_chunks(monkeypatch) -> list:
     """Small tiles, several of each, none of them whole; and a list that grows by one for each chunk `exp` runs."""
-    chunks, exp_loss = [], exp_gemm.exp_loss
+    chunks, token_loss = [], exp_gemm.token_loss
 
     def counted(*args):
         chunks.append(1)
-        return exp_loss(*args)
+        return token_loss(*args)
 
-    monkeypatch.setattr(exp_gemm, "exp_loss", counted)
+    monkeypatch.setattr(exp_gemm, "token_loss", counted)
     if DEVICE == "cpu":
         small_tiles(monkeypatch)
     return chunks
@@ -542,14 +536,14 @@ def test_log_probs_without_grad_of_odd_rows(monkeypatch):
 
 
 def count_gemms(monkeypatch) -> list:
-    calls = []
+    calls, gemm = [], head_file.gemm
 
     def counted(*args, **kwargs):
         calls.append(args)
         return gemm(*args, **kwargs)
 
-    monkeypatch.setitem(gemm.__globals__, "gemm", counted)  # the module's name is that of a function, too
-    monkeypatch.setattr(triton_head, "gemm", counted)
+    monkeypatch.setattr(head_file, "gemm", counted)
+    monkeypatch.setattr(row_kernel, "gemm", counted)
     return calls
 
 
@@ -686,7 +680,7 @@ def test_compiles_as_one_graph(impl, ratio, monkeypatch):
 @pytest.mark.parametrize("bytes_each", [2, 4])
 @pytest.mark.parametrize("vocab", [151936, 151669, 50257, 2**26])
 def test_chunk_of_a_large_vocabulary(vocab, bytes_each):
-    most = triton_head.gpu_chunk_targets(vocab, bytes_each)
+    most = row_kernel.gpu_chunk_targets(vocab, bytes_each)
     assert most % 128 == 0
     assert most == 128 or bytes_each * most * vocab <= 2**31 < bytes_each * (most + 128) * vocab
 

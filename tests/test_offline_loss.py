@@ -29,10 +29,10 @@ ALIGNED = ("row_stride", "d_row_stride", "vocab", "e_stride", "H")  # multiples 
 
 def cases(arch: int) -> dict:
     """Name -> (kernel, absent arguments, constexprs, options, types that differ)."""
-    from cipo_kernels import exp_gemm as e
-    from cipo_kernels import fused_linear_cipo_loss_triton as v0
-    from cipo_kernels import gemm_tiles as g
-    from cipo_kernels import logp_gemm
+    from cipo_kernels.lm_head import exp_gemm as e
+    from cipo_kernels.lm_head import gemm_tiles as g
+    from cipo_kernels.lm_head import logp_gemm
+    from cipo_kernels.lm_head import row_kernel as v0
 
     row, warps = {"BLOCK_V": v0.BLOCK_V}, {"num_warps": v0.NUM_WARPS}
     repair = {"BLOCK_V": e.REPAIR_V, "BLOCK_H": e.REPAIR_H}

@@ -52,6 +52,16 @@ class Options(NamedTuple):
         return cls(*given)
 
 
+class TargetOutputs(NamedTuple):
+    """Of each target, all [N]."""
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    clipped: Tensor  # bool
+
+
 def stack_terms(n: int, dtype: torch.dtype, device: torch.device, **given: Tensor | None) -> Tensor:
     """[6, N], in the order of Terms. Raises ValueError for other shapes than [N]."""
     for name, value in given.items():

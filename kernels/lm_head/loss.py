@@ -1,34 +1,43 @@
 """LM head, log-probs, clipped RL loss, KL, entropy and correction cross-entropy in one pass, gradients included.
 
-Log-probs and entropies as in fused_linear_logprob.py; the loss of a target, a sum over them: lm_head/terms.py.
+Log-probs and entropies: head.py. The loss of a target, a sum over them: terms.py.
 
 The gradients of hidden, weight and bias are taken in the forward pass. A chunk of n targets is one GEMM to the
 logits, `target_loss` and its derivative on [n] vectors, d(logits) in place of the logits, and two GEMMs: 6NHV
 FLOPs, nothing recomputed, no [N, V] tensor. On Triton all between the GEMMs is one kernel when q is a token's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dispatch import implementation
-from .fused_linear_logprob import (
-    ChunkedHead,
-    autocast_operands,
-    check_chunk_targets,
-    check_inputs,
+from ..autograd import refuse_create_graph
+from ..dispatch import implementation
+from .head import (
+    Gradients,
+    Head,
     chunk_ranges,
     compute_dtype,
     fake_gradients,
-    fused_linear_logprob_reference,
-    head_class,
-    head_log_probs,
-    per_target,
-    refuse_create_graph,
+    logits_back_end,
+    make_head,
+    on_triton,
 )
-from .lm_head.terms import Options, Terms, k3, stack_terms, target_loss, target_loss_gradient, tokens_of_on_policy_rows
+from .inputs import autocast_operands, check_chunk_targets, check_inputs, per_target
+from .logprob import fused_linear_logprob_reference, head_log_probs
+from .terms import (
+    Options,
+    TargetOutputs,
+    Terms,
+    k3,
+    stack_terms,
+    target_loss,
+    target_loss_gradient,
+    tokens_of_on_policy_rows,
+)
 
 
 class LossOutput(NamedTuple):
@@ -45,58 +54,11 @@ class LossOutput(NamedTuple):
     two_pass_rows: Tensor  # [] int64: rows longer than a chunk, whose logits a sequence's ratio takes twice (8NHV)
 
 
-class TargetOutputs(NamedTuple):
-    """What the op writes for each target, all [N]."""
-
-    loss: Tensor
-    logp: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clipped: Tensor  # bool
-
-
 class Group(NamedTuple):
     """Chunks of targets whose losses are taken together."""
 
     chunks: list[tuple[int, int]]
     rows: slice  # of row_lengths, for the ratio of sequences
-
-
-def _group_loss(
-    head: ChunkedHead, group: Group, terms: Tensor, options: Options, row_lengths: Tensor | None, out: TargetOutputs
-) -> None:
-    """Losses of one group of chunks, and their gradients."""
-    for start, end in group.chunks:
-        chunk = head.forward(start, end)
-        out.logp[start:end], out.entropy[start:end] = chunk.logp, chunk.entropy
-    first, last = group.chunks[0][0], group.chunks[-1][1]
-    logp, own = out.logp[first:last], Terms(*terms[:, first:last])
-    rows = None if row_lengths is None else row_lengths[group.rows]
-    loss, q, clipped = target_loss(logp, out.entropy[first:last], own, options, rows)
-    out.loss[first:last], out.ratio[first:last], out.clipped[first:last] = loss, q, clipped
-    g_logp, g_entropy = target_loss_gradient(logp, q, clipped, own, options, rows)
-    for start, end in group.chunks:
-        if len(group.chunks) > 1:  # a row longer than a chunk: its logits again, now that its ratio is known
-            chunk = head.forward(start, end)
-        part = slice(start - first, end - first)
-        head.backward(chunk, g_logp[part], None if g_entropy is None else g_entropy[part])
-
-
-def _head_and_loss(
-    hidden: Tensor, options: Options, softcap: float | None, impl: str
-) -> tuple[type[ChunkedHead], Callable[..., None]]:
-    """The head, and what computes the loss of a group of chunks on it, as `_group_loss` does."""
-    Head = head_class(hidden)
-    if Head is ChunkedHead or options.sequence:
-        return Head, _group_loss
-    exp = impl == "exp" and softcap is None and options.entropy_coef == 0
-    if exp and (hidden.dtype == torch.bfloat16 or not hidden.is_cuda):
-        from .exp_gemm import ExpHead, exp_loss
-
-        return ExpHead, exp_loss
-    from .fused_linear_cipo_loss_triton import token_loss
-
-    return Head, token_loss
 
 
 @torch.library.custom_op("cipo_kernels::linear_cipo_loss", mutates_args=())
@@ -129,23 +91,63 @@ def _linear_cipo_loss(
         return loss.sum(), logp, entropy, q, clipped, pred_index.new_zeros(()), *nothing  # type: ignore[return-value]
     if rows is not None and given.on_policy and given.is_cap is None:
         terms, given = tokens_of_on_policy_rows(Terms(*terms), given, rows)
-    Head, group_loss = _head_and_loss(hidden, given, softcap, impl)
-    size = chunk_targets or Head.auto_chunk_targets(weight)
-    head = Head(hidden, weight, bias, needs_grad, pred_index, target_id, temperature, softcap, size)
+        rows = row_lengths = None
+    head = make_head(hidden, weight, bias, pred_index, target_id, temperature, softcap)
+    how, grads = _back_end(head, given, impl), Gradients(head, needs_grad)
+    most = chunk_targets or how.auto_chunk_targets(weight)
+    groups = _token_groups(pred_index.numel(), most) if row_lengths is None else _row_groups(row_lengths, most)
     clipped = torch.empty_like(head.target_id, dtype=torch.bool)
     out = TargetOutputs(head.new_vector(), head.new_vector(), head.new_vector(), head.new_vector(), clipped)
-    if given.sequence:
-        assert row_lengths is not None
-        groups = _row_groups(row_lengths, size)
-    else:
-        groups = [Group([chunk], slice(0)) for chunk in chunk_ranges(pred_index.numel(), size)]
+    buffer = how.new_buffer(head, min(most, pred_index.numel()))
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
         for group in groups:
-            group_loss(head, group, terms, given, rows, out)
+            if on_triton(hidden) and rows is None:
+                [(start, end)] = group.chunks
+                grads.add(start, *how.token_loss(head, buffer, start, end, terms, given, out))
+            else:
+                _group_loss(how, head, buffer, group, terms, given, rows, out, grads)
     two_pass_rows = sum(len(group.chunks) > 1 for group in groups)
     stat = torch.full((), two_pass_rows, dtype=torch.int64, device=hidden.device)  # a fill kernel: no sync
-    d_hidden, d_weight, d_bias = head.gradients()
-    return out.loss.sum(), out.logp, out.entropy, out.ratio, out.clipped, stat, d_hidden, d_weight, d_bias
+    return out.loss.sum(), *out[1:], stat, *grads.tensors()  # type: ignore[return-value]
+
+
+def _back_end(head: Head, options: Options, impl: str) -> ModuleType:
+    """exp_gemm.py where it is asked for and applies: fp32 on a GPU would be slow in Triton's GEMM."""
+    applies = not options.sequence and options.entropy_coef == 0 and head.softcap is None and on_triton(head.hidden)
+    if impl == "exp" and applies and (head.hidden.dtype == torch.bfloat16 or not head.hidden.is_cuda):
+        from . import exp_gemm
+
+        return exp_gemm
+    return logits_back_end(head.hidden)
+
+
+def _group_loss(
+    how: ModuleType,
+    head: Head,
+    buffer: Any,
+    group: Group,
+    terms: Tensor,
+    options: Options,
+    row_lengths: Tensor | None,
+    out: TargetOutputs,
+    grads: Gradients,
+) -> None:
+    """Losses of one group of chunks, and their gradients."""
+    for start, end in group.chunks:
+        chunk = how.forward(head, buffer, start, end)
+        out.logp[start:end], out.entropy[start:end] = chunk.logp, chunk.entropy
+    first, last = group.chunks[0][0], group.chunks[-1][1]
+    logp, own = out.logp[first:last], Terms(*terms[:, first:last])
+    rows = None if row_lengths is None else row_lengths[group.rows]
+    loss, q, clipped = target_loss(logp, out.entropy[first:last], own, options, rows)
+    out.loss[first:last], out.ratio[first:last], out.clipped[first:last] = loss, q, clipped
+    g_logp, g_entropy = target_loss_gradient(logp, q, clipped, own, options, rows)
+    for start, end in group.chunks:
+        if len(group.chunks) > 1:  # a row longer than a chunk: its logits again, now that its ratio is known
+            chunk = how.forward(head, buffer, start, end)
+        part = slice(start - first, end - first)
+        g_h = None if g_entropy is None else g_entropy[part]
+        grads.add(start, chunk.x, how.d_logits(head, buffer, chunk, g_logp[part], g_h))
 
 
 @_linear_cipo_loss.register_fake
@@ -193,6 +195,10 @@ def _to_device(row_lengths: Sequence[int], device: torch.device) -> Tensor:
     """[rows] int64. From pinned memory, because a copy from any other waits for the device."""
     lengths = torch.tensor(row_lengths, dtype=torch.int64, pin_memory=device.type == "cuda")
     return lengths.to(device, non_blocking=True)
+
+
+def _token_groups(n: int, chunk_targets: int) -> list[Group]:
+    return [Group([chunk], slice(0)) for chunk in chunk_ranges(n, chunk_targets)]
 
 
 def _row_groups(row_lengths: Sequence[int], chunk_targets: int) -> list[Group]:
@@ -255,7 +261,7 @@ def fused_linear_cipo_loss(
     chunk_targets: int | Literal["auto"] = "auto",
     impl: Literal["logits", "exp"] = "logits",
 ) -> LossOutput:
-    """The CIPO loss of N targets, a plain sum: the weights carry every normaliser. Formula: this file's docstring.
+    """The CIPO loss of N targets, a plain sum: the weights carry every normaliser. Formula: terms.py.
 
     hidden [T, H], weight [V, H], bias [V], pred_index, target_id [N], temperature, softcap: fused_linear_logprob's.
     old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp: [N], constants; log-probs in nats at the
