@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cipo_kernels.fused_linear_cipo_loss import LossOutput, fused_linear_cipo_loss
+from cipo_kernels import LossOutput, fused_linear_cipo_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = ["reference", "torch", *(["triton"] if DEVICE == "cuda" else [])]

@@ -80,6 +80,11 @@ class Pack:
     old_logp: Tensor | None = None  # [N] fp32
     ref_logp: Tensor | None = None  # [N] fp32
 
+    @property
+    def target_counts(self) -> list[int]:
+        """Targets of each conversation: known to the host, whatever device the pack is on."""
+        return [len(c.segments[-1].token_ids) for c in self.conversations]
+
     def to(self, device: torch.device) -> Pack:
         moved: dict[str, Any] = {
             f.name: value.to(device)

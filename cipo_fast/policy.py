@@ -125,7 +125,7 @@ class Policy(nn.Module):
             entropy_coef=self.loss.entropy_coef,
             is_cap=self.loss.is_cap,
             ratio=self.loss.ratio,
-            row_id=pack.conversation,
+            row_lengths=pack.target_counts,
             temperature=self.temperature,
             bias=bias,
             softcap=self.softcap,

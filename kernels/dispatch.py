@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from .device_rates import fastest_attention
+from .rates import fastest_attention
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 

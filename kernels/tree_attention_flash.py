@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_linear_logprob import refuse_create_graph
+from .autograd import refuse_create_graph
 from .tree_attention_rectangles import VarlenCall, varlen_calls
 from .tree_layout import TreeLayout
 

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fused_linear_logprob import refuse_create_graph
+from .autograd import refuse_create_graph
 from .tree_attention_backward import add_partials_kernel, dkdv_kernel, dq_kernel
 from .tree_attention_forward import forward_kernel
 from .tree_attention_tiles import LOG2_E

@@ -1,18 +1,17 @@
 """The rates of a device: measured ones by its name, assumed ones for all others; and which back-end they choose."""
 
-import importlib
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cipo_kernels.device_rates import DeviceRates, both_directions, device_rates, fastest_attention
+from cipo_kernels import rates as rates_file
 from cipo_kernels.dispatch import attention_implementation
+from cipo_kernels.rates import DeviceRates, both_directions, device_rates, fastest_attention
 from transformers import Qwen3Config
 
 from cipo_fast.policy import cost_model
 
-rates_module = importlib.import_module("cipo_kernels.device_rates")  # the package has the function under this name
 GPU = torch.device("cuda", 0)
 MEASURED = {
     "linear": 500.0,
@@ -28,9 +27,9 @@ MEASURED = {
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """A table with one GPU, which this machine is said to have."""
-    table = json.loads(rates_module.RATES_FILE.read_text(encoding="utf-8")) | {"Some GPU": MEASURED}
+    table = json.loads(rates_file.RATES_FILE.read_text(encoding="utf-8")) | {"Some GPU": MEASURED}
     (tmp_path / "rates.json").write_text(json.dumps(table))
-    monkeypatch.setattr(rates_module, "RATES_FILE", tmp_path / "rates.json")
+    monkeypatch.setattr(rates_file, "RATES_FILE", tmp_path / "rates.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
     device_rates.cache_clear()
     yield
@@ -38,7 +37,7 @@ def measured(monkeypatch, tmp_path):
 
 
 def test_every_entry_names_a_backend_it_has_rates_of():
-    table = json.loads(rates_module.RATES_FILE.read_text(encoding="utf-8"))
+    table = json.loads(rates_file.RATES_FILE.read_text(encoding="utf-8"))
     assert "assumed" in table["default"]["source"]
     for entry in table.values():
         rates = DeviceRates(**entry)

@@ -5,8 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cipo_kernels.fused_linear_cipo_loss import LossOutput, fused_linear_cipo_loss, k3, target_loss
-from cipo_kernels.fused_linear_logprob import ChunkedHead, fused_linear_logprob, fused_linear_logprob_reference
+from cipo_kernels import LossOutput, fused_linear_cipo_loss, fused_linear_logprob
+from cipo_kernels.lm_head import chunked
+from cipo_kernels.lm_head.logprob import fused_linear_logprob_reference
+from cipo_kernels.lm_head.loss import _linear_cipo_loss
+from cipo_kernels.lm_head.terms import Options, Terms, k3, stack_terms, target_loss
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CHUNK = 16
 
@@ -44,10 +49,22 @@ def make_terms(parameters, pred_index, target_id, seed=1, **head):
         "ce_weight": torch.rand(n, generator=g, dtype=logp.dtype) * (torch.arange(n) % 3 == 0),
         "ref_logp": near(logp, 0.7),
         "sampler_logp": near(old, 0.3),
-        "row_id": torch.arange(n).div(7, rounding_mode="floor") * 3 + 11,
+        "row_lengths": [min(7, n - start) for start in range(0, n, 7)],
         "eps_low": 0.25,
         "eps_high": 0.28125,
     }
+
+
+def terms_and_options(
+    n, *, eps_low=0.2, eps_high=0.28, clip="ppo", dual_clip=None, beta=0.0, entropy_coef=0.0, is_cap=None,
+    ratio="token", **given,
+):  # fmt: skip
+    """What fused_linear_cipo_loss makes of its arguments, in fp64."""
+    terms = stack_terms(n, torch.float64, torch.device("cpu"), **dict.fromkeys(Terms._fields) | given)
+    is_cap = None if given.get("sampler_logp") is None else is_cap
+    on_policy = given.get("old_logp") is None
+    sequence, cispo = ratio == "sequence", clip == "cispo"
+    return terms, Options(eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, on_policy, cispo, sequence)
 
 
 def run(impl, parameters, pred_index, target_id, monkeypatch, **kwargs) -> tuple[LossOutput, list]:
@@ -77,6 +94,8 @@ TERMS = {
     "entropy": {"entropy_coef": 0.1875},
     "is_cap": {"is_cap": 1.125},
     "all": {"beta": 0.3125, "entropy_coef": 0.1875, "is_cap": 1.125},
+    "on-policy": {"old_logp": None},
+    "kl and entropy on-policy": {"beta": 0.3125, "entropy_coef": 0.1875, "old_logp": None, "dual_clip": 1.5},
     "all on-policy": {"beta": 0.3125, "entropy_coef": 0.1875, "is_cap": 1.125, "old_logp": None},
     "dual clip": {"dual_clip": 1.5},
     "all dual clip": {"dual_clip": 1.5, "beta": 0.3125, "entropy_coef": 0.1875, "is_cap": 1.125},
@@ -148,10 +167,10 @@ def test_matches_reference_for_ragged_sizes(vocab, n, ratio, monkeypatch):
 
 
 def test_rows_longer_and_shorter_than_a_chunk(monkeypatch):
-    lengths = [3, 40, 1, 15, 16, 17, 2, 2]  # chunk 16: several rows a chunk, one exact, two rows in several chunks
+    lengths = [3, 40, 1, 0, 15, 16, 17, 2, 2, 0]  # chunk 16: several rows a chunk, one exact, two in several chunks
     inputs = make_inputs(n=sum(lengths))
     kwargs = make_terms(*inputs) | {"ratio": "sequence", "entropy_coef": 0.1}
-    kwargs["row_id"] = torch.repeat_interleave(torch.tensor([9, 4, 7, 0, 3, -2, 100, 8]), torch.tensor(lengths))
+    kwargs["row_lengths"] = lengths
     expected = run("reference", *inputs, monkeypatch, **kwargs)
     actual = run("torch", *inputs, monkeypatch, chunk_targets=CHUNK, **kwargs)
     assert_same(actual, expected)
@@ -160,6 +179,56 @@ def test_rows_longer_and_shorter_than_a_chunk(monkeypatch):
         out = fused_linear_cipo_loss(*inputs[0][:2], *inputs[1:], bias=inputs[0][2], chunk_targets=CHUNK, **kwargs)
     assert out.two_pass_rows == 0
     assert run("torch", *inputs, monkeypatch, chunk_targets=40, **kwargs)[0].two_pass_rows == 0
+
+
+def test_on_policy_rows_take_one_pass(monkeypatch):
+    """No old_logp and no importance weight: a ratio of 1 is known before the logits are, however long the row."""
+    inputs = make_inputs()
+    kwargs = make_terms(*inputs) | {"ratio": "sequence", "row_lengths": [30, 11], "old_logp": None}
+    kwargs["rl_weight"] = kwargs["rl_weight"] * torch.logspace(-6, 0, 41, dtype=torch.float64)  # far from equal
+    for weighed in ({"is_cap": None}, {"is_cap": 1.125, "sampler_logp": None}):
+        out, grads = run("torch", *inputs, monkeypatch, chunk_targets=CHUNK, **kwargs | weighed)
+        assert_same((out, grads), run("reference", *inputs, monkeypatch, **kwargs | weighed))
+        assert out.two_pass_rows == 0
+        assert (out.ratio == 1).all()
+        assert not out.clipped.any()
+    weighed = run("torch", *inputs, monkeypatch, chunk_targets=CHUNK, **kwargs | {"is_cap": 1.125})
+    assert weighed[0].two_pass_rows == 1
+
+
+class Ops(TorchDispatchMode):
+    """Names and shapes of the first operand of all that runs within."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func.overloadpacket.__name__, getattr(args[0], "shape", None) if args else None))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("ratio", ["token", "sequence", "on-policy sequence"])
+def test_the_host_reads_nothing_from_the_device_and_no_sum_of_a_row_is_atomic(ratio, needs_grad):
+    """Fake tensors hold no values: whatever would read one, or a shape that depends on one, raises. The operator's own
+    body runs on them, in the chunks that a GPU's launches follow; there is a row of several."""
+    parameters, *index = make_inputs()
+    terms = make_terms(parameters, *index) | {"beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0}
+    terms |= {"ratio": ratio.split()[-1]} | ({"old_logp": None, "is_cap": None} if "on-policy" in ratio else {})
+    del terms["row_lengths"]
+    stacked, options = terms_and_options(41, **terms)
+    mode = FakeTensorMode()
+    *given, fake = (mode.from_tensor(x.detach()) for x in (*parameters, *index, stacked))
+    with mode, Ops() as ops:
+        with pytest.raises(DataDependentOutputException):
+            given[0].sum().item()
+        rows = [20, 21] if options.sequence else None
+        body = _linear_cipo_loss._init_fn
+        body(*given, None, None, CHUNK, [needs_grad] * 3, fake, options.to_floats(), rows, "logits")
+    atomic = [shape for name, shape in ops.seen if name.startswith(("index_add", "scatter_add", "index_put"))]
+    assert {len(shape) for shape in atomic} <= {2}  # d(hidden) and d(logits); a target has one id, a token may repeat
+    assert ("segment_reduce" in {name for name, _ in ops.seen}) == (ratio != "token")
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
@@ -249,17 +318,16 @@ def test_gradients_worked_by_hand(clip, dual_clip):
     q = torch.tensor([2, 0.5, 1, 2, 0.5, 4], dtype=torch.float64)
     logp = torch.full((6,), -5.0, dtype=torch.float64, requires_grad=True)
     one, zero = torch.ones_like(q), torch.zeros_like(q)
-    options = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None, "ratio": "token"}
-    options |= {"ref_logp": None, "sampler_logp": None, "row_id": None, "clip": clip, "dual_clip": dual_clip}
-    terms = {"old_logp": logp.detach() - q.log(), "advantage": torch.tensor([1.0, 1, -1, -1, -1, -1]).double()}
-    loss, _, _ = target_loss(logp, zero, **terms, rl_weight=one, ce_weight=zero, **options)
+    given = {"old_logp": logp.detach() - q.log(), "advantage": torch.tensor([1.0, 1, -1, -1, -1, -1])}
+    terms, options = terms_and_options(6, **given, rl_weight=one, clip=clip, dual_clip=dual_clip)
+    loss, _, _ = target_loss(logp, zero, Terms(*terms), options)
     loss.sum().backward()
     expected = torch.tensor(SLOPES[clip, dual_clip], dtype=torch.float64)
     torch.testing.assert_close(logp.grad, expected, rtol=1e-12, atol=0)
 
 
 def test_sequence_ratio_and_stats_by_hand():
-    """Row 5: d = ln 4, 0 and a masked target, so q = exp(ln 4 / 2) = 2. Row 2: d = -ln 2, so q = 1/2."""
+    """Row 0: d = ln 4, 0 and a masked target, so q = exp(ln 4 / 2) = 2. Row 1: d = -ln 2, so q = 1/2."""
     logp = torch.tensor([-LN2, -LN2, -LN2, -LN2], dtype=torch.float64, requires_grad=True)
     terms = {
         "old_logp": [-3 * LN2, -LN2, math.inf, 0.0],
@@ -268,16 +336,13 @@ def test_sequence_ratio_and_stats_by_hand():
         "ce_weight": [0.0] * 4,
     }
     terms = {k: torch.tensor(v, dtype=torch.float64) for k, v in terms.items()}
-    row_id = torch.tensor([5, 5, 5, 2])
-    options = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None}
-    options |= {"ref_logp": None, "sampler_logp": None, "ratio": "sequence", "row_id": row_id}
-    options |= {"clip": "ppo", "dual_clip": None}
-    loss, q, clipped = target_loss(logp, torch.zeros(4), **terms, **options)
+    terms, options = terms_and_options(4, **terms, ratio="sequence")
+    loss, q, clipped = target_loss(logp, torch.zeros(4), Terms(*terms), options, torch.tensor([3, 1]))
     torch.testing.assert_close(loss, torch.tensor([-1.28, 2.0, 0.0, -5.0], dtype=torch.float64))
     torch.testing.assert_close(q, torch.tensor([2.0, 2.0, 1.0, 0.5], dtype=torch.float64))
     assert clipped.tolist() == [True, False, False, False]
     loss.sum().backward()
-    # only target 1 of row 5 is free: d loss/dq = 1, dq/d logp = q / 2 for each of the row's two targets
+    # only target 1 of row 0 is free: d loss/dq = 1, dq/d logp = q / 2 for each of the row's two targets
     torch.testing.assert_close(logp.grad, torch.tensor([1.0, 1.0, 0.0, -5.0], dtype=torch.float64))
 
 
@@ -336,10 +401,9 @@ def test_target_loss_keeps_infinite_logp_out(clip):
     logp = torch.tensor([-math.inf, math.nan, -1.0], requires_grad=True)
     entropy = torch.tensor([math.nan, 1.0, 1.0], requires_grad=True)
     zero, one = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0])
-    terms = {"old_logp": logp.detach(), "advantage": torch.ones(3), "rl_weight": one, "ce_weight": one}
-    terms |= {"ref_logp": zero, "sampler_logp": zero, "eps_low": 0.2, "eps_high": 0.28, "beta": 0.1}
-    terms |= {"entropy_coef": 0.1, "is_cap": 2.0, "ratio": "token", "row_id": None, "clip": clip, "dual_clip": None}
-    loss, _, _ = target_loss(logp, entropy, **terms)
+    given = {"old_logp": logp, "advantage": torch.ones(3), "rl_weight": one, "ce_weight": one, "ref_logp": zero}
+    terms, options = terms_and_options(3, **given, sampler_logp=zero, beta=0.1, entropy_coef=0.1, is_cap=2.0, clip=clip)
+    loss, _, _ = target_loss(logp, entropy, Terms(*terms), options)
     assert loss[:2].tolist() == [0, 0]
     loss.sum().backward()
     assert logp.grad[:2].tolist() == entropy.grad[:2].tolist() == [0, 0]
@@ -366,7 +430,7 @@ def test_without_grad_no_gradient_is_computed(monkeypatch):
     (hidden, weight, bias), pred_index, target_id = make_inputs()
     kwargs = make_terms((hidden, weight, bias), pred_index, target_id) | {"bias": bias, "chunk_targets": CHUNK}
     expected = fused_linear_cipo_loss(hidden, weight, pred_index, target_id, **kwargs)
-    monkeypatch.setattr(ChunkedHead, "backward", None)  # a call would raise
+    monkeypatch.setattr(chunked, "d_logits", None)  # a call would raise
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out = fused_linear_cipo_loss(hidden, weight, pred_index, target_id, **kwargs)
@@ -540,9 +604,9 @@ BAD = {
     "chunk_targets": ({"chunk_targets": 0}, "chunk_targets=0: expected"),
     "advantage": ({"advantage": torch.zeros(3)}, r"advantage is \[3\]"),
     "ratio": ({"ratio": "row"}, "ratio='row': expected"),
-    "no row_id": ({"ratio": "sequence", "row_id": None}, "needs row_id"),
-    "float row_id": ({"row_id": torch.zeros(41)}, "row_id is torch.float32"),
-    "scattered row_id": ({"ratio": "sequence", "row_id": torch.arange(41) % 3}, "must be contiguous"),
+    "no row_lengths": ({"ratio": "sequence", "row_lengths": None}, "needs row_lengths"),
+    "rows of other targets": ({"ratio": "sequence", "row_lengths": [40]}, r"row_lengths=\[40\]: .* add up to N = 41"),
+    "a row of -1": ({"ratio": "sequence", "row_lengths": [42, -1]}, r"row_lengths=\[42, -1\]"),
     "clip": ({"clip": "tight"}, "clip='tight': expected"),
     "dual_clip": ({"dual_clip": 1.0}, "dual_clip=1.0: must be above 1"),
     "cispo of sequences": ({"clip": "cispo", "ratio": "sequence"}, 'defined for ratio="token"'),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from cipo_kernels.fused_linear_logprob import ChunkedHead
+from cipo_kernels.lm_head import chunked
 from conversations import random_conversations
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import CommDebugMode
@@ -35,7 +35,7 @@ def test_the_head_is_gathered_once_and_tied_gradients_add_up() -> None:
 def step(impl: str, chunk_targets: int, pack: Pack, mesh: DeviceMesh) -> tuple[int, int, torch.Tensor]:
     """All-gathers of the forward and of the backward pass, and the gradient of the tied table."""
     os.environ["CIPO_KERNELS"] = impl
-    ChunkedHead.auto_chunk_targets = staticmethod(lambda weight: chunk_targets)  # type: ignore[method-assign]
+    chunked.auto_chunk_targets = lambda weight: chunk_targets
     config = load_config([], ["model.embedded.hidden=32", "model.embedded.mlp=48", "loss.entropy_coef=0.1"])
     model = new_model(config, ATTENTION)
     policy = build_policy(model, config, mesh)

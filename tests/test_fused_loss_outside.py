@@ -60,7 +60,7 @@ def ours(hidden: Tensor, weight: Tensor, pred_index: Tensor, batch: dict[str, Te
         advantage=batch["advantages"].repeat_interleave(C),
         rl_weight=WEIGHTS[loss_type](batch["mask"]).flatten(),
         ce_weight=torch.zeros(B * C),
-        row_id=torch.arange(B).repeat_interleave(C),
+        row_lengths=[C] * B,
         chunk_targets=7,
         **EPS,
         **options,

@@ -9,25 +9,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
 
-import cipo_kernels.exp_gemm as exp_gemm
-import cipo_kernels.fused_linear_cipo_loss_triton as triton_head
-import cipo_kernels.gemm_tiles as gemm_tiles
-from cipo_kernels.fused_linear_cipo_loss import (
-    LossOutput,
-    _linear_cipo_loss,
-    fused_linear_cipo_loss,
-    target_loss,
-    target_loss_gradient,
-)
-from cipo_kernels.fused_linear_logprob import (
+from cipo_kernels import LossOutput, fused_linear_cipo_loss, fused_linear_logprob
+from cipo_kernels.lm_head import exp_gemm, gemm_tiles, row_kernel
+from cipo_kernels.lm_head import head as head_file
+from cipo_kernels.lm_head.head import chunk_ranges
+from cipo_kernels.lm_head.logprob import (
     _linear_logprob,
     _linear_logprob_backward,
-    chunk_ranges,
-    fused_linear_logprob,
     fused_linear_logprob_reference,
-    gemm,
 )
-from test_fused_loss import EVERY_TERM, HEADS, TERMS, extreme_head, make_inputs, make_terms
+from cipo_kernels.lm_head.loss import _linear_cipo_loss
+from cipo_kernels.lm_head.terms import Terms, target_loss, target_loss_gradient
+from test_fused_loss import EVERY_TERM, HEADS, TERMS, extreme_head, make_inputs, make_terms, terms_and_options
 
 if torch.cuda.is_available():
     DEVICE, DTYPE, RTOL, ATOL = "cuda", torch.float32, 1e-4, 1e-5
@@ -39,7 +32,7 @@ N, CHUNK = 13, 5
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
     monkeypatch.setenv("CIPO_KERNELS", "triton")
-    monkeypatch.setattr(triton_head, "BLOCK_V", 64)  # several blocks a row, the last one ragged
+    monkeypatch.setattr(row_kernel, "BLOCK_V", 64)  # several blocks a row, the last one ragged
 
 
 def small_tiles(monkeypatch):
@@ -51,13 +44,13 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def exp_chunks(monkeypatch) -> list:
     """Small tiles, several of each, none of them whole; and a list that grows by one for each chunk `exp` runs."""
-    chunks, exp_loss = [], exp_gemm.exp_loss
+    chunks, token_loss = [], exp_gemm.token_loss
 
     def counted(*args):
         chunks.append(1)
-        return exp_loss(*args)
+        return token_loss(*args)
 
-    monkeypatch.setattr(exp_gemm, "exp_loss", counted)
+    monkeypatch.setattr(exp_gemm, "token_loss", counted)
     if DEVICE == "cpu":
         small_tiles(monkeypatch)
     return chunks
@@ -69,10 +62,9 @@ def count_repairs(monkeypatch) -> list[int]:
 
     class Spy:
         def __getitem__(self, grid):
-            def launch(*args):
-                sums = args[6]  # [2, n, parts]: a recomputed row has its S in the first part alone
+            def launch(*, sums, **arguments):  # [2, n, parts]: a recomputed row has its S in the first part alone
                 repaired.append((sums[0, :, 1:] == 0).all(1).sum().item())
-                return kernel[grid](*args)
+                return kernel[grid](sums=sums, **arguments)
 
             return launch
 
@@ -113,16 +105,17 @@ def assert_matches_reference(inputs, kwargs, monkeypatch, place=to_device):
 @pytest.mark.parametrize(("name", "ratio"), EVERY_TERM)
 def test_derivative_of_the_target_loss(name, ratio):
     inputs = make_inputs()
-    terms = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "entropy_coef": 0.0, "is_cap": None, "ratio": ratio}
-    terms |= {"clip": "ppo", "dual_clip": None}
-    terms |= make_terms(*inputs) | TERMS[name]
+    kwargs = make_terms(*inputs) | TERMS[name] | {"ratio": ratio}
+    rows = torch.tensor(kwargs.pop("row_lengths"))
+    stacked, options = terms_and_options(len(inputs[1]), **kwargs)
+    terms = Terms(*stacked)
     logp = fused_linear_logprob_reference(*inputs[0][:2], *inputs[1:], bias=inputs[0][2])[0].detach().requires_grad_()
     entropy = torch.rand_like(logp).requires_grad_()
-    loss, q, clipped = target_loss(logp, entropy, **terms)
+    loss, q, clipped = target_loss(logp, entropy, terms, options, rows)
     expected = torch.autograd.grad(loss.sum(), (logp, entropy), materialize_grads=True)
-    g_logp, g_entropy = target_loss_gradient(logp.detach(), q, clipped, terms)
+    g_logp, g_entropy = target_loss_gradient(logp.detach(), q, clipped, terms, options, rows)
     torch.testing.assert_close(g_logp, expected[0], rtol=1e-12, atol=1e-14)
-    if terms["entropy_coef"] == 0:
+    if options.entropy_coef == 0:
         assert g_entropy is None
     else:
         torch.testing.assert_close(g_entropy, expected[1], rtol=1e-12, atol=1e-14)
@@ -176,6 +169,13 @@ HOW = {
     "token": {"entropy_coef": 0.1875},
     "sequence": {"entropy_coef": 0.1875, "ratio": "sequence"},
     "exp": {"impl": "exp"},
+    "exp of on-policy rows": {
+        "impl": "exp",
+        "ratio": "sequence",
+        "row_lengths": [9, 4],
+        "old_logp": None,
+        "is_cap": None,
+    },
 }
 
 
@@ -202,9 +202,10 @@ def test_zero_weight_targets_give_exactly_nothing(how, exp_chunks):
     kwargs |= {k: kwargs[k].masked_fill(off, 0) for k in ("rl_weight", "ce_weight")}
     clean = loss_and_grads(inputs, kwargs)
     # `exp` anchors on old_logp, so that a sane one in place of nan changes its rounding
-    tolerance = {"rtol": RTOL, "atol": ATOL} if how == "exp" else {"rtol": 0, "atol": 0}
+    tolerance = {"rtol": RTOL, "atol": ATOL} if "exp" in how else {"rtol": 0, "atol": 0}
     for poison in (math.inf, math.nan):
-        dirty = {k: kwargs[k].masked_fill(off, poison) for k in ("old_logp", "ref_logp", "sampler_logp", "advantage")}
+        given = [k for k in ("old_logp", "ref_logp", "sampler_logp", "advantage") if kwargs[k] is not None]
+        dirty = {k: kwargs[k].masked_fill(off, poison) for k in given}
         actual = loss_and_grads(inputs, kwargs | dirty)
         for a, e in zip((*actual[0], *actual[1]), (*clean[0], *clean[1]), strict=True):
             torch.testing.assert_close(a, e, **tolerance)
@@ -325,9 +326,11 @@ def test_bf16_inputs(impl, exp_chunks, monkeypatch):
         z = h[index[0]] @ w.T
         logp_v = torch.log_softmax(z, -1)
         logp, entropy = logp_v.gather(1, index[1][:, None])[:, 0], -(logp_v.exp() * logp_v).sum(1)
-        defaults = {"eps_low": 0.2, "eps_high": 0.28, "beta": 0.0, "is_cap": None, "ratio": "token", "row_id": None}
-        defaults |= {"clip": "ppo", "dual_clip": None}
-        loss, _, _ = target_loss(logp, entropy, **(defaults | kwargs), ref_logp=None, sampler_logp=None)
+        given = {k: v if k in ("entropy_coef", "old_logp") else v.cpu() for k, v in kwargs.items()}
+        stacked, options = terms_and_options(n, **given)
+        loss, _, _ = target_loss(
+            logp, entropy, Terms(*stacked.to(DEVICE, torch.promote_types(logp.dtype, torch.float32))), options
+        )
         (loss.sum() * 1.7).backward()
         return logp.detach(), [h.grad.double(), w.grad.double()]
 
@@ -533,14 +536,14 @@ def test_log_probs_without_grad_of_odd_rows(monkeypatch):
 
 
 def count_gemms(monkeypatch) -> list:
-    calls = []
+    calls, gemm = [], head_file.gemm
 
     def counted(*args, **kwargs):
         calls.append(args)
         return gemm(*args, **kwargs)
 
-    monkeypatch.setitem(gemm.__globals__, "gemm", counted)  # the module's name is that of a function, too
-    monkeypatch.setattr(triton_head, "gemm", counted)
+    monkeypatch.setattr(head_file, "gemm", counted)
+    monkeypatch.setattr(row_kernel, "gemm", counted)
     return calls
 
 
@@ -568,7 +571,7 @@ def test_each_mode_runs_only_the_gemms_it_needs(mode, monkeypatch):
 
 def test_a_row_longer_than_a_chunk_takes_two_passes(monkeypatch):
     inputs = make_inputs(n=N)
-    kwargs = make_terms(*inputs) | {"ratio": "sequence", "row_id": torch.tensor([0] * 3 + [1] * 8 + [2] * 2)}
+    kwargs = make_terms(*inputs) | {"ratio": "sequence", "row_lengths": [3, 8, 2]}
     calls = count_gemms(monkeypatch)
     out, _ = assert_matches_reference(inputs, kwargs, monkeypatch)  # chunks of at most 5: [3], [4 + 4] twice, [2]
     assert out.two_pass_rows == 1
@@ -637,9 +640,12 @@ def test_opcheck(impl, monkeypatch):
     terms = {k: to_device(v) for k, v in make_terms(parameters, *index).items()}
     leaves, index = [to_device(p).requires_grad_() for p in parameters], [to_device(i) for i in index]
     head = (*leaves, *index, torch.rand_like(terms["old_logp"]) + 0.5, 3.0, 3)
-    options = {"eps_low": 0.2, "eps_high": 0.3, "beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0, "ratio": "token"}
-    options |= {"clip": "ppo", "dual_clip": 3.0}
-    torch.library.opcheck(_linear_cipo_loss, (*head, [True] * 3), terms | options | {"impl": "logits"})
+    del terms["row_lengths"]
+    options = {"beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0, "dual_clip": 3.0}
+    for ratio, rows in (("token", None), ("sequence", [3, 1])):
+        stacked, given = terms_and_options(4, **terms, **options, ratio=ratio)
+        loss = (to_device(stacked), given.to_floats(), rows, "logits")
+        torch.library.opcheck(_linear_cipo_loss, (*head, [True] * 3, *loss))
     torch.library.opcheck(_linear_logprob, head)
     torch.library.opcheck(
         _linear_logprob_backward,
@@ -674,7 +680,7 @@ def test_compiles_as_one_graph(impl, ratio, monkeypatch):
 @pytest.mark.parametrize("bytes_each", [2, 4])
 @pytest.mark.parametrize("vocab", [151936, 151669, 50257, 2**26])
 def test_chunk_of_a_large_vocabulary(vocab, bytes_each):
-    most = triton_head.gpu_chunk_targets(vocab, bytes_each)
+    most = row_kernel.gpu_chunk_targets(vocab, bytes_each)
     assert most % 128 == 0
     assert most == 128 or bytes_each * most * vocab <= 2**31 < bytes_each * (most + 128) * vocab
 
@@ -694,14 +700,19 @@ def test_chunks_are_of_about_one_size(n, most):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_no_host_synchronisation():
-    parameters, *index = make_inputs(n=N)
-    kwargs = make_terms(parameters, *index) | {"beta": 0.125, "entropy_coef": 0.125, "is_cap": 2.0}
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_no_host_synchronisation_and_the_same_bits_again(ratio):
+    """Each target has a hidden row of its own here: those that share one are added up by atomics."""
+    parameters, *index = make_inputs(n=N, tokens=N)
+    index[0] = torch.arange(N)
+    kwargs = make_terms(parameters, *index) | {"beta": 0.125, "entropy_coef": 0.125, "is_cap": 2.0, "ratio": ratio}
     inputs = ([to_device(p) for p in parameters], *(to_device(i) for i in index))
-    kwargs = {k: to_device(v) for k, v in kwargs.items()}
-    loss_and_grads(inputs, kwargs)  # compiles
+    kwargs = {k: to_device(v) for k, v in kwargs.items()} | {"chunk_targets": CHUNK}
+    out, grads = loss_and_grads(inputs, kwargs)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss_and_grads(inputs, kwargs)
+        again, grads_again = loss_and_grads(inputs, kwargs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip((*out, *grads), (*again, *grads_again), strict=True):
+        assert torch.equal(a, b)

@@ -17,10 +17,12 @@ import pytest
 
 RESULTS = Path(__file__).parents[1] / "bench/results/offline.md"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
-ROW_TERMS = ("bias", "inv_temperature", "softcap", "entropy_coef", "ref_logp", "sampler_logp", "is_cap", "dual_clip")
+ROW_TERMS = ("bias", "inv_temperature", "softcap", "entropy_coef", "beta", "is_cap", "dual_clip")
 TYPES = {"target_id": "*i64", "clipped_out": "*i1", "e": "*bf16", "e_out": "*bf16", "x": "*bf16", "weight": "*bf16"}
 TYPES |= dict.fromkeys(("d_logits",), "*bf16")
-TYPES |= dict.fromkeys(("first", "vocab", "row_stride", "d_row_stride", "e_stride", "n", "n_rows", "H", "parts"), "i32")
+TYPES |= dict.fromkeys(
+    ("first", "vocab", "row_stride", "d_row_stride", "e_stride", "n", "targets", "H", "parts"), "i32"
+)
 TYPES |= dict.fromkeys(("softcap", "eps_low", "eps_high", "dual_clip", "beta", "entropy_coef", "is_cap"), "fp32")
 ALIGNED = ("row_stride", "d_row_stride", "vocab", "e_stride", "H")  # multiples of 16; so are the pointers
 
@@ -28,14 +30,14 @@ ALIGNED = ("row_stride", "d_row_stride", "vocab", "e_stride", "H")  # multiples 
 def cases(arch: int) -> dict:
     """Name -> (kernel, absent arguments, constexprs, options, types that differ). A size whose type is given there is
     no multiple of 16: odd V are 50,257 or 151,669."""
-    from cipo_kernels import exp_gemm as e
-    from cipo_kernels import fused_linear_cipo_loss_triton as v0
-    from cipo_kernels import gemm_tiles as g
-    from cipo_kernels import logp_gemm
+    from cipo_kernels.lm_head import exp_gemm as e
+    from cipo_kernels.lm_head import gemm_tiles as g
+    from cipo_kernels.lm_head import logp_gemm
+    from cipo_kernels.lm_head import row_kernel as v0
 
     row, warps = {"BLOCK_V": v0.BLOCK_V}, {"num_warps": v0.NUM_WARPS}
     repair = {"BLOCK_V": e.REPAIR_V, "BLOCK_H": e.REPAIR_H}
-    ppo, cispo = {"CISPO": False}, {"CISPO": True}
+    ppo, cispo = ({"ON_POLICY": False, "CISPO": given} for given in (False, True))
     found = {
         "token_loss_kernel": (v0.token_loss_kernel, ROW_TERMS, row | ppo, warps, {}),
         "token_loss_kernel, every term": (v0.token_loss_kernel, (), row | ppo, warps, {}),
@@ -47,9 +49,9 @@ def cases(arch: int) -> dict:
         "gradient_kernel, odd V": (v0.gradient_kernel, ROW_TERMS, row, warps, {"vocab": "i32"}),
         "anchor_kernel": (e.anchor_kernel, (), {"BLOCK_H": e.BLOCK_H}, {}, {}),
         "reanchor_kernel": (e.reanchor_kernel, (), repair, {}, {}),
-        "exp_loss_kernel": (e.exp_loss_kernel, ("dual_clip",), ppo, {}, {}),
-        "exp_loss_kernel, dual clip": (e.exp_loss_kernel, (), ppo, {}, {}),
-        "exp_loss_kernel, CISPO": (e.exp_loss_kernel, ("dual_clip",), cispo, {}, {}),
+        "exp_loss_kernel": (e.exp_loss_kernel, ("entropy_coef", "dual_clip"), ppo, {}, {}),
+        "exp_loss_kernel, dual clip": (e.exp_loss_kernel, ("entropy_coef",), ppo, {}, {}),
+        "exp_loss_kernel, CISPO": (e.exp_loss_kernel, ("entropy_coef", "dual_clip"), cispo, {}, {}),
     }
     tma = arch >= 90
     t = g.TMA_TILES if tma else g.POINTER_TILES

@@ -70,6 +70,7 @@ def test_every_target_is_in_one_pack_with_its_exact_ancestors(
 def test_each_target_carries_its_conversations_numbers(seed: int) -> None:
     conversations = random_conversations(seed)
     pack = make_pack(build_trees(conversations))
+    assert pack.target_counts == pack.conversation.bincount(minlength=len(pack.conversations)).tolist()
     for n, c in enumerate(pack.conversation.tolist()):
         conversation = pack.conversations[c]
         first = pack.conversation.tolist().index(c)

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-import cipo_kernels.fused_linear_cipo_loss_triton as triton_head
+import cipo_kernels.lm_head.row_kernel as row_kernel
 import pytest
 import torch
 
@@ -20,8 +20,8 @@ SMALL = [
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's test")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of masked lanes
 def test_two_steps_match_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks, token_loss = [], triton_head.token_loss
-    monkeypatch.setattr(triton_head, "token_loss", lambda *args: chunks.append(1) or token_loss(*args))
+    chunks, token_loss = [], row_kernel.token_loss
+    monkeypatch.setattr(row_kernel, "token_loss", lambda *args: chunks.append(1) or token_loss(*args))
     warm = tmp_path / "warm_start"  # shared, so that both train the same model
     warm.mkdir()
     runs = {}

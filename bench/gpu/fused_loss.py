@@ -40,8 +40,7 @@ if importlib.util.find_spec("cipo_kernels") is None:  # not installed: the folde
     sys.modules["cipo_kernels"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["cipo_kernels"])
 
-from cipo_kernels.fused_linear_cipo_loss import LossOutput, fused_linear_cipo_loss  # noqa: E402
-from cipo_kernels.fused_linear_logprob import fused_linear_logprob  # noqa: E402
+from cipo_kernels import LossOutput, fused_linear_cipo_loss, fused_linear_logprob  # noqa: E402
 
 VOCAB = 300 if SMOKE else 151936
 SHAPES = [(12, 64)] if SMOKE else [(n, h) for h in (2560, 4096) for n in (8192, 16384, 32768)]  # targets, hidden size

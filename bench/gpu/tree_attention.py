@@ -48,7 +48,7 @@ if importlib.util.find_spec("cipo_kernels") is None:  # not installed: the folde
     spec = importlib.util.spec_from_file_location("cipo_kernels", init, submodule_search_locations=[str(init.parent)])
     sys.modules["cipo_kernels"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["cipo_kernels"])
-from cipo_kernels.device_rates import RATES_FILE, both_directions
+from cipo_kernels.rates import RATES_FILE, both_directions
 from cipo_kernels.tree_attention import tree_attention, tree_attention_reference
 from cipo_kernels.tree_layout import TreeLayout
 

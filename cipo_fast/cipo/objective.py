@@ -1,7 +1,7 @@
 """What is learned from a batch: its conversations, each with its advantage and per-token loss weights.
 
     L = RL(rollouts) + lambda_corr(step) * L_corr,      L_corr = RL(corrections) | CE | RL(corrections) + mu * CE
-    RL(S) = 1/Z_S sum_{i in S} sum_t (clipped policy loss, kernels/fused_linear_cipo_loss.py)
+    RL(S) = 1/Z_S sum_{i in S} sum_t (clipped policy loss, kernels/lm_head/terms.py)
     CE = -1/(sum_j |y_j|) sum_j sum_t log pi(y_jt | context), j over verified corrections of wrong anchors
 
 Z_S is the stream's own count over the global batch, never a micro-batch's. With hints L has one more term, and the

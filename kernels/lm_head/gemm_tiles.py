@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .softmax import LOG2E
+
 
 class Tiles(NamedTuple):
     """m x n of the logits, k along H."""
@@ -27,7 +29,6 @@ class Tiles(NamedTuple):
 
 TMA_TILES, POINTER_TILES = Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 8, 4)
 GROUP_M = 16
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 def use_tma(weight: Tensor) -> bool:

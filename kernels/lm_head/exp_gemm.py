@@ -24,22 +24,17 @@ V0's cuBLAS GEMM over those rows would need for their number.
 dr is not a multiple of E under a softcap or an entropy bonus: those, as sequence-level ratios, run on the logits.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_linear_cipo_loss_triton import (
-    LOWEST,
-    TritonHead,
-    gpu_chunk_targets,
-    load_or,
-    logp_entropy_rest,
-    target_loss_of_token,
-)
-from .gemm_tiles import LN2, LOG2E, gemm_tile, launch, quarters, tile_origin, tile_rows
+from . import row_kernel
+from .gemm_tiles import gemm_tile, launch, quarters, tile_origin, tile_rows
+from .head import Head
+from .softmax import LN2, LOG2E, LOWEST, load_or, logp_entropy_rest
+from .terms import Options, TargetOutputs, Terms
+from .token_terms import loss_arguments, target_loss_of_token
 
 BLOCK_H = 1024  # of the target's dot product
 REPAIR_V, REPAIR_H = 64, 64
@@ -183,83 +178,73 @@ def reanchor_kernel(
             tl.store(sums + (n + i) * parts + j, tl.where(j == 0, t, 0.0), mask=j < parts)
 
 
-@triton.jit(do_not_specialize=["first", "n_rows"])
+@triton.jit(do_not_specialize=["first", "n", "targets"])
 def exp_loss_kernel(
-    e, e_stride, first, target_id, inv_temperature, d_in, sums, n_rows, parts,
-    old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
+    e, e_stride, first, target_id, inv_temperature, d_in, sums, n, parts, terms, targets,
     loss_out, logp_out, entropy_out, ratio_out, clipped_out, u_out,
-    eps_low, eps_high, dual_clip, beta, is_cap, CISPO: tl.constexpr,
+    eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, ON_POLICY: tl.constexpr, CISPO: tl.constexpr,
 ):  # fmt: skip
-    """Row i of E belongs to target first + i. Writes the target's outputs, E'_target over E_target, and u [n]."""
+    """Row i of E belongs to target first + i of `targets`. Writes its outputs, E'_target over E_target, and u [n]."""
     i = tl.program_id(0).to(tl.int64)
-    n = first + i
-    s, t = _total(sums + i * parts, parts, 1024), _total(sums + (n_rows + i) * parts, parts, 1024)
+    at = first + i
+    s, t = _total(sums + i * parts, parts, 1024), _total(sums + (n + i) * parts, parts, 1024)
     d = tl.load(d_in + i)
     logp, entropy, _ = logp_entropy_rest(d, s, t)
     loss, q, clipped, g, _ = target_loss_of_token(
-        n, logp, entropy, old_logp, advantage, rl_weight, ce_weight, ref_logp, sampler_logp,
-        eps_low, eps_high, dual_clip, beta, None, is_cap, CISPO,
-    )  # fmt: skip
-    tl.store(loss_out + n, loss)
-    tl.store(logp_out + n, logp)
-    tl.store(entropy_out + n, entropy)
-    tl.store(ratio_out + n, q)
-    tl.store(clipped_out + n, clipped)
-    tl.store(u_out + i, -g / (s + tl.exp(d)) * load_or(inv_temperature, n, 1.0))
-    tl.store(e + i * e_stride + tl.load(target_id + n), (-s).to(e.dtype.element_ty), mask=d == d)
+        at, logp, entropy, terms, targets, eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, ON_POLICY, CISPO
+    )
+    tl.store(loss_out + at, loss)
+    tl.store(logp_out + at, logp)
+    tl.store(entropy_out + at, entropy)
+    tl.store(ratio_out + at, q)
+    tl.store(clipped_out + at, clipped)
+    tl.store(u_out + i, -g / (s + tl.exp(d)) * load_or(inv_temperature, at, 1.0))
+    tl.store(e + i * e_stride + tl.load(target_id + at), (-s).to(e.dtype.element_ty), mask=d == d)
 
 
-class ExpHead(TritonHead):
-    """As TritonHead, with E in place of the logits, in the operands' dtype."""
-
-    @staticmethod
-    def auto_chunk_targets(weight: Tensor) -> int:
-        if not weight.is_cuda:
-            return TritonHead.auto_chunk_targets(weight)
-        return gpu_chunk_targets(weight.shape[0], weight.element_size())
-
-    def allocate(self, rows: int) -> None:
-        self.weight = self.weight.contiguous()
-        vocab = self.weight.shape[0]
-        columns = triton.cdiv(vocab, 64) * 64  # aligned rows, whatever V
-        self.e = torch.empty(rows, columns, dtype=self.weight.dtype, device=self.weight.device)[:, :vocab]
-
-    def exp_logits(self, start: int, x: Tensor, old_logp: Tensor | None) -> tuple[Tensor, Tensor]:
-        """E of targets start on, x [n, H], into the buffer; (d [n], partial sums [2, n, parts])."""
-        n, (vocab, width) = len(x), self.weight.shape
-        anchor, d = torch.empty(2, n, dtype=self.dtype, device=x.device).unbind()
-        anchor_kernel[(n,)](
-            x, self.weight, start, self.bias, self.target_id, self.inv_temperature, old_logp, anchor, d,
-            vocab, width, BLOCK_H=BLOCK_H,
-        )  # fmt: skip
-        plan = launch(x, self.weight)
-        sums = torch.empty(2, n, 4 * plan.column_tiles, dtype=self.dtype, device=x.device)
-        exp_gemm_kernel[(plan.programs,)](
-            **plan.operands, e_out=self.e, e_stride=self.e.stride(0), first=start, bias=self.bias,
-            target_id=self.target_id, inv_temperature=self.inv_temperature, anchor=anchor, d_out=d, sums=sums,
-            n=n, vocab=vocab, H=width, **plan.options,
-        )  # fmt: skip
-        reanchor_kernel[(n,)](
-            x, self.weight, self.e, self.e.stride(0), start, self.bias, self.target_id, self.inv_temperature, anchor, d,
-            sums, n, vocab, width, sums.shape[2], BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H,
-        )  # fmt: skip
-        return d, sums
+def auto_chunk_targets(weight: Tensor) -> int:
+    if not weight.is_cuda:
+        return row_kernel.auto_chunk_targets(weight)
+    return row_kernel.gpu_chunk_targets(weight.shape[0], weight.element_size())
 
 
-def exp_loss(head: ExpHead, group: list[tuple[int, int]], terms: dict[str, Any], out: Any) -> None:
-    """As fused_linear_cipo_loss.py's `_group_loss`, for one chunk, the ratio of tokens, and gradients."""
-    [(start, end)] = group
-    x = head.gather(start, end)
-    d, sums = head.exp_logits(start, x, terms["old_logp"])
+def new_buffer(head: Head, rows: int) -> Tensor:
+    """E [chunk, V], in the operands' dtype."""
+    vocab = head.weight.shape[0]
+    columns = triton.cdiv(vocab, 64) * 64  # aligned rows, whatever V
+    return torch.empty(rows, columns, dtype=head.weight.dtype, device=head.weight.device)[:, :vocab]
+
+
+def token_loss(
+    head: Head, e: Tensor, start: int, end: int, terms: Tensor, options: Options, out: TargetOutputs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x [n, H], E' [n, V], u [n]) of targets start:end: dr is u E'. Their outputs are written."""
+    x, n = head.gather(start, end), end - start
+    d, sums = _exp_logits(head, e, start, x, None if options.on_policy else Terms(*terms).old_logp)
     u = torch.empty_like(d)
-    exp_loss_kernel[(end - start,)](
-        head.e, head.e.stride(0), start, head.target_id, head.inv_temperature, d, sums,
-        end - start, sums.shape[2],
-        terms["old_logp"], terms["advantage"], terms["rl_weight"], terms["ce_weight"],
-        terms["ref_logp"] if terms["beta"] != 0 else None,
-        terms["sampler_logp"] if terms["is_cap"] is not None else None,
-        out.loss, out.logp, out.entropy, out.ratio, out.clipped, u,
-        terms["eps_low"], terms["eps_high"], terms["dual_clip"], terms["beta"], terms["is_cap"],
-        terms["clip"] == "cispo",
+    exp_loss_kernel[(n,)](
+        e=e, e_stride=e.stride(0), first=start, target_id=head.target_id, inv_temperature=head.inv_temperature,
+        d_in=d, sums=sums, n=n, parts=sums.shape[2], terms=terms, targets=terms.shape[1], **loss_arguments(options),
+        loss_out=out.loss, logp_out=out.logp, entropy_out=out.entropy, ratio_out=out.ratio, clipped_out=out.clipped,
+        u_out=u,
     )  # fmt: skip
-    head.accumulate(head.pred_index[start:end], x, head.e[: end - start], scale=u)
+    return x, e[:n], u
+
+
+def _exp_logits(head: Head, e: Tensor, start: int, x: Tensor, old_logp: Tensor | None) -> tuple[Tensor, Tensor]:
+    """E of targets start on, x [n, H]; (d [n], partial sums [2, n, parts])."""
+    n, (vocab, width) = len(x), head.weight.shape
+    anchor, d = torch.empty(2, n, dtype=head.dtype, device=x.device).unbind()
+    plan = launch(x, head.weight)
+    sums = torch.empty(2, n, 4 * plan.column_tiles, dtype=head.dtype, device=x.device)
+    row = {
+        "first": start, "bias": head.bias, "target_id": head.target_id, "inv_temperature": head.inv_temperature,
+        "vocab": vocab, "H": width,
+    }  # fmt: skip
+    found = {"e_out": e, "e_stride": e.stride(0), "anchor": anchor, "d_out": d, "sums": sums, "n": n}
+    anchor_kernel[(n,)](x=x, weight=head.weight, old_logp=old_logp, anchor_out=anchor, d_out=d, BLOCK_H=BLOCK_H, **row)
+    exp_gemm_kernel[(plan.programs,)](**plan.operands, **row, **found, **plan.options)
+    reanchor_kernel[(n,)](
+        x=x, weight=head.weight, parts=sums.shape[2], BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H, **row, **found
+    )
+    return d, sums

@@ -14,15 +14,16 @@ logp and H from z[target] - M, S and T, in nats: `logp_entropy_rest`. y[target] 
 one tile has it. A target id outside the vocabulary gives logp = nan.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_linear_cipo_loss_triton import LOWEST, logp_entropy_rest, soft_capped
-from .gemm_tiles import LN2, LOG2E, gemm_tile, halves, launch, quarters, tile_origin, tile_rows
-
-CHUNK_TARGETS = 2**13  # their partial sums: 58 MB at V = 151,936
+from .gemm_tiles import gemm_tile, halves, launch, quarters, tile_origin, tile_rows
+from .head import Head
+from .softmax import LN2, LOG2E, LOWEST, logp_entropy_rest, soft_capped
 
 
 @triton.jit
@@ -115,26 +116,33 @@ def logp_of_parts_kernel(
     tl.store(entropy_out + i, entropy)
 
 
-def log_probs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target_id: Tensor,
-    inv_temperature: Tensor | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) [n] of x [n, H], weight [V, H], of one dtype and contiguous; bias [V], target_id and
-    inv_temperature [n], contiguous. Outputs are fp32, fp64 for fp64 operands."""
-    n, (vocab, width) = len(x), weight.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    plan = launch(x, weight)
-    y_target = torch.full((n,), float("nan"), dtype=dtype, device=x.device)
-    sums = torch.empty(3, n, plan.column_tiles, dtype=dtype, device=x.device)
+class LogProbs(NamedTuple):
+    """Of a chunk of n targets, [n]."""
+
+    logp: Tensor
+    entropy: Tensor
+
+
+def auto_chunk_targets(weight: Tensor) -> int:
+    return 2**13  # their partial sums: 58 MB at V = 151,936
+
+
+def new_buffer(head: Head, rows: int) -> Tensor | None:
+    return None
+
+
+def forward(head: Head, buffer: Tensor | None, start: int, end: int) -> LogProbs:
+    x, n, (vocab, width) = head.gather(start, end), end - start, head.weight.shape
+    plan = launch(x, head.weight)
+    y_target = torch.full((n,), float("nan"), dtype=head.dtype, device=x.device)
+    sums = torch.empty(3, n, plan.column_tiles, dtype=head.dtype, device=x.device)
+    inv_temperature = None if head.inv_temperature is None else head.inv_temperature[start:end]
     logp_gemm_kernel[(plan.programs,)](
-        **plan.operands, bias=bias, target_id=target_id, inv_temperature=inv_temperature, y_target=y_target, sums=sums,
-        n=n, vocab=vocab, H=width, parts=plan.column_tiles, softcap=softcap, **plan.options,
+        **plan.operands, bias=head.bias, target_id=head.target_id[start:end], inv_temperature=inv_temperature,
+        y_target=y_target, sums=sums, n=n, vocab=vocab, H=width, parts=plan.column_tiles, softcap=head.softcap,
+        **plan.options,
     )  # fmt: skip
-    logp, entropy = torch.empty(2, n, dtype=dtype, device=x.device).unbind()
+    logp, entropy = torch.empty(2, n, dtype=head.dtype, device=x.device).unbind()
     logp_of_parts_kernel[(n,)](
         sums=sums,
         y_target=y_target,
@@ -145,4 +153,4 @@ def log_probs(
         parts=plan.column_tiles,
         BLOCK=1024,
     )
-    return logp, entropy
+    return LogProbs(logp, entropy)
