@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class VarlenCall(NamedTuple):
-    """Rectangle i: tokens query[cu_q[i] : cu_q[i + 1]] by key[cu_k[i] : cu_k[i + 1]]."""
+    """Rectangle i: the call's queries cu_q[i] up to cu_q[i + 1] by its keys cu_k[i] up to cu_k[i + 1]."""
 
-    query: Tensor | slice  # token indices
+    query: Tensor | slice  # token indices; a slice where they are one range: what it selects is no copy
     key: Tensor | slice
     cu_q: Tensor  # [n + 1] int32
     cu_k: Tensor
@@ -19,32 +19,68 @@ class VarlenCall(NamedTuple):
     causal: bool
 
 
-def varlen_work(start: Tensor, end: Tensor, subtree_end: Tensor, parent: Tensor) -> list[Tensor]:
-    """The calls of a layout (its segments' arrays [S], on the CPU) as tensors, which is all that an operator takes.
+class VarlenWork(NamedTuple):
+    """Calls, and where their results are: `row` and `n_rows` of tree_attention_merge.py, for queries and for keys."""
 
-    Of the causal call cu_q (it is its cu_k, too), of each other one query, key, cu_q and cu_k; last max_q and max_k of
-    every call [n_calls, 2] int64.
+    calls: list[VarlenCall]
+    query_row: Tensor
+    n_query_rows: Tensor
+    key_row: Tensor
+
+
+def varlen_work(start: Tensor, end: Tensor, subtree_end: Tensor, parent: Tensor) -> list[Tensor]:
+    """The work of a layout (its segments' arrays [S], on the CPU) as tensors, which is all that an operator takes.
+
+    query_row, n_query_rows and key_row; cu_q of the causal call (it is its cu_k, too); query, key, cu_q and cu_k of
+    each other one; last, int64 [n_calls, 4]: every call's max_q, max_k, and its first query and first key where its
+    queries or keys are one range, else -1.
     """
     start, end, subtree_end, depth = _merge_chains(start, end, subtree_end, parent)
-    tensors, longest = [_cumulative(end - start)], [[int((end - start).max())] * 2]
+    longest = int((end - start).max())
+    rectangles, numbers = [_cumulative(end - start)], [[longest, longest, 0, 0]]
+    queries, keys = [], []
     for d in range(int(depth.max())):
         at = (depth == d) & (end < subtree_end)
         n_q, n_k = (subtree_end - end)[at], (end - start)[at]
-        tensors += _tokens(end[at], n_q), _tokens(start[at], n_k), _cumulative(n_q), _cumulative(n_k)
-        longest.append([int(n_q.max()), int(n_k.max())])
-    return [*tensors, torch.tensor(longest)]
+        query, key = _tokens(end[at], n_q), _tokens(start[at], n_k)
+        rectangles += query, key, _cumulative(n_q), _cumulative(n_k)
+        numbers.append([int(n_q.max()), int(n_k.max()), _first_of_range(query), _first_of_range(key)])
+        queries.append(query)
+        keys.append(key)
+    T = int(end[-1])
+    n_rows = torch.tensor([T, *map(len, queries)], dtype=torch.int32)
+    return [_rows(queries, T), n_rows, _rows(keys, T), *rectangles, torch.tensor(numbers)]
 
 
-def varlen_calls(work: list[Tensor]) -> list[VarlenCall]:
-    """The calls that `varlen_work` lists."""
-    cu, *rectangles, longest = work
-    (max_n, _), *max_qk = longest.tolist()
+def read_varlen_work(work: list[Tensor]) -> VarlenWork:
+    """`varlen_work` undone."""
+    query_row, n_query_rows, key_row, cu, *rectangles, numbers = work
+    (longest, *_), *others = numbers.tolist()
     everything = slice(None)
-    calls = [VarlenCall(everything, everything, cu, cu, max_n, max_n, causal=True)]
-    for i, (max_q, max_k) in enumerate(max_qk):
+    calls = [VarlenCall(everything, everything, cu, cu, longest, longest, causal=True)]
+    for i, (max_q, max_k, first_q, first_k) in enumerate(others):
         query, key, cu_q, cu_k = rectangles[4 * i : 4 * i + 4]
-        calls.append(VarlenCall(query, key, cu_q, cu_k, max_q, max_k, causal=False))
-    return calls
+        tokens = _as_range(query, first_q), _as_range(key, first_k)
+        calls.append(VarlenCall(*tokens, cu_q, cu_k, max_q, max_k, causal=False))
+    return VarlenWork(calls, query_row, n_query_rows, key_row)
+
+
+def _first_of_range(tokens: Tensor) -> int:
+    """The first of ascending token indices if they are one range, else -1."""
+    first, last = int(tokens[0]), int(tokens[-1])
+    return first if last - first == len(tokens) - 1 else -1
+
+
+def _as_range(tokens: Tensor, first: int) -> Tensor | slice:
+    return tokens if first < 0 else slice(first, first + len(tokens))
+
+
+def _rows(tokens: list[Tensor], T: int) -> Tensor:
+    """int32 [n, T]: the place of each token in each of n lists of token indices, -1 where it is not there."""
+    row = torch.full((len(tokens), T), -1, dtype=torch.int32)
+    for row_i, tokens_i in zip(row, tokens, strict=True):
+        row_i[tokens_i] = torch.arange(len(tokens_i), dtype=torch.int32)
+    return row
 
 
 def _merge_chains(
