@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import _registry as registry
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu" / "tree_attention.py"
+README = Path(__file__).parents[1] / "kernels" / "README.md"
 RATES = Path(__file__).parents[1] / "kernels" / "device_rates.json"
 
 
@@ -86,6 +87,27 @@ def test_what_is_wrong_is_reported_and_not_timed(bench, monkeypatch):
         "flash": True, "varlen": False, "cudnn": True
     }  # fmt: skip
     assert {r["implementation"] for r in records if "ok" not in r} == {"flash", "cudnn", "linear"}
+
+
+def test_readme_holds_the_predictions(bench):
+    assert set(bench.predictions()) <= set(README.read_text(encoding="utf-8").splitlines())
+
+
+def test_bytes_of_the_merge(bench):
+    """Of one tree: a prompt of 20 and two answers of 5, the first of them corrected twice."""
+    job = bench.Job(P=20, G=2, R=5, F=1, K=2, I=1)
+    q, kv, lse = 2 * 4 * 16, 2 * 2 * 16, 4 * 4  # bytes of a row
+    T, below_prompt, below_answer = 20 + 5 + 1 + 2 * 5 + 5, 21, 10  # one range each: nothing is gathered
+    parts, keys = T + below_prompt + below_answer, T + 20 + 6
+    rows = 4 * T * 2
+    assert bench.merge_bytes({"hq": 4, "hkv": 2, "d": 16}, job) == (
+        (parts + T) * (q + lse) + rows,
+        (parts + T) * q + 2 * (keys + T) * kv + 2 * (parts - T) * lse + 3 * rows,
+    )
+    of_two = bench.Job(P=20, G=2, R=5, F=2, K=2, I=1)  # the queries below two answers, and these, are two ranges
+    forward, _ = bench.merge_bytes({"hq": 4, "hkv": 2, "d": 16}, of_two)
+    T, parts, gathered_q, gathered_k = 20 + 2 * (5 + 1 + 10), 20 + 3 * 32 - 2 * 6, 2 * 10, 2 * 6
+    assert forward == (parts + T) * (q + lse) + 4 * T * 2 + 2 * gathered_q * q + 2 * 2 * gathered_k * kv
 
 
 def test_what_is_missing_is_named(bench, monkeypatch):

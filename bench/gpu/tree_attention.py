@@ -2,6 +2,7 @@
 
     python bench/gpu/tree_attention.py              minutes; also into bench/results/, or $OUT if that is set
     python bench/gpu/tree_attention.py --smoke      tiny shapes on any device, a check of this file: times mean nothing
+    python bench/gpu/tree_attention.py --predict    what we expect of an H100, as the tables of kernels/README.md
 
 First errors against fp64: what is wrong is reported, and not timed. Then each attention alone, forward and backward;
 then a decoder layer of Qwen3-4B's shape, forward and backward. At the end the rates of this device go into
@@ -55,6 +56,7 @@ if importlib.util.find_spec("cipo_kernels") is None:  # not installed: the folde
     spec.loader.exec_module(sys.modules["cipo_kernels"])
 from cipo_kernels.device_rates import RATES_FILE, both_directions
 from cipo_kernels.tree_attention import tree_attention, tree_attention_reference
+from cipo_kernels.tree_attention_rectangles import read_varlen_work
 from cipo_kernels.tree_layout import TreeLayout
 
 # The interpreter has no bf16 products.
@@ -70,12 +72,16 @@ PACKAGES = {
 }  # by end of a name
 SPREAD = 0.5  # sigma of ragged lengths
 
-# Predicted TFLOP/s (forward, backward) on an H100, over the pairs each computes, and of layers without attention.
-# triton: from the offline artefacts (wgmma, no spills; 7 GEMMs backward where atomics would need 5). flash: varlen's,
-# less gathers and merges. Others: d128 causal 8k in bf16, read off MagiAttention's charts; varlen is FlashAttention-2.
-PREDICTED = {"triton": (380, 230), "flash": (240, 230), "flex": (370, 217), "varlen": (350, 302), "cudnn": (538, 426)}
-PREDICTED |= {"varlen_fa3": (655, 517)}
+# Assumed TFLOP/s (forward, backward) on an H100, over the pairs each computes, and of layers without attention.
+# triton: from the offline artefacts (wgmma, no spills; 7 GEMMs backward where atomics would need 5). Others: d128
+# causal 8k in bf16, read off MagiAttention's charts; varlen is FlashAttention-2. flash: as rows by the same version,
+# and what its calls' results move besides.
+PREDICTED = {"triton": (380, 230), "flex": (370, 217)}
+PREDICTED |= {"varlen": (350, 302), "cudnn": (538, 426), "varlen_fa3": (655, 517)}
+PREDICTED |= {"flash": PREDICTED["varlen"], "flash_fa3": PREDICTED["varlen_fa3"]}
 PREDICTED_LINEAR = 600
+PREDICTED_BANDWIDTH = 0.82 * 3.35e12  # bytes a second
+PREDICTED_R, MOST_R = (1024, 2048, 4096, 8192), 32000
 FLOPS_A_PAIR = (4, 10)  # times D, a query head
 
 REAL = {
@@ -379,14 +385,6 @@ def time_attention(shape, name, R, ragged):
     return result
 
 
-def predict(shape, job, name):
-    """(forward, backward) in ms on an H100, where we have a rate to predict from."""
-    if name not in PREDICTED:
-        return None
-    flops = job.pairs(name) * shape["hq"] * shape["d"]
-    return [flops * n / rate / 1e9 for n, rate in zip(FLOPS_A_PAIR, PREDICTED[name], strict=True)]
-
-
 def milliseconds(run, rep=500):
     """Median of about `rep` ms of runs."""
     if DEVICE == "cuda":
@@ -451,13 +449,16 @@ def time_layer(shape, name, R):
     with flash_attention(name):
         peak = peak_gib(step)
         ms = milliseconds(step, rep=3000)
-    weights = sum(p.numel() for p in layer.parameters())
-    linear_ms = 6 * weights * tokens / PREDICTED_LINEAR / 1e9
-    attention_ms = [0.0] if name == "linear" else predict(shape, job, name)
-    result = {"weights": weights, "tokens": tokens, "ms": ms, "peak_gib": peak}
+    result = {"weights": layer_weights(shape), "tokens": tokens, "ms": ms, "peak_gib": peak}
     if name == "linear":
-        result["linear_tflops"] = 6 * weights * tokens / ms / 1e9
-    return result | {"predicted_h100_ms": attention_ms and linear_ms + sum(attention_ms)}
+        result["linear_tflops"] = 6 * result["weights"] * tokens / ms / 1e9
+    return result | {"predicted_h100_ms": predict_layer(shape, job, name)}
+
+
+def layer_weights(shape):
+    hidden, d = shape["hidden"], shape["d"]
+    norms = 2 * hidden + 2 * d
+    return hidden * d * (2 * shape["hq"] + 2 * shape["hkv"]) + 3 * hidden * shape["mlp"] + norms
 
 
 def peak_gib(run):
@@ -471,10 +472,99 @@ def peak_gib(run):
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+# ---- predictions for an H100
+
+
+def predict(shape, job, name):
+    """(forward, backward) in ms of the attention, where there is a rate to predict from."""
+    if name not in PREDICTED:
+        return None
+    flops = [n * job.pairs(name) * shape["hq"] * shape["d"] for n in FLOPS_A_PAIR]
+    moved = merge_bytes(shape, job) if name.startswith("flash") else (0, 0)
+    return [
+        f / rate / 1e9 + 1e3 * n / PREDICTED_BANDWIDTH for f, rate, n in zip(flops, PREDICTED[name], moved, strict=True)
+    ]
+
+
+def predict_layer(shape, job, name):
+    """ms of a decoder layer, forward and backward; name: "linear" for one without attention."""
+    attention = [0.0] if name == "linear" else predict(shape, job, name)
+    return attention and 6 * layer_weights(shape) * job.tokens(name) / PREDICTED_LINEAR / 1e9 + sum(attention)
+
+
+def merge_bytes(shape, job):
+    """(forward, backward): what `flash` reads and writes besides its varlen calls."""
+    calls, *_ = read_varlen_work(job.tree.varlen_work)
+    T = job.tree.num_tokens
+    if len(calls) == 1:
+        return 0, 0
+    q_row, kv_row, lse_row = 2 * shape["hq"] * shape["d"], 2 * shape["hkv"] * shape["d"], 4 * shape["hq"]
+    n_q, n_k = (sum(int(cu[-1]) for cu in lengths) for lengths in zip(*((c.cu_q, c.cu_k) for c in calls), strict=True))
+    # Queries and keys that are not one range are gathered: read and written.
+    gathered_q = sum(2 * int(call.cu_q[-1]) for call in calls if not isinstance(call.query, slice))
+    gathered_k = sum(2 * int(call.cu_k[-1]) for call in calls if not isinstance(call.key, slice))
+    rows = 4 * T * (len(calls) - 1)  # where each token's are
+    forward = gathered_q * q_row + 2 * gathered_k * kv_row  # q; k and v
+    forward += (n_q + T) * (q_row + lse_row) + rows  # o and lse
+    backward = 3 * gathered_q * q_row + 2 * (n_q - T) * lse_row + 2 * gathered_k * kv_row  # do, q and o; lse; k and v
+    backward += (n_q + T) * q_row + 2 * (n_k + T) * kv_row + 3 * rows  # dq; dk and dv
+    return forward, backward
+
+
+def break_even(shape, trees, rows):
+    """The longest answers, to 100 tokens, for which a layer's step with trees takes no longer than with rows; None
+    where that holds up to MOST_R."""
+
+    def trees_win(R):
+        job = Job(R=R, **shape["tree"])
+        return predict_layer(shape, job, trees) <= predict_layer(shape, job, rows)
+
+    low, high = 0, MOST_R // 100
+    if trees_win(100 * high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if trees_win(100 * middle) else (low, middle)
+    return 100 * low
+
+
+def predictions():
+    """The lines of kernels/README.md: the attention, a layer's step, and where trees stop winning."""
+    names = ("triton", "flash", "flash_fa3", "flex", "varlen", "cudnn", "varlen_fa3")
+    lines = ["| R | " + " | ".join(f"`{name}`" for name in names) + " | `flash` moves, GB |"]
+    lines.append("|---:|" + "---:|" * (len(names) + 1))
+    jobs = {R: Job(R=R, **REAL["tree"]) for R in PREDICTED_R}
+    for R, job in jobs.items():
+        cells = ["{:.1f} + {:.1f}".format(*predict(REAL, job, name)) for name in names]
+        moved = "{:.1f} + {:.1f}".format(*(n / 1e9 for n in merge_bytes(REAL, job)))
+        lines.append(f"| {R} | " + " | ".join(cells) + f" | {moved} |")
+
+    trees, rows = ("triton", "flash_fa3"), ("varlen", "cudnn", "varlen_fa3")
+    lines += ["", "| R | tokens, trees | tokens, rows | " + " | ".join(f"`{name}`" for name in (*trees, *rows)) + " | "]
+    lines[-1] += " | ".join(f"rows / `{name}`" for name in trees) + " |"
+    lines.append("|---:|" + "---:|" * (2 + len(trees) + len(rows) + len(trees)))
+    for R, job in jobs.items():
+        ms = {name: predict_layer(REAL, job, name) for name in (*trees, *rows)}
+        fastest = min(ms[name] for name in rows)
+        cells = [f"{job.tokens('triton'):,}", f"{job.tokens('varlen'):,}", *(f"{x:.1f} ms" for x in ms.values())]
+        lines.append(f"| {R} | " + " | ".join([*cells, *(f"{fastest / ms[name]:.2f}" for name in trees)]) + " |")
+
+    lines += ["", "| longest answers for which trees win | " + " | ".join(f"`{name}`" for name in rows) + " |"]
+    lines.append("|---|" + "---:|" * len(rows))
+    for name in trees:
+        longest = [break_even(REAL, name, other) for other in rows]
+        cells = [f"above {MOST_R:,}" if n is None else f"{n:,}" for n in longest]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return lines
+
+
 # ---- the run
 
 
 def main():
+    if "--predict" in sys.argv[1:]:
+        print(*predictions(), sep="\n")
+        return
     smoke = "--smoke" in sys.argv[1:]
     if DEVICE == "cpu" and not smoke:
         sys.exit("no GPU: --smoke runs tiny shapes")
@@ -534,24 +624,27 @@ def run_case(function, shape, name, arguments):
 
 
 def rates_entry(records, shape):
-    """What device_rates.json will say of this device: our back-ends that ran and are right, at the first R, ragged."""
+    """What device_rates.json will say of this device: our back-ends that ran and are right, and the fastest rows, at
+    the first R, ragged."""
     R, last = shape["R"][0], records[-1]
     ran = [r for r in records if "error" not in r]
     timed = {r["implementation"]: r for r in ran if r["case"] == "attention" and r["R"] == R and r["ragged"]}
     linear = next((r for r in ran if (r["case"], r["implementation"], r.get("R")) == ("layer", "linear", R)), None)
-    attention = {
-        name: {direction: rounded(timed[name][direction]["useful_tflops"]) for direction in ("forward", "backward")}
-        for name in BACKENDS
-        if name in timed
-    }
-    if not attention or linear is None:
+    attention = {name: rates_of(timed[name], "useful_tflops") for name in BACKENDS if name in timed}
+    rows = [rates_of(timed[name], "own_tflops") for name in ROWS if name in timed]
+    if not attention or not rows or linear is None:
         return None
     return {
         "linear": rounded(linear["linear_tflops"]),
         "attention": attention,
         "fastest": max(attention, key=lambda name: both_directions(**attention[name])),
+        "rows": max(rows, key=lambda rates: both_directions(**rates)),
         "source": f"bench/gpu/tree_attention.py, {last['date']}, torch {last['torch']}, triton {last['triton']}",
     }
+
+
+def rates_of(record, tflops):
+    return {direction: rounded(record[direction][tflops]) for direction in ("forward", "backward")}
 
 
 def rounded(x):
