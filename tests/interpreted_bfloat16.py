@@ -10,18 +10,27 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    builder = interpreter.InterpreterBuilder
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     dot, cast = builder.create_dot, builder.cast_impl
 
+    def widened(x):
+        bits = np.left_shift(x.data, 16, dtype=np.uint32)
+        return handle(bits.view(np.float32), tl.float32)
+
+    def rounded(x):
+        bits = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16().view(torch.int16)
+        return handle(bits.numpy().view(np.uint16), tl.bfloat16)
+
     def create_dot(self, a, b, *rest):
-        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        a, b = (widened(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, *rest)
 
-    def create_fp_trunc(self, x, dtype):
-        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, x, dtype)
-        rounded = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16()
-        return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+    def converted(self, x, dtype):
+        types = x.dtype.scalar, dtype.scalar
+        if types == (tl.bfloat16, tl.float32):
+            return widened(x)
+        return rounded(x) if types == (tl.float32, tl.bfloat16) else cast(self, x, dtype)
 
     monkeypatch.setattr(builder, "create_dot", create_dot)
-    monkeypatch.setattr(builder, "create_fp_trunc", create_fp_trunc)
+    monkeypatch.setattr(builder, "create_fp_ext", converted)
+    monkeypatch.setattr(builder, "create_fp_trunc", converted)
