@@ -8,7 +8,7 @@ from cipo_kernels.device_rates import DeviceRates, device_rates
 from cipo_kernels.fused_linear_cipo_loss import LossOutput, fused_linear_cipo_loss, k3
 from cipo_kernels.fused_linear_logprob import fused_linear_logprob
 from cipo_kernels.tree_attention import tree_attention
-from cipo_kernels.tree_layout import TreeLayout
+from cipo_kernels.tree_attention.layout import TreeLayout
 
 __all__ = [
     "DeviceRates",

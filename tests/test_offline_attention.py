@@ -57,7 +57,7 @@ def signature(kernel, name, config, constants, dtype):
 def compile_case(cc, name, head_dim, dtype, group):
     """What a launch compiles to."""
     import torch
-    from cipo_kernels import tree_attention_triton as ops
+    from cipo_kernels.tree_attention import launch as ops
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     kernel, config = ops.KERNELS[name], ops.config(name, torch_dtype, head_dim, cc)
@@ -70,7 +70,7 @@ def compile_case(cc, name, head_dim, dtype, group):
 
 def compile_merge_case(cc, name, head_dim, parts, dtype):
     """What a launch of `merge_triton` or `add_triton` compiles to."""
-    from cipo_kernels import tree_attention_merge_triton as ops
+    from cipo_kernels.tree_attention import merge_kernels as ops
 
     kernel = {"merge": ops.merge_kernel, "add": ops.add_kernel}[name]
     constants = ops.constants(parts, head_dim)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.utils.checkpoint
-from cipo_kernels import tree_attention_flash as flash
-from cipo_kernels.tree_attention import tree_attention, tree_attention_reference
-from cipo_kernels.tree_attention_flash import tree_attention_flash
-from cipo_kernels.tree_attention_rectangles import read_varlen_work
-from cipo_kernels.tree_layout import TreeLayout
+from cipo_kernels.tree_attention import flash, tree_attention, tree_attention_reference
+from cipo_kernels.tree_attention.flash import tree_attention_flash
+from cipo_kernels.tree_attention.layout import TreeLayout
+from cipo_kernels.tree_attention.rectangles import read_varlen_work
 from test_tree_attention import STREAMS, assert_same, cipo_tree, forest, qkv, root_path, with_gradients
 
 STREAMS = STREAMS | {

@@ -4,18 +4,17 @@ import os
 
 import pytest
 import torch
-from cipo_kernels import tree_attention_flash as flash
-from cipo_kernels.tree_attention import tree_attention_reference
-from cipo_kernels.tree_attention_flash import tree_attention_flash
-from cipo_kernels.tree_attention_merge import add, merge
-from cipo_kernels.tree_attention_rectangles import read_varlen_work
-from cipo_kernels.tree_layout import TreeLayout
+from cipo_kernels.tree_attention import flash, tree_attention_reference
+from cipo_kernels.tree_attention.flash import tree_attention_flash
+from cipo_kernels.tree_attention.layout import TreeLayout
+from cipo_kernels.tree_attention.merge import add, merge
+from cipo_kernels.tree_attention.rectangles import read_varlen_work
 from test_tree_attention import STREAMS, cipo_tree, forest, qkv, with_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are defined: before this import
-merge_ops = pytest.importorskip("cipo_kernels.tree_attention_merge_triton")
+merge_ops = pytest.importorskip("cipo_kernels.tree_attention.merge_kernels")
 
 # The last block's rows past the last token end in 0 / 0; they are not stored.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -9,16 +9,15 @@ import os
 import pytest
 import torch
 import torch.utils.checkpoint
-from cipo_kernels import tree_attention_worklist as worklist
-from cipo_kernels.tree_attention import tree_attention
-from cipo_kernels.tree_attention_worklist import MASKED_TILE, TILE, tree_work
-from cipo_kernels.tree_layout import TreeLayout
+from cipo_kernels.tree_attention import tree_attention, worklist
+from cipo_kernels.tree_attention.layout import TreeLayout
+from cipo_kernels.tree_attention.worklist import MASKED_TILE, TILE, Item, TreeWork, tree_work
 from test_tree_attention import STREAMS, cipo_tree, forest, qkv, ragged_cipo_trees
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are defined: before this import
-triton_ops = pytest.importorskip("cipo_kernels.tree_attention_triton")
+triton_ops = pytest.importorskip("cipo_kernels.tree_attention.launch")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
@@ -190,8 +189,7 @@ def test_masks_are_few(stream, most_slots, most_masked):
     tree = TreeLayout.from_parents(*stream)
     work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
     for side, most in zip((work.by_query, work.by_key), most_slots, strict=True):
-        item = side.item.long()
-        full, masked = (item[:, 3] - item[:, 2]).sum().item(), (item[:, 5] - item[:, 4]).sum().item()
+        full, masked = side.n_full().sum().item(), side.n_masked().sum().item()
         steps = full * (TILE // MASKED_TILE) + masked
         assert TILE * MASKED_TILE * steps < most * tree.visible_pairs()
         assert masked < most_masked * steps
@@ -201,7 +199,7 @@ def test_work_is_longest_first_and_its_largest_share_bounded():
     tree = TreeLayout.from_parents(*cipo_tree(512, 512, 64, 512, n_rollouts=8, n_corrections=4))
     work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
     for side in (work.by_query, work.by_key):
-        cost = worklist._cost(side.item)
+        cost = worklist._cost(side)
         assert (cost.diff() <= 0).all()
     largest = max(cost.sum() * worklist.MAX_SHARE, worklist.MIN_SPLIT)
     assert cost.max() <= largest + 2  # full and masked tiles are cut apart
@@ -240,10 +238,10 @@ def test_the_bars_notice_a_lost_step(side, streamed):
     """One program of many leaves out its last tile."""
     tree = TreeLayout.from_parents([300, 2, 3, 200, 1], [-1, 0, 1, 0, -1]).to(DEVICE)
     inputs = attention_inputs(tree, head_dim=16, dtype=torch.bfloat16)
-    items = tree.attention_work[0 if side == "by query" else 3]
-    first, stop = (2, 3) if streamed == "full" else (4, 5)
-    with_several = int(torch.nonzero(items[:, stop] - items[:, first] > 1)[-1])
-    items[with_several, stop] -= 1
+    work = TreeWork.of(tree.attention_work)
+    work = work.by_query if side == "by query" else work.by_key
+    n, stop = (work.n_full(), Item.FULL_STOP) if streamed == "full" else (work.n_masked(), Item.MASKED_STOP)
+    work.item[int(torch.nonzero(n > 1)[-1]), stop] -= 1
     with pytest.raises(AssertionError, match="^dk: " if side == "by key" else "^o: "):
         assert_right(tree, inputs)
 
@@ -404,7 +402,9 @@ def test_checkpointing(monkeypatch, small, save_output):
     tree, *inputs = small
     calls = []
     launch = triton_ops._launch
-    monkeypatch.setattr(triton_ops, "_launch", lambda name, *args: (calls.append(name), launch(name, *args)))
+    monkeypatch.setattr(
+        triton_ops, "_launch", lambda name, *args, **kw: (calls.append(name), launch(name, *args, **kw))
+    )
 
     def layer(q, k, v):
         return triton_ops.tree_attention_triton(q * 2, k, v, tree).square()

@@ -56,8 +56,8 @@ if importlib.util.find_spec("cipo_kernels") is None:  # not installed: the folde
     spec.loader.exec_module(sys.modules["cipo_kernels"])
 from cipo_kernels.device_rates import RATES_FILE, both_directions
 from cipo_kernels.tree_attention import tree_attention, tree_attention_reference
-from cipo_kernels.tree_attention_rectangles import read_varlen_work
-from cipo_kernels.tree_layout import TreeLayout
+from cipo_kernels.tree_attention.layout import TreeLayout
+from cipo_kernels.tree_attention.rectangles import read_varlen_work
 
 # The interpreter has no bf16 products.
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16

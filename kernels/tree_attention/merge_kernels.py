@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-calls
-"""The merge of tree_attention_merge.py in Triton; formulas and `row` are there.
+"""The merge of merge.py in Triton; formulas and `row` are there.
 
 A program owns BLOCK tokens of one head, reads their row of every part that has one, and writes theirs. Heads vary
 fastest: programs that run at a time share rows of [H, D], which lie side by side in memory. The parts are a tuple, so

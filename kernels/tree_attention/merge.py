@@ -7,7 +7,7 @@ row[i - 1, t] is the row of token t in part i, or -1 where that call does not co
     dx = sum_i dx_i                                                     (add)
 
 with sums in fp32 (fp64 for fp64 parts), part by part in order, and one rounding of the result. On CUDA one kernel each
-reads those rows and writes one: tree_attention_merge_triton.py. Elsewhere, eagerly, the same formulas.
+reads those rows and writes one: merge_kernels.py. Elsewhere, eagerly, the same formulas.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ def merge(o: Sequence[Tensor], lse: Sequence[Tensor], row: Tensor, n_rows: Tenso
     if len(o) == 1:
         return o[0].contiguous(), lse[0].contiguous()
     if o[0].is_cuda:
-        from .tree_attention_merge_triton import merge_triton  # CPU installations may lack Triton
+        from .merge_kernels import merge_triton  # CPU installations may lack Triton
 
         return merge_triton(o, lse, row, n_rows)
     lse_parts = torch.stack([_spread(lse_i.T, at, float("-inf")) for lse_i, at in _parts(lse, row)])  # [parts, T, Hq]
@@ -41,7 +41,7 @@ def add(parts: Sequence[Tensor], row: Tensor) -> Tensor:
     if len(parts) == 1:
         return parts[0].contiguous()
     if parts[0].is_cuda:
-        from .tree_attention_merge_triton import add_triton  # CPU installations may lack Triton
+        from .merge_kernels import add_triton  # CPU installations may lack Triton
 
         return add_triton(parts, row)
     total = torch.zeros(parts[0].shape, dtype=torch.promote_types(parts[0].dtype, torch.float32))

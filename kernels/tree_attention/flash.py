@@ -7,9 +7,9 @@ What a tree lets its tokens see is a union of rectangles, two kinds a segment:
 
 All rectangles of the first kind are one varlen call. So are all of the second kind at one depth, where subtrees are
 disjoint: depth + 1 calls whatever the number of segments. What they return is kept as it is, outputs and gradients in
-the inputs' dtype and lse in fp32, until all have run; tree_attention_merge.py makes one result a token of it. With
-s = scale * <q, k>, flash attention's backward given the *merged* o and lse takes a rectangle's softmax from them, so
-that what the calls return is their exact share of the gradients, and adds up:
+the inputs' dtype and lse in fp32, until all have run; merge.py makes one result a token of it. With s = scale * <q, k>,
+flash attention's backward given the *merged* o and lse takes a rectangle's softmax from them, so that what the calls
+return is their exact share of the gradients, and adds up:
 
     p = exp(s - lse)      ds = p * (<do, v> - rowsum(do * o))      dv = p^T do,   dk = scale ds^T q,   dq = scale ds k
 
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused_linear_logprob import refuse_create_graph
-from .tree_attention_merge import add, merge
-from .tree_attention_rectangles import VarlenCall, read_varlen_work
-from .tree_layout import TreeLayout
+from ..fused_linear_logprob import refuse_create_graph
+from .layout import TreeLayout
+from .merge import add, merge
+from .rectangles import VarlenCall, read_varlen_work
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""The rectangles of a tree's visible pairs, as varlen attention calls; tree_attention_flash.py says why."""
+"""The rectangles of a tree's visible pairs, as varlen attention calls; flash.py says why."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class VarlenCall(NamedTuple):
 
 
 class VarlenWork(NamedTuple):
-    """Calls, and where their results are: `row` and `n_rows` of tree_attention_merge.py, for queries and for keys."""
+    """Calls, and where their results are: `row` and `n_rows` of merge.py, for queries and for keys."""
 
     calls: list[VarlenCall]
     query_row: Tensor
