@@ -10,7 +10,7 @@ from statistics import median
 import pytest
 import torch
 from cipo_kernels.tree_attention import tree_attention, tree_attention_reference
-from cipo_kernels.tree_layout import TreeLayout
+from cipo_kernels.tree_attention.layout import TreeLayout
 
 HQ, HKV, D = 4, 2, 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,10 +6,11 @@
 B prompts of P tokens, each with G rollouts of R tokens, and F anchors with a follow-up turn of I tokens and K
 corrections of C tokens each.
 `params`, `layers`, `width` (query heads x head_dim) and `head` (vocabulary x hidden) give the model, Qwen3-4B unless
-given. Trees are cut and packed as the learner does it, into packs of `pack_tokens` tokens for `ranks` devices. `linear`
-and `attention` are a device's rates in TFLOP/s, this one's unless given (kernels/device_rates.json). Times are
-predictions from those rates, not measurements: a pack takes its FLOPs over their rates, and a step the slowest rank's
-pack, then its next.
+given. Trees are cut and packed as the learner does it, into packs of `pack_tokens` tokens for `ranks` devices.
+`linear`, `attention` (of trees) and `rows` (the fastest attention of rows) are a device's rates in TFLOP/s, this one's
+unless given (kernels/device_rates.json). Times are predictions from those rates, not measurements: a pack takes its
+FLOPs over their rates, and a step the slowest rank's pack, then its next. Below the table: up to which length of all
+answers (R and C) trees pay, packs aside.
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ class Options:
     pack_tokens: int = 65536
     ranks: int = 1
     linear: float = field(default_factory=lambda: device_rates().linear)  # TFLOP/s of the linear layers
-    attention: float = field(default_factory=lambda: device_rates().attention_rate)  # ... of the attention
+    attention: float = field(default_factory=lambda: device_rates().attention_rate)  # ... of the attention of trees
+    rows: float = field(default_factory=lambda: device_rates().rows_rate)  # ... of rows
 
 
 # Of a step: half a minute and a gigabyte to lay out.
 MOST_CONVERSATIONS = 16_000
 MOST_TOKENS = 100_000_000  # as rows
 MOST_RANKS = 16_384
+LONGEST_ANSWER = 131_072  # of those for which trees are compared with rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +73,8 @@ def run(args: Sequence[str]) -> None:
     options = parse(args)
     batch = recorded(Path(expand(options.run, "run"))) if options.run else synthetic(options)
     Terminal().print(report(batch, options))
+    if not options.run:
+        put(where_trees_pay(options))
 
 
 def parse(args: Sequence[str]) -> Options:
@@ -181,7 +186,6 @@ def report(batch: list[Conversation], o: Options) -> Table:
     """Rows, prompt-only sharing and trees, side by side. Raises UserError where a conversation is above pack_tokens."""
     flops = CostModel(6 * o.params, 14.0 * o.layers * o.width, 6 * o.head)
     attention = CostModel(0.0, flops.per_pair, 0.0)
-    cost = replace(flops, per_pair=flops.per_pair * o.linear / o.attention)
     title = f"{len(batch)} conversations, forward and backward; packs of {o.pack_tokens:,} tokens on each of {o.ranks}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
@@ -194,6 +198,7 @@ def report(batch: list[Conversation], o: Options) -> Table:
     }
     rows_seconds = 0.0
     for name, trees in packings.items():
+        cost = _time(flops, o, o.rows if name == "rows" else o.attention)
         ranks = pack_trees(trees, o.pack_tokens, cost, o.ranks)
         pieces = [piece for packs in ranks for pack in packs for piece in pack]  # a piece of a cut tree has its prompt
         total = sum(map(flops.of, pieces))
@@ -209,6 +214,36 @@ def report(batch: list[Conversation], o: Options) -> Table:
             f"{rows_seconds / seconds:.2f}",
         )
     return table
+
+
+def where_trees_pay(o: Options) -> str:
+    """The longest answers, to 100 tokens, for which trees take no longer than rows: one line."""
+    flops = CostModel(6 * o.params, 14.0 * o.layers * o.width, 0.0)  # both have the same targets
+    as_trees, as_rows = _time(flops, o, o.attention), _time(flops, o, o.rows)
+
+    def pay(answer: int) -> bool:
+        follow_up = _node(o.I, [_node(answer)] * o.K)
+        tree = _node(o.P, [_node(answer, [follow_up])] * o.F + [_node(answer)] * (o.G - o.F))
+        rows = o.G * as_rows.of(_node(o.P + answer)) + o.F * o.K * as_rows.of(_node(o.P + 2 * answer + o.I))
+        return as_trees.of(tree) <= rows
+
+    rates = f"attention of trees at {o.attention:.0f} TFLOP/s, of rows at {o.rows:.0f}"
+    if pay(LONGEST_ANSWER):
+        return f"Trees pay for answers of any length up to {LONGEST_ANSWER:,} tokens: {rates}."
+    low, high = 0, LONGEST_ANSWER // 100
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if pay(100 * middle) else (low, middle)
+    return f"Trees pay for answers of up to about {100 * low:,} tokens: {rates}."
+
+
+def _node(n: int, children: Sequence[Node] = ()) -> Node:
+    return Node([0] * n, children=list(children))
+
+
+def _time(flops: CostModel, o: Options, attention: float) -> CostModel:
+    """In FLOPs of the linear layers, with the attention at a rate of its own."""
+    return replace(flops, per_pair=flops.per_pair * o.linear / attention)
 
 
 def _slowest_rank(ranks: list[list[list[Node]]], cost: CostModel) -> float:

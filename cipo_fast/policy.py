@@ -14,14 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cipo_kernels import (
-    LossOutput,
-    TreeLayout,
-    device_rates,
-    fused_linear_cipo_loss,
-    fused_linear_logprob,
-    tree_attention,
-)
+from cipo_kernels import LossOutput, TreeLayout, device_rates, fused_linear_cipo_loss, fused_linear_logprob
+from cipo_kernels.tree_attention import tree_attention
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard

@@ -18,12 +18,18 @@ class DeviceRates:
     linear: float  # a decoder layer without its attention, forward and backward, 6 FLOPs a weight and token
     attention: dict[str, dict[str, float]]  # back-end of tree attention -> {"forward", "backward"}
     fastest: str  # of these back-ends, forward and backward together
+    rows: dict[str, float]  # {"forward", "backward"} of causal rows by the fastest attention, what trees compete with
     source: str  # script, date, versions; or that nothing was measured
 
     @property
     def attention_rate(self) -> float:
         """Of the fastest back-end, forward and backward together."""
         return both_directions(**self.attention[self.fastest])
+
+    @property
+    def rows_rate(self) -> float:
+        """Of rows, forward and backward together."""
+        return both_directions(**self.rows)
 
 
 def both_directions(forward: float, backward: float) -> float:

@@ -29,3 +29,12 @@ def mesh() -> Iterator[object]:
 
     with process_group() as mesh:
         yield mesh
+
+
+@pytest.fixture
+def bfloat16_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels compute in bf16 as they will on a GPU, interpreted too."""
+    if not torch.cuda.is_available():
+        from interpreted_bfloat16 import as_on_a_gpu
+
+        as_on_a_gpu(monkeypatch)

@@ -20,6 +20,7 @@ MEASURED = {
         "flash": {"forward": 330.0, "backward": 280.0},
     },
     "fastest": "flash",
+    "rows": {"forward": 400.0, "backward": 350.0},
     "source": "a test",
 }
 
@@ -57,6 +58,7 @@ def test_a_measured_gpu_and_any_other_device(measured, monkeypatch):
 def test_both_directions_adds_up_times():
     forward_s, backward_s = 4 / 330, 10 / 280
     assert DeviceRates(**MEASURED).attention_rate == pytest.approx(14 / (forward_s + backward_s))
+    assert DeviceRates(**MEASURED).rows_rate == pytest.approx(14 / (4 / 400 + 10 / 350))
     assert both_directions(forward=100.0, backward=100.0) == pytest.approx(100.0)
 
 

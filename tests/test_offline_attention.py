@@ -1,6 +1,6 @@
 """Compiles every tree attention kernel for sm_80, sm_90 and sm_100, without a GPU, and reads the result.
 
-`python tests/test_offline_attention.py` writes its table to bench/results/offline.md.
+`python tests/test_offline_attention.py` writes its tables to bench/results/offline.md.
 """
 
 import json
@@ -26,6 +26,10 @@ CASES = [(cc, name, D, "bf16", 4) for cc in (80, 90, 100) for D in (64, 96, 128)
 # Not in the table.
 OTHER_CASES = [(90, name, D, "bf16", group) for D in (64, 128) for group in (1, 2, 7) for name in KERNELS]
 OTHER_CASES += [(90, name, 64, "fp32", 4) for name in KERNELS]
+# sm, kernel of the merge, head dim, parts, dtype.
+MERGE_CASES = [(cc, name, 128, n, "bf16") for cc in (80, 90, 100) for n in (2, 3, 6) for name in ("merge", "add")]
+OTHER_MERGE_CASES = [(90, name, D, 3, "bf16") for D in (64, 96, 256) for name in ("merge", "add")]
+OTHER_MERGE_CASES += [(90, name, 128, 3, "fp16") for name in ("merge", "add")]
 
 
 def signature(kernel, name, config, constants, dtype):
@@ -53,16 +57,41 @@ def signature(kernel, name, config, constants, dtype):
 def compile_case(cc, name, head_dim, dtype, group):
     """What a launch compiles to."""
     import torch
-    import triton
-    from cipo_kernels import tree_attention_triton as ops
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from cipo_kernels.tree_attention import launch as ops
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     kernel, config = ops.KERNELS[name], ops.config(name, torch_dtype, head_dim, cc)
     constants = ops.constants(config, head_dim, group)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages", "enable_fp_fusion")}
     types, multiples = signature(kernel, name, config, constants, dtype)
+    compiled = compile_kernel(cc, kernel, types, constants, multiples, options)
+    return compiled | {"head_dim": head_dim, "kernel": name, "dtype": dtype, "group": group, "config": list(config)}
+
+
+def compile_merge_case(cc, name, head_dim, parts, dtype):
+    """What a launch of `merge_triton` or `add_triton` compiles to."""
+    from cipo_kernels.tree_attention import merge_kernels as ops
+
+    kernel = {"merge": ops.merge_kernel, "add": ops.add_kernel}[name]
+    constants = ops.constants(parts, head_dim)
+    types = {"row": "*i32", "n_rows": "*i32", "T": "i32", "H": "i32", "lse_merged": "*fp32"}
+    types |= dict.fromkeys(("o_merged", "out"), f"*{dtype}")
+    types |= {"o": (f"*{dtype}",) * parts, "parts": (f"*{dtype}",) * parts, "lse": ("*fp32",) * parts}
+    types |= dict.fromkeys(constants, "constexpr")
+    types = {argument: types[argument] for argument in kernel.arg_names}
+    multiples = {}
+    for i, kind in enumerate(types.values()):
+        at = [(i, j) for j in range(parts)] if isinstance(kind, tuple) else [(i,)] if kind[0] == "*" else []
+        multiples |= {place: [["tt.divisibility", 16]] for place in at}
+    compiled = compile_kernel(cc, kernel, types, constants, multiples, {})
+    return compiled | {"head_dim": head_dim, "kernel": name, "dtype": dtype, "parts": parts}
+
+
+def compile_kernel(cc, kernel, types, constants, multiples, options):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     source = ASTSource(kernel, types, constants, multiples)
     binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -70,19 +99,18 @@ def compile_case(cc, name, head_dim, dtype, group):
         f.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.check_output([tool, "--dump-resource-usage", f.name], text=True)
+    ptx = binary.asm["ptx"]
     return {
         "sm": cc,
-        "kernel": name,
-        "head_dim": head_dim,
-        "dtype": dtype,
-        "group": group,
-        "config": list(config),
+        "warps": binary.metadata.num_warps,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": binary.metadata.shared,
-        "mma": binary.asm["ptx"].count(MMA[cc]),
-        "tma": binary.asm["ptx"].count("cp.async.bulk.tensor"),
-        "atomics": len(re.findall(r"\b(?:atom|red)\.", binary.asm["ptx"])),
+        "mma": ptx.count(MMA[cc]),
+        "tma": ptx.count("cp.async.bulk.tensor"),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        "loads of 16 bytes": len(re.findall(r"ld\.global\S*\.v4", ptx)),
+        "stores of 16 bytes": len(re.findall(r"st\.global\S*\.v4", ptx)),
     }
 
 
@@ -92,8 +120,13 @@ def results():
     pytest.importorskip("triton")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     lines = subprocess.check_output([sys.executable, __file__, "--json"], env=env, text=True).splitlines()
-    keys = ("sm", "kernel", "head_dim", "dtype", "group")
-    return {tuple(case[key] for key in keys): case for case in map(json.loads, lines)}
+    return {case_of(compiled): compiled for compiled in map(json.loads, lines)}
+
+
+def case_of(compiled):
+    """The case that it was compiled from."""
+    keys = ("head_dim", "parts", "dtype") if "parts" in compiled else ("head_dim", "dtype", "group")
+    return tuple(compiled[key] for key in ("sm", "kernel", *keys))
 
 
 @pytest.mark.parametrize("case", CASES + OTHER_CASES, ids=lambda case: "-".join(map(str, case)))
@@ -106,6 +139,17 @@ def test_kernel_compiles_for_tensor_cores_without_spilling(results, case):
     assert (result["tma"] > 0) == (cc >= 90 and not fp32)
 
 
+@pytest.mark.parametrize("case", MERGE_CASES + OTHER_MERGE_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_merge_moves_16_bytes_at_once_without_spilling(results, case):
+    result = results[case]
+    assert result["stack"] == 0
+    assert result["shared"] <= 16 * 1024  # many programs a multiprocessor: bandwidth is all it needs
+    assert result["registers"] * 32 * result["warps"] <= 65536 / 4
+    assert result["atomics"] == 0
+    assert result["loads of 16 bytes"] >= case[3]  # at least one a part
+    assert result["stores of 16 bytes"] > 0
+
+
 def table_row(r):
     own, step, warps, stages, _ = r["config"]
     cells = (r["sm"], r["kernel"], r["dtype"], r["head_dim"], f"{own} x {step}, {warps}, {stages}")
@@ -113,9 +157,18 @@ def table_row(r):
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def test_results_hold_this_table(results):
-    written = table_in_results("Tree attention")
-    assert not {table_row(results[case]) for case in CASES} - set(written)
+MERGE_COLUMNS = ("sm", "kernel", "dtype", "head_dim", "parts", "warps", "registers", "stack", "shared")
+MERGE_COLUMNS += ("loads of 16 bytes", "stores of 16 bytes")
+
+
+def merge_row(r):
+    return "| " + " | ".join(str(r[column]) for column in MERGE_COLUMNS) + " |"
+
+
+def test_results_hold_these_tables(results):
+    assert not {table_row(results[case]) for case in CASES} - set(table_in_results("Tree attention"))
+    written = table_in_results("Merge of tree attention's calls")
+    assert [merge_row(results[case]) for case in MERGE_CASES] == written[2:]
 
 
 def write_results():
@@ -128,11 +181,21 @@ def write_results():
             *(table_row(compile_case(*case)) for case in CASES + fp32),
         ],
     )
+    write_table(
+        "Merge of tree attention's calls",
+        [
+            "| " + " | ".join(MERGE_COLUMNS).replace("_", " ") + " |",
+            "|---:|---|---|" + "---:|" * (len(MERGE_COLUMNS) - 3),
+            *(merge_row(compile_merge_case(*case)) for case in MERGE_CASES),
+        ],
+    )
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--json"]:
         for case in CASES + OTHER_CASES:
             print(json.dumps(compile_case(*case)), flush=True)
+        for case in MERGE_CASES + OTHER_MERGE_CASES:
+            print(json.dumps(compile_merge_case(*case)), flush=True)
     else:
         write_results()

@@ -7,7 +7,7 @@ import pytest
 from cipo_kernels import device_rates
 
 from cipo_fast.packing import build_trees, row_tokens
-from cipo_fast.plan import Options, _prompt_only, main, parse, recorded, report, synthetic
+from cipo_fast.plan import Options, _prompt_only, main, parse, recorded, report, synthetic, where_trees_pay
 
 
 def rows_of(options: Options) -> dict[str, list[str]]:
@@ -30,6 +30,7 @@ def test_the_table_and_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     assert "prompt shared" in printed
     assert "25,344" in printed  # 512 + 8 * 1024 + 4 * (64 + 4 * 1024)
+    assert printed.splitlines()[-1] == where_trees_pay(parse(["R=1024", "C=1024"]))
     for bad, message in [
         ("X=1", "expected key=value"),
         ("R=x", "expected a number"),
@@ -57,6 +58,7 @@ def test_the_table_and_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None
 def test_rates_are_this_devices_unless_given() -> None:
     assert parse([]).linear == device_rates().linear
     assert parse([]).attention == device_rates().attention_rate
+    assert parse([]).rows == device_rates().rows_rate
 
 
 def test_times_are_flops_over_rates() -> None:
@@ -70,6 +72,32 @@ def test_times_are_flops_over_rates() -> None:
     assert cells[1] == f"{(linear + attention) / 1e15:.3g}"
     assert cells[2] == f"{attention / (linear + attention):.1%}"
     assert cells[4] == f"{linear / 500e12 + attention / 200e12:.3g} s"
+
+
+def test_rows_have_a_rate_of_their_own() -> None:
+    shape = dict(P=512, G=2, R=1024, F=1, K=2, I=64, C=1024, linear=500.0, attention=200.0)  # noqa: C408
+    o = Options(**shape, rows=400.0)
+    lengths = [512 + 1024] * 2 + [512 + 1024 + 64 + 1024] * 2
+    linear = 6 * (sum(lengths) * o.params + 4 * 1024 * o.head)
+    attention = 14 * o.layers * o.width * sum(n * (n + 1) // 2 for n in lengths)
+    assert rows_of(o)["rows"][4] == f"{linear / 500e12 + attention / 400e12:.3g} s"
+    for name in ("prompt shared", "trees"):
+        assert rows_of(o)[name][4] == rows_of(Options(**shape, rows=800.0))[name][4]
+
+
+@pytest.mark.parametrize("shape", [{}, {"G": 4, "F": 2, "K": 1, "P": 100}])
+def test_where_trees_pay_is_where_the_table_turns(shape: dict[str, int]) -> None:
+    """In one pack, where the table takes no notice of packs either."""
+    rates = {"attention": 250.0, "rows": 550.0, "pack_tokens": 10**7}
+    words = where_trees_pay(Options(**shape, **rates)).split()
+    longest = int(words[words.index("about") + 1].replace(",", ""))
+    for answer, trees_pay in ((longest - 500, True), (longest + 500, False)):
+        rows = rows_of(Options(**shape, **rates, R=answer, C=answer))
+        assert (seconds_of(rows["trees"]) <= seconds_of(rows["rows"])) == trees_pay
+
+
+def test_trees_that_attend_as_fast_as_rows_always_pay() -> None:
+    assert where_trees_pay(Options(attention=500.0, rows=500.0)).startswith("Trees pay for answers of any length")
 
 
 def test_cut_trees_repeat_their_prompt_and_ranks_share_the_packs() -> None:

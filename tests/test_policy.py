@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from cipo_kernels import TreeLayout, tree_attention_flash
+from cipo_kernels import TreeLayout
+from cipo_kernels.tree_attention import flash as tree_attention_flash
 from conversations import random_conversations
 from torch import Tensor
 from transformers import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cipo_kernels.tree_attention import tree_attention, tree_attention_reference, tree_attention_torch
-from cipo_kernels.tree_layout import MAX_BLOCK_PAIRS, TreeLayout
+from cipo_kernels.tree_attention.layout import MAX_BLOCK_PAIRS, TreeLayout
 
 
 def random_tree(rng, depth, max_length, max_children, parent=-1, first=0):

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import attention_implementation
-from .tree_attention_flash import tree_attention_flash
-from .tree_layout import QueryBlock, TreeLayout
+from ..dispatch import attention_implementation
+from .flash import tree_attention_flash
+from .layout import QueryBlock, TreeLayout
 
 # Blocks with more keys than this are recomputed in the backward: saved for it, their gathered keys and masks would
 # grow with the square of a tree's length. Below it they cost a bounded number of bytes a token.
@@ -43,7 +43,7 @@ def tree_attention(
     if name == "reference":
         return tree_attention_reference(q, k, v, tree, scale=scale)
     if name == "triton" and q.dtype != torch.float64:  # fp64 is for tests, and has no kernel
-        from .tree_attention_triton import tree_attention_triton  # CPU installations may lack Triton
+        from .launch import tree_attention_triton  # CPU installations may lack Triton
 
         return tree_attention_triton(q, k, v, tree, scale=scale)
     return tree_attention_torch(q, k, v, tree, scale=scale)

@@ -6,8 +6,8 @@ from typing import NamedTuple, Self
 
 import torch
 
-from .tree_attention_rectangles import varlen_work
-from .tree_attention_worklist import tree_work
+from .rectangles import varlen_work
+from .worklist import tree_work
 
 # A tree of L tokens is cut into runs of about L / 16 queries, within these bounds: the CPU flash kernel's tiles
 # have 32 queries at least, and 512 queries of a 16k-token tree already need a float mask of 32 MiB.

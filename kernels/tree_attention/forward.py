@@ -10,7 +10,7 @@ and rescale what is summed up so far by exp(m - m_new). A program owns a tile of
 import triton
 import triton.language as tl
 
-from .tree_attention_tiles import (
+from .tiles import (
     LOG2_E,
     dot,
     full_tile,
@@ -28,15 +28,15 @@ def forward_kernel(
     q, k, v,
     items, full, masked,  # TileWork
     subtree_end,  # [T]
-    T, Hq,
-    o,  # [T, Hq, D]
-    lse,  # [Hq, T]
+    T, H,
+    o,  # [T, H, D]
+    lse,  # [H, T]
     scale2,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
     TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     head, _, q0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
-        items, Hq, TILE, MASKED_TILE, OWN, STEP
+        items, H, TILE, MASKED_TILE, OWN, STEP
     )
     if q0 >= q_stop:
         return
@@ -69,7 +69,7 @@ def forward_kernel(
         m, total, acc = _softmax_step(s, v_tile, m, total, acc, scale2)
         tile0, k_stop = next_tile0, next_k_stop
 
-    store_rows(o, acc / total[:, None], head, q0, q_stop, Hq, OWN, D, DP)
+    store_rows(o, acc / total[:, None], head, q0, q_stop, H, OWN, D, DP)
     tl.store(lse + head.to(tl.int64) * T + query, (m + tl.log2(total)) / LOG2_E, mask=query < q_stop)
 
 

@@ -1,8 +1,8 @@
 """Tree attention in Triton: which configuration a kernel runs with, its launch, and the operators that torch sees.
 
-The kernels are in tree_attention_forward.py and tree_attention_backward.py. A program owns a tile of one head and
-streams what tree_attention_worklist.py lists for it: full tiles, where nothing is masked, then masked ones. There are
-no atomics: every sum has a fixed order, so results are bitwise reproducible. The schedule is ours.
+The kernels are in forward.py and backward.py. A program owns a tile of one head and streams what worklist.py lists for
+it: full tiles, where nothing is masked, then masked ones. There are no atomics: every sum has a fixed order, so results
+are bitwise reproducible. The schedule is ours.
 
 What a query does not see has no weight in its sums: masked scores are replaced. A nan or inf of a tile may still reach
 other queries of that tile, as 0 times it is nan; an update with one is dropped whole.
@@ -15,12 +15,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .autograd import refuse_create_graph
-from .tree_attention_backward import add_partials_kernel, dkdv_kernel, dq_kernel
-from .tree_attention_forward import forward_kernel
-from .tree_attention_tiles import LOG2_E
-from .tree_attention_worklist import MASKED_TILE, TILE
-from .tree_layout import TreeLayout
+from ..autograd import refuse_create_graph
+from .backward import add_partials_kernel, dkdv_kernel, dq_kernel
+from .forward import forward_kernel
+from .layout import TreeLayout
+from .tiles import LOG2_E
+from .worklist import MASKED_TILE, TILE, TileWork, TreeWork
 
 MAX_HEAD_DIM = 128
 ADD_BLOCK = 4096
@@ -97,21 +97,18 @@ def _input(x: Tensor, tokens: int, tma: bool) -> TensorDescriptor | tuple[Tensor
 
 
 def _launch(
-    name: str,
-    own: list[Tensor],
-    streamed: list[Tensor],
-    work: list[Tensor],
-    subtree_end: Tensor,
-    group: int,
-    *rest: Any,
+    name: str, own: dict[str, Tensor], streamed: dict[str, Tensor], work: TileWork, group: int, **rest: Any
 ) -> None:
     """Runs a kernel of KERNELS with one program an item, part of its tile, and head of the `own` tensors."""
-    T, heads, D = own[0].shape
-    cfg = _config(name, own[0])
-    inputs = [_input(x, cfg.own, cfg.tma) for x in own] + [_input(x, cfg.step, cfg.tma) for x in streamed]
-    grid = (len(work[0]) * (TILE // cfg.own) * heads,)
-    with torch.cuda.device_of(own[0]):
-        KERNELS[name][grid](*inputs, *work, subtree_end, T, heads, *rest, **constants(cfg, D, group))
+    first = next(iter(own.values()))
+    T, heads, D = first.shape
+    cfg = _config(name, first)
+    inputs = {argument: _input(x, cfg.own, cfg.tma) for argument, x in own.items()}
+    inputs |= {argument: _input(x, cfg.step, cfg.tma) for argument, x in streamed.items()}
+    lists = {"items": work.item, "full": work.full, "masked": work.masked}
+    grid = (len(work.item) * (TILE // cfg.own) * heads,)
+    with torch.cuda.device_of(first):
+        KERNELS[name][grid](**inputs, **lists, T=T, H=heads, **rest, **constants(cfg, D, group))
 
 
 # ---- operators
@@ -125,8 +122,10 @@ def attention_op(
     q, k, v = map(_aligned, (q, k, v))
     T, Hq, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(Hq, T, dtype=torch.float32)
-    group = Hq // k.shape[1]
-    _launch("forward", [q], [k, v], work[:3], subtree_end, group, o, lse, scale * LOG2_E.value)
+    results = {"o": o, "lse": lse}
+    by_query, group = TreeWork.of(work).by_query, Hq // k.shape[1]
+    rest = {"subtree_end": subtree_end, "scale2": scale * LOG2_E.value}
+    _launch("forward", {"q": q}, {"k": k, "v": v}, by_query, group, **results, **rest)
     return o, lse
 
 
@@ -151,17 +150,17 @@ def attention_backward_op(
     do, q, k, v = map(_aligned, (do, q, k, v))
     Hq, Hkv, D = q.shape[1], k.shape[1], k.shape[2]
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-    by_query, by_key, slots = work[:3], work[3:6], work[6]
-    n_slots = len(slots)
+    by_query, by_key, slots = TreeWork.of(work)
+    n_slots, group = len(slots), Hq // Hkv
     partial = lse.new_empty(2, n_slots, TILE, Hkv, D)
-    group, scale2 = Hq // Hkv, scale * LOG2_E.value
-    _launch("dq", [q, o, do], [k, v], by_query, subtree_end, group, lse, delta, dq, scale, scale2)
-    results = dk, dv, partial, n_slots
-    _launch("dkdv", [k, v], [q, do], by_key, subtree_end, group, lse, delta, *results, scale, scale2)
+    rest = {"subtree_end": subtree_end, "lse": lse, "delta": delta, "scale": scale, "scale2": scale * LOG2_E.value}
+    _launch("dq", {"q": q, "o": o, "do": do}, {"k": k, "v": v}, by_query, group, dq=dq, **rest)
+    results = {"dk": dk, "dv": dv, "partial": partial, "n_slots": n_slots}
+    _launch("dkdv", {"k": k, "v": v}, {"q": q, "do": do}, by_key, group, **results, **rest)
     if n_slots:
         grid = (n_slots, triton.cdiv(TILE * Hkv * D, ADD_BLOCK), 2)
         with torch.cuda.device_of(q):
-            add_partials_kernel[grid](partial, dk, dv, slots, n_slots, Hkv * D, TILE, ADD_BLOCK)
+            add_partials_kernel[grid](**results, slots=slots, row_size=Hkv * D, TILE=TILE, BLOCK=ADD_BLOCK)
     return dq, dk, dv
 
 

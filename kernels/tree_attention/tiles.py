@@ -18,7 +18,11 @@ would take a stage of the pipeline each, and on sm_100 dK/dV is not pipelined at
 import triton
 import triton.language as tl
 
+from .worklist import Item
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+COLUMNS = tl.constexpr(len(Item))
+FIRST, STOP, FULL_FIRST, FULL_STOP, MASKED_FIRST, MASKED_STOP, SLOT = (tl.constexpr(int(column)) for column in Item)
 
 
 @triton.jit
@@ -29,12 +33,12 @@ def work_item(items, heads, TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: 
     PARTS: tl.constexpr = TILE // OWN
     STEPS: tl.constexpr = TILE // STEP
     MASKED_STEPS: tl.constexpr = MASKED_TILE // STEP
-    head, part, item = pid % heads, pid // heads % PARTS, items + pid // (heads * PARTS) * 7
-    first = tl.load(item) + part * OWN
-    stop = tl.minimum(tl.load(item + 1), first + OWN)
-    full_first, full_stop = tl.load(item + 2) * STEPS, tl.load(item + 3) * STEPS
-    masked_first, masked_stop = tl.load(item + 4) * MASKED_STEPS, tl.load(item + 5) * MASKED_STEPS
-    return head, part, first, stop, full_first, full_stop, masked_first, masked_stop, tl.load(item + 6)
+    head, part, item = pid % heads, pid // heads % PARTS, items + pid // (heads * PARTS) * COLUMNS
+    first = tl.load(item + FIRST) + part * OWN
+    stop = tl.minimum(tl.load(item + STOP), first + OWN)
+    full_first, full_stop = tl.load(item + FULL_FIRST) * STEPS, tl.load(item + FULL_STOP) * STEPS
+    masked_first, masked_stop = tl.load(item + MASKED_FIRST) * MASKED_STEPS, tl.load(item + MASKED_STOP) * MASKED_STEPS
+    return head, part, first, stop, full_first, full_stop, masked_first, masked_stop, tl.load(item + SLOT)
 
 
 @triton.jit

@@ -6,17 +6,16 @@ What a tree lets its tokens see is a union of rectangles, two kinds a segment:
     queries [end, subtree_end)     x keys [start, end)   full
 
 All rectangles of the first kind are one varlen call. So are all of the second kind at one depth, where subtrees are
-disjoint: depth + 1 calls whatever the number of segments. With o_i, lse_i the result of call i on a query's keys,
-
-    lse = log sum_i exp(lse_i)      o = sum_i exp(lse_i - lse) o_i
-
-and with s = scale * <q, k>, flash attention's backward given the *merged* o and lse takes a rectangle's softmax from
-them, so that what the calls return is their exact share of the gradients, and adds up:
+disjoint: depth + 1 calls whatever the number of segments. What they return is kept as it is, outputs and gradients in
+the inputs' dtype and lse in fp32, until all have run; merge.py makes one result a token of it. With s = scale * <q, k>,
+flash attention's backward given the *merged* o and lse takes a rectangle's softmax from them, so that what the calls
+return is their exact share of the gradients, and adds up:
 
     p = exp(s - lse)      ds = p * (<do, v> - rowsum(do * o))      dv = p^T do,   dk = scale ds^T q,   dq = scale ds k
 
-Merged outputs and sums of gradients are fp32 (fp64 for fp64 inputs). Within a call no query and no key occurs twice,
-so sums have a fixed order. Ours; merging by lse is common practice (ring attention, arXiv 2310.01889).
+Within a call no query and no key occurs twice, and sums over calls have a fixed order. A call whose queries, or keys,
+are one range of the stream reads them in place. Ours; merging by lse is common practice (ring attention, arXiv
+2310.01889).
 """
 
 from collections.abc import Sequence
@@ -25,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import refuse_create_graph
-from .tree_attention_rectangles import VarlenCall, varlen_calls
-from .tree_layout import TreeLayout
+from ..autograd import refuse_create_graph
+from .layout import TreeLayout
+from .merge import add, merge
+from .rectangles import VarlenCall, read_varlen_work
 
 aten = torch.ops.aten
 
@@ -54,17 +54,10 @@ def tree_attention_flash(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, *, s
 @torch.library.custom_op("cipo_kernels::tree_attention_flash", mutates_args=())
 def attention_op(q: Tensor, k: Tensor, v: Tensor, work: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """(o [T, Hq, D], lse [Hq, T] in nats, fp32 or fp64). work: `TreeLayout.varlen_work`."""
-    T, Hq, _ = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    o = torch.zeros(q.shape, dtype=dtype, device=q.device)
-    lse = torch.full((Hq, T), float("-inf"), dtype=dtype, device=q.device)
-    for call in varlen_calls(work):
-        o_i, lse_i = _varlen_forward(q[call.query], k[call.key], v[call.key], call, scale)
-        before = lse[:, call.query]
-        after = torch.logaddexp(before, lse_i)
-        o[call.query] = _weight(before, after) * o[call.query] + _weight(lse_i, after) * o_i
-        lse[:, call.query] = after
-    return o.to(q.dtype), lse
+    calls, query_row, n_query_rows, _ = read_varlen_work(work)
+    parts = [_varlen_forward(q[call.query], k[call.key], v[call.key], call, scale) for call in calls]
+    o, lse = zip(*parts, strict=True)
+    return merge(o, lse, query_row, n_query_rows)
 
 
 @attention_op.register_fake
@@ -78,15 +71,14 @@ def attention_backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, work: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `attention_op`, contiguous, in the dtypes of q, k and v."""
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
-    for call in varlen_calls(work):
+    calls, query_row, _, key_row = read_varlen_work(work)
+    parts = []
+    for call in calls:
         do_i, q_i, o_i = (x[call.query] for x in (do, q, o))
         lse_i = lse[:, call.query].contiguous()  # FlashAttention-2 does not look at its strides
-        dq_i, dk_i, dv_i = _varlen_backward(do_i, q_i, k[call.key], v[call.key], o_i, lse_i, call, scale)
-        dq[call.query] += dq_i
-        dk[call.key] += dk_i
-        dv[call.key] += dv_i
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        parts.append(_varlen_backward(do_i, q_i, k[call.key], v[call.key], o_i, lse_i, call, scale))
+    dq, dk, dv = zip(*parts, strict=True)
+    return add(dq, query_row), add(dk, key_row), add(dv, key_row)
 
 
 @attention_backward_op.register_fake
@@ -106,11 +98,6 @@ def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _weight(lse_i: Tensor, lse: Tensor) -> Tensor:
-    """exp(lse_i - lse) of [Hq, n], as [n, Hq, 1]."""
-    return (lse_i - lse).exp().T[..., None]
 
 
 # ---- flash attention: q, o, do [Nq, Hq, D]; k, v [Nk, Hkv, D], Hq a multiple of Hkv; lse [Hq, Nq], in nats

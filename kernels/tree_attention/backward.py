@@ -12,7 +12,7 @@ kernel adds up. Nothing is atomic: every sum has a fixed order. After FlashAtten
 import triton
 import triton.language as tl
 
-from .tree_attention_tiles import (
+from .tiles import (
     LOG2_E,
     dot,
     full_tile,
@@ -42,16 +42,16 @@ def dq_kernel(
     q, o, do, k, v,
     items, full, masked,  # TileWork
     subtree_end,  # [T]
-    T, Hq,
-    lse,  # [Hq, T]
-    delta,  # [Hq, T], written here for dkdv_kernel
-    dq,  # [T, Hq, D]
+    T, H,
+    lse,  # [H, T]
+    delta,  # [H, T], written here for dkdv_kernel
+    dq,  # [T, H, D]
     scale, scale2,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
     TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     head, _, q0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
-        items, Hq, TILE, MASKED_TILE, OWN, STEP
+        items, H, TILE, MASKED_TILE, OWN, STEP
     )
     if q0 >= q_stop:
         return
@@ -88,7 +88,7 @@ def dq_kernel(
         acc = dot(ds.to(k_tile.dtype), k_tile, acc)
         tile0, k_stop = next_tile0, next_k_stop
 
-    store_rows(dq, acc * scale, head, q0, q_stop, Hq, OWN, D, DP)
+    store_rows(dq, acc * scale, head, q0, q_stop, H, OWN, D, DP)
 
 
 @triton.jit(do_not_specialize=["T", "n_slots"])
@@ -96,17 +96,17 @@ def dkdv_kernel(
     k, v, q, do,
     items, full, masked,  # TileWork
     subtree_end,  # [T]
-    T, Hkv,
-    lse, delta,  # [Hq, T]
-    dk, dv,  # [T, Hkv, D]
-    partial,  # [2, n_slots, TILE, Hkv, D] fp32
+    T, H,
+    lse, delta,  # [H * GROUP, T]
+    dk, dv,  # [T, H, D]
+    partial,  # [2, n_slots, TILE, H, D] fp32
     n_slots,
     scale, scale2,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
     TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     kv_head, part, k0, k_stop, full_first, full_stop, masked_first, masked_stop, slot = work_item(
-        items, Hkv, TILE, MASKED_TILE, OWN, STEP
+        items, H, TILE, MASKED_TILE, OWN, STEP
     )
     if k0 >= k_stop:
         return
@@ -152,13 +152,13 @@ def dkdv_kernel(
 
     dk_acc *= scale
     if slot < 0:
-        store_rows(dk, dk_acc, kv_head, k0, k_stop, Hkv, OWN, D, DP)
-        store_rows(dv, dv_acc, kv_head, k0, k_stop, Hkv, OWN, D, DP)
+        store_rows(dk, dk_acc, kv_head, k0, k_stop, H, OWN, D, DP)
+        store_rows(dv, dv_acc, kv_head, k0, k_stop, H, OWN, D, DP)
     else:
         shift = slot * TILE + part * OWN - k0  # from token to row of partial
-        store_rows(partial, dk_acc, kv_head, k0 + shift, k_stop + shift, Hkv, OWN, D, DP)
+        store_rows(partial, dk_acc, kv_head, k0 + shift, k_stop + shift, H, OWN, D, DP)
         shift += n_slots * TILE
-        store_rows(partial, dv_acc, kv_head, k0 + shift, k_stop + shift, Hkv, OWN, D, DP)
+        store_rows(partial, dv_acc, kv_head, k0 + shift, k_stop + shift, H, OWN, D, DP)
 
 
 @triton.jit(do_not_specialize=["n_slots"])

@@ -10,7 +10,9 @@ where every pair is visible and no mask is computed, then masked ones, which tes
     dK, dV: the tile's keys meet the tile itself, then all queries up to the last `subtree_end`
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +25,32 @@ MASKED_TILE = 64  # tokens at most of a masked tile; ranges to mask are merged a
 MAX_SHARE, MIN_SPLIT = 1 / 64, 16
 
 
+class Item(IntEnum):
+    """Columns of `TileWork.item`."""
+
+    FIRST = 0  # token of the item's own tile
+    STOP = 1  # past the last one
+    FULL_FIRST = 2  # its range in `full`
+    FULL_STOP = 3
+    MASKED_FIRST = 4  # and in `masked`
+    MASKED_STOP = 5
+    SLOT = 6  # among the partial results, -1 where it is alone on its tile
+
+
 class TileWork(NamedTuple):
     """One item a program and head, longest first. `full` and `masked` hold the streamed tiles of all items, and a last
-    one that no item has: programs look one ahead.
+    one that no item has: programs look one ahead."""
 
-    An item: first and past the last token of its own tile, its range in `full`, its range in `masked`, and its
-    slot among the partial results, or -1 where it is alone on its tile.
-    """
-
-    item: Tensor  # int32 [n, 7]
+    item: Tensor  # int32 [n, len(Item)]
     full: Tensor  # int32 [n_full + 1] first token
     masked: Tensor  # int32 [n_masked + 1, 2] first token, past the last token
+
+    def n_full(self) -> Tensor:
+        """[n] full tiles an item."""
+        return self.item[:, Item.FULL_STOP] - self.item[:, Item.FULL_FIRST]
+
+    def n_masked(self) -> Tensor:
+        return self.item[:, Item.MASKED_STOP] - self.item[:, Item.MASKED_FIRST]
 
 
 class TreeWork(NamedTuple):
@@ -45,7 +62,14 @@ class TreeWork(NamedTuple):
     partial: Tensor  # int32 [n_slots, 3]
 
     def tensors(self) -> list[Tensor]:
+        """What an operator takes of it."""
         return [*self.by_query, *self.by_key, self.partial]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Self:
+        """`tensors` undone."""
+        n = len(TileWork._fields)
+        return cls(TileWork(*tensors[:n]), TileWork(*tensors[n : 2 * n]), tensors[2 * n])
 
 
 def tree_work(start: Tensor, end: Tensor, subtree_end: Tensor, parent: Tensor) -> TreeWork:
@@ -144,28 +168,28 @@ def _work(first: Tensor, stop: Tensor, tile: Tensor, lo: Tensor, hi: Tensor, is_
     )
 
 
-def _cost(item: Tensor) -> Tensor:
-    """In masked tiles."""
-    return (item[:, 3] - item[:, 2]) * (TILE // MASKED_TILE) + item[:, 5] - item[:, 4]
+def _cost(work: TileWork) -> Tensor:
+    """Of each item, in masked tiles."""
+    return work.n_full() * (TILE // MASKED_TILE) + work.n_masked()
 
 
 def _longest_first(work: TileWork) -> TileWork:
-    return work._replace(item=work.item[_cost(work.item).argsort(descending=True, stable=True)])
+    return work._replace(item=work.item[_cost(work).argsort(descending=True, stable=True)])
 
 
 def _split(work: TileWork) -> tuple[TileWork, Tensor]:
     """Cuts items above MAX_SHARE of the work into equal parts, each with a slot; returns these slots too."""
-    cost = _cost(work.item)
+    cost = _cost(work)
     n_parts = _ceil_div(cost, max(int(cost.sum() * MAX_SHARE), MIN_SPLIT)).long()
     part = _arange_each(torch.zeros_like(n_parts), n_parts, 1)
     item, n = work.item.repeat_interleave(n_parts, 0), n_parts.repeat_interleave(n_parts)
     is_part = n > 1
-    for begin in (2, 4):
-        stream_start, length = item[:, begin].clone(), item[:, begin + 1] - item[:, begin]
-        item[:, begin] = stream_start + length * part // n
-        item[:, begin + 1] = stream_start + length * (part + 1) // n
-    item[is_part, 6] = torch.arange(int(is_part.sum()), dtype=torch.int32)
-    partial = torch.stack((item[:, 0], item[:, 1], torch.where(part == 0, n, 0)), 1)[is_part].int()
+    for first, stop in ((Item.FULL_FIRST, Item.FULL_STOP), (Item.MASKED_FIRST, Item.MASKED_STOP)):
+        stream_start, length = item[:, first].clone(), item[:, stop] - item[:, first]
+        item[:, first] = stream_start + length * part // n
+        item[:, stop] = stream_start + length * (part + 1) // n
+    item[is_part, Item.SLOT] = torch.arange(int(is_part.sum()), dtype=torch.int32)
+    partial = torch.stack((item[:, Item.FIRST], item[:, Item.STOP], torch.where(part == 0, n, 0)), 1)[is_part].int()
     return _longest_first(work._replace(item=item)), partial
 
 
