@@ -11,7 +11,7 @@ import pytest
 from cipo_fast.errors import UserError
 from cipo_fast.evaluation.records import Answer, Chain, Record
 from cipo_fast.experiment.grid import Grid, read_grid
-from cipo_fast.experiment.report import make_report, publish, write_report
+from cipo_fast.experiment.report import as_json, as_markdown, make_report, publish, write_report
 from cipo_fast.experiment.results import Sample, differences, estimates, sample_of
 
 GRID = """
@@ -216,3 +216,13 @@ def test_runs_that_have_not_ended_are_named_and_left_out(grid: Grid) -> None:
     assert report.equal_steps[1].against["t1"].seeds == (0.25,)
     write_report(report)
     assert "**Not in it, since they have not ended: ours-seed1.**" in (grid.out / "results.md").read_text()
+
+
+def test_files_below_this_folder_are_named_from_it(grid: Grid, tmp_path: Path, monkeypatch) -> None:
+    """Results are committed: elsewhere the folder has another name."""
+    for run in grid.runs:
+        run.config.data.train = [str(tmp_path / "rows.jsonl"), "/elsewhere/rows.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    text = as_markdown(make_report(grid), [])
+    assert 'data.train=["./rows.jsonl", "/elsewhere/rows.jsonl"]' in text
+    assert as_json(make_report(grid))["settings"]["ours"]["data.train"][0] == "./rows.jsonl"

@@ -147,7 +147,7 @@ def as_json(report: Report) -> dict[str, Any]:
             arm: {result.run.seed: [asdict(point) for point in result.points] for result in results}
             for arm, results in report.arms.items()
         },
-        "settings": {arm: changed_settings(results[0].run) for arm, results in report.arms.items()},
+        "settings": {arm: _said_from_here(results[0].run) for arm, results in report.arms.items()},
     }
 
 
@@ -275,7 +275,7 @@ def _explained(report: Report) -> str:
 
 def _settings(report: Report) -> Iterator[str]:
     """What differs from the defaults: in all arms, then an arm's own."""
-    given = {arm: changed_settings(results[0].run) for arm, results in report.arms.items()}
+    given = {arm: _said_from_here(results[0].run) for arm, results in report.arms.items()}
     everywhere = common_settings(given)
     lines = [f"- all: `{said(everywhere)}`"]
     for arm, settings in given.items():
@@ -283,6 +283,12 @@ def _settings(report: Report) -> Iterator[str]:
         lines.append(f"- {arm}: {f'`{said(own)}`' if own else 'nothing more'}")
     yield "What differs from the defaults of cipo_fast/config/:"
     yield "\n".join(lines)
+
+
+def _said_from_here(run: GridRun) -> dict[str, Any]:
+    """Its changed settings, files below this folder as ./file: another machine has them elsewhere."""
+    text = json.dumps(changed_settings(run)).replace(json.dumps(f"{Path.cwd()}/")[1:-1], "./")
+    return dict(json.loads(text))
 
 
 def _lines(rows: list[list[str]]) -> str:
