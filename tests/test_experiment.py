@@ -129,6 +129,12 @@ def test_a_machine_that_does_not_answer_stops_nothing(monkeypatch: pytest.Monkey
     assert provenance.commit() is None
 
 
+def test_kernels_of_another_checkout_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = {"cipo_fast": "aaa", "cipo_kernels": "bbb"}
+    monkeypatch.setattr(provenance, "_described", commits.__getitem__)
+    assert provenance.commit() == "aaa, kernels of bbb"
+
+
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([write(tmp_path / "small.yaml"), "--out", str(tmp_path / "out"), "--report"]) == 2
     assert "no run has ended yet" in capsys.readouterr().err

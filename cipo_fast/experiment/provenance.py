@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -42,8 +43,17 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this is part of, marked where files differ from it."""
-    return _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=, changed")
+    """Of the checkout that this is part of, marked where files differ from it; of the kernels too, where those are
+    imported from another one."""
+    ours, kernels = (_described(package) for package in ("cipo_fast", "cipo_kernels"))
+    return ours if kernels == ours else f"{ours or 'unknown'}, kernels of {kernels or 'an unknown one'}"
+
+
+def _described(package: str) -> str | None:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations, package
+    folder = next(iter(spec.submodule_search_locations))
+    return _said("git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=, changed")
 
 
 def _cpu() -> str:
