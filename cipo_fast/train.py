@@ -41,7 +41,7 @@ from cipo_fast.config import Config, cautions, comparison, parse_args
 from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
-from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model, starting
+from cipo_fast.engines import build_engine, check_engine, fit_to_engine, fit_to_model, starting
 from cipo_fast.errors import PolicyBroken, Preempted, TrainingStopped, command, put
 from cipo_fast.evaluation.report import Evaluation
 from cipo_fast.evaluation.sample import evaluate
@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
     """The whole job: open the folder, build, warm up, evaluate, loop, evaluate, export."""
     check_data(config)
+    check_engine(config, mesh.device_type)  # before a warm start, not after it
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
