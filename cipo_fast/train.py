@@ -46,6 +46,7 @@ from cipo_fast.errors import PolicyBroken, Preempted, TrainingStopped, command, 
 from cipo_fast.evaluation.report import Evaluation
 from cipo_fast.evaluation.sample import evaluate
 from cipo_fast.learner import Learner
+from cipo_fast.liger import use_liger
 from cipo_fast.marking import build_judges, failures_of, refuse_failures
 from cipo_fast.model import load_model, load_shape, load_tokenizer
 from cipo_fast.packing import CostModel
@@ -383,6 +384,8 @@ def build(
     correct = CorrectionPrompts(chat, config.correction)
     view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")
 
+    if (line := use_liger(model, config, mesh.device_type)) is not None:
+        view.say(line)
     cost = cost_model(model.config, model.num_parameters())
     flops = flops_model(model.config, model.num_parameters())
     reference_model = copy.deepcopy(model) if config.loss.beta > 0 else None

@@ -53,6 +53,9 @@ class ModelConfig(Section):
     """Back-end of the tree attention; auto: the fastest measured on this GPU (device_rates.json), torch elsewhere."""
     loss: Literal["logits", "exp"] = "logits"
     """Kernel of the fused loss on a GPU, V0 or V1 of kernels/README.md; V0 wherever V1 does not apply."""
+    liger: Literal["auto"] | bool = "auto"
+    """liger-kernel's RMSNorm, RoPE, SwiGLU and GEGLU in the trainer's model; auto: on a GPU, where it is installed and
+    knows the architecture."""
     activation_checkpointing: bool = False
     """Recompute each layer but its attention in the backward pass, instead of keeping its activations."""
     embedded: EmbeddedModel = EmbeddedModel()
