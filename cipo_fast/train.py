@@ -24,7 +24,9 @@ from datetime import timedelta
 from functools import partial
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from cipo_kernels.tree_attention.flash_versions import activate_newest_flash_attention
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.alarms import Alarms
@@ -386,6 +388,9 @@ def build(
 
     if (line := use_liger(model, config, mesh.device_type)) is not None:
         view.say(line)
+    if config.model.attention == "flash" and mesh.device_type == "cuda":
+        version = activate_newest_flash_attention(torch.device("cuda", torch.cuda.current_device()))
+        view.say(f"attention on {version}")
     cost = cost_model(model.config, model.num_parameters())
     flops = flops_model(model.config, model.num_parameters())
     reference_model = copy.deepcopy(model) if config.loss.beta > 0 else None
