@@ -191,6 +191,10 @@ class Chunk(NamedTuple):
     entropy: Tensor  # [n]
     rest: Tensor  # [n] 1 - p[target]
 
+    @property
+    def lse(self) -> Tensor:
+        return self.m + self.log_s
+
 
 class Buffer(NamedTuple):
     """[chunk, V] both, in the same memory: d(logits) lies over the logits, in the first part of each row."""
@@ -235,6 +239,11 @@ def d_logits(head: Head, buffer: Buffer, chunk: Chunk, g_logp: Tensor, g_entropy
         g_logp_in=g_logp, g_entropy_in=g_entropy,
     )  # fmt: skip
     return buffer.d_logits[: len(chunk.x)]
+
+
+def rescaled(chunk: Chunk, mine: Tensor, log_share: Tensor, logp: Tensor, entropy: Tensor, rest: Tensor) -> Chunk:
+    """As one of vocab_parallel.py's, whose columns have the share exp(log_share) [n] of the probability."""
+    return chunk._replace(log_s=chunk.log_s - log_share, logp=logp, entropy=entropy, rest=rest)
 
 
 def token_loss(
