@@ -56,19 +56,19 @@ def exp_chunks(monkeypatch) -> list:
     return chunks
 
 
-def count_repairs(monkeypatch) -> list[int]:
+def repaired_rows(monkeypatch) -> list[list[int]]:
     """A list of the rows that each chunk of `exp` computed again."""
-    repaired, kernel = [], exp_gemm.exp_loss_kernel
+    repaired, kernel = [], exp_gemm.bad_rows_kernel
 
     class Spy:
         def __getitem__(self, grid):
-            def launch(*, sums, **arguments):  # [2, n, parts]: a recomputed row has its S in the first part alone
-                repaired.append((sums[0, :, 1:] == 0).all(1).sum().item())
-                return kernel[grid](sums=sums, **arguments)
+            def launch(*, rows, count, **arguments):
+                kernel[grid](rows=rows, count=count, **arguments)
+                repaired.append(rows[: int(count)].tolist())
 
             return launch
 
-    monkeypatch.setattr(exp_gemm, "exp_loss_kernel", Spy())
+    monkeypatch.setattr(exp_gemm, "bad_rows_kernel", Spy())
     return repaired
 
 
@@ -260,9 +260,61 @@ def test_exp_recomputes_rows_whose_anchor_is_far_off(exp_chunks, monkeypatch):
     kwargs = make_terms(*inputs) | {"ce_weight": torch.linspace(0.1, 1, N, dtype=torch.float64), "impl": "exp"}
     kwargs["old_logp"][1], kwargs["old_logp"][2] = math.nan, kwargs["old_logp"][2] - 40
     kwargs["rl_weight"][1] = kwargs["rl_weight"][2] = 0
-    repaired = count_repairs(monkeypatch)
+    repaired = repaired_rows(monkeypatch)
     assert_matches_reference(inputs, kwargs, monkeypatch)
-    assert sum(repaired) == 2  # targets 1 and 2; 4's old_logp is near its log-prob of -40
+    assert repaired == [[1, 2], [], []]  # 4's old_logp is near its log-prob of -40
+
+
+BAD = {
+    "none": [],
+    "one": [6],
+    "the first and the last": [0, N - 1],
+    "most": [0, 1, 2, 4, 5, 7, 8, 10, 12],
+    "all": [*range(N)],
+}
+
+
+@cpu_only
+@pytest.mark.parametrize("chunk", [N, CHUNK])
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("which", BAD)
+def test_exp_recomputes_any_number_of_rows(which, tma, chunk, exp_chunks, monkeypatch):
+    """Half of them have an S near exp(40), half near exp(-40). Two rows a tile: several tiles, and a ragged one."""
+    monkeypatch.setattr(gemm_tiles, "use_tma", lambda weight: tma)
+    monkeypatch.setattr(exp_gemm, "BLOCK", 4)  # several blocks of rows, and of parts
+    inputs = make_inputs(n=N)
+    head = {"temperature": torch.linspace(0.5, 2, N, dtype=torch.float64)}
+    kwargs = make_terms(*inputs, **head) | head | {"impl": "exp", "chunk_targets": chunk}
+    bad = torch.isin(torch.arange(N), torch.tensor(BAD[which], dtype=torch.int64))
+    # z[target] - old_logp is the anchor: a bias of -80 hides the target, an old_logp of -59 is far below the others
+    low, high = bad & (torch.arange(N) % 2 == 0), bad & (torch.arange(N) % 2 == 1)
+    kwargs["rl_weight"] = kwargs["rl_weight"].masked_fill(bad, 0)
+    kwargs["old_logp"] = kwargs["old_logp"].masked_fill(low, -59).masked_fill(high, math.nan)
+    (_, _, bias), _, target_id = inputs
+    target_id[:] = torch.arange(N) * 5
+    bias.data[target_id[high]] = -80
+    repaired = repaired_rows(monkeypatch)
+    assert_matches_reference(inputs, kwargs, monkeypatch)
+    assert repaired == [[i - a for i in BAD[which] if a <= i < b] for a, b in chunk_ranges(N, chunk)]
+    assert len(exp_chunks) == len(repaired)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize("which", ["W", "hidden"])
+def test_exp_does_not_recompute_rows_that_are_nan(which, exp_chunks, monkeypatch):
+    """A step that diverged has a nan in every row, and none has a better anchor."""
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    parameters, *index = make_inputs(n=N)
+    terms = {k: to_device(v) for k, v in make_terms(parameters, *index).items()}
+    hidden, weight, bias = (p.detach().clone().to(DEVICE, dtype) for p in parameters)
+    (weight if which == "W" else hidden)[..., 3] = math.nan
+    repaired = repaired_rows(monkeypatch)
+    inputs = (hidden, weight, bias), *map(to_device, index)
+    out, grads = loss_and_grads(inputs, terms | {"impl": "exp", "chunk_targets": CHUNK})
+    assert exp_chunks
+    assert repaired == [[]] * len(exp_chunks)
+    assert out.logp.isnan().all()
+    assert grads[0].isnan().any()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp", "ignore:All-NaN slice")
@@ -316,10 +368,10 @@ def test_bf16_inputs(impl, exp_chunks, monkeypatch):
     terms = {k: torch.rand(n, generator=g).to(DEVICE) for k in ("advantage", "rl_weight", "ce_weight")}
     kwargs = terms | {"old_logp": None, "entropy_coef": 0.1 if impl == "logits" else 0.0}
     index = (pred_index.to(DEVICE), target_id.to(DEVICE))
-    repaired = count_repairs(monkeypatch)
+    repaired = repaired_rows(monkeypatch)
     out, grads = loss_and_grads(((hidden, weight, None), *index), kwargs | {"chunk_targets": CHUNK, "impl": impl})
     assert bool(exp_chunks) == (impl == "exp")
-    assert sum(repaired) == 0  # the GEMM's own sums are what is tested
+    assert not any(repaired)  # the GEMM's own sums are what is tested
 
     def eager(dtype):
         h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
@@ -365,7 +417,7 @@ def test_confident_targets(how, dtype, exp_chunks, monkeypatch):
     """1 - p from 1e-2 to 1e-6: log-probs within 1% of 1 - p, and each row of d(hidden) within 1%."""
     hidden, weight, target = confident_head(dtype)
     index = torch.arange(len(target)), target
-    repaired = count_repairs(monkeypatch)
+    repaired = repaired_rows(monkeypatch)
 
     def grad_and_logp(hidden, weight, index):
         hidden = hidden.requires_grad_()
@@ -384,7 +436,7 @@ def test_confident_targets(how, dtype, exp_chunks, monkeypatch):
     grad, logp = grad_and_logp(hidden.to(DEVICE), weight.to(DEVICE), [i.to(DEVICE) for i in index])
     if how == "exp" and (DEVICE == "cpu" or dtype == torch.bfloat16):
         assert exp_chunks
-        assert sum(repaired) == 0
+        assert not any(repaired)
     exact, wide = hidden.detach().double().requires_grad_(), weight.double()
     z = exact @ wide.T
     others = z.scatter(1, target[:, None], -math.inf).logsumexp(1) - z.gather(1, target[:, None])[:, 0]
