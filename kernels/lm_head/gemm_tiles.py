@@ -103,20 +103,18 @@ def _load_tile(x, row, k, rows, H, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TM
 
 @triton.jit
 def tile_rows(
-    target_id, inv_temperature, first, row, column, n, vocab, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    dtype: tl.constexpr,
+    target_id, inv_temperature, first, i, live, column, vocab, BLOCK_N: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """(target [BLOCK_M], log2(e) / temperature [BLOCK_M], plain) of a tile's rows; row 0 is target first.
+    """(target [M], log2(e) / temperature [M], plain) of a tile's rows i [M] that are live; row 0 is target first.
 
     plain: its columns are all in the vocabulary, and none is a target's. Of tiles of 128 targets and 256 columns of
     151,936 four in five are, and their epilogue compares nothing. Logits are taken to base 2, where exp2 is one
     instruction (ex2.approx.ftz); tl.exp is five, for results below 1.2e-38, which here are 0.
     """
-    i = row + tl.arange(0, BLOCK_M)
-    target = tl.load(target_id + first + i, mask=i < n, other=-1)
-    scale = tl.full((BLOCK_M,), LOG2E, dtype)
+    target = tl.load(target_id + first + i, mask=live, other=-1)
+    scale = tl.full(i.shape, LOG2E, dtype)
     if inv_temperature is not None:
-        scale *= tl.load(inv_temperature + first + i, mask=i < n, other=1.0)
+        scale *= tl.load(inv_temperature + first + i, mask=live, other=1.0)
     here = (target >= column) & (target < column + BLOCK_N)
     return target, scale, (tl.max(here.to(tl.int32), 0) == 0) & (column + BLOCK_N <= vocab)
 
