@@ -13,6 +13,8 @@ from cipo_kernels.tree_attention import tree_attention, worklist
 from cipo_kernels.tree_attention.layout import TreeLayout
 from cipo_kernels.tree_attention.worklist import MASKED_TILE, TILE, Item, TreeWork, tree_work
 from test_tree_attention import STREAMS, cipo_tree, forest, qkv, ragged_cipo_trees
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -208,6 +210,50 @@ def test_work_is_longest_first_and_its_largest_share_bounded():
     assert sorted(side.item[side.item[:, 6] >= 0, 6].tolist()) == list(range(len(n)))
 
 
+class Elements(TorchDispatchMode):
+    """Counts the elements of all that torch computes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += sum(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("answer", [4, 40, 400])
+def test_building_the_lists_takes_time_linear_in_segments(answer):
+    counts = []
+    for n_trees in (16, 64):
+        tree = TreeLayout.from_parents(*ragged_cipo_trees(40, answer, 9, n_trees))
+        with Elements() as elements:
+            lists = tree.attention_work
+        counts.append((elements.count, sum(x.numel() for x in lists)))
+    for few, many in zip(*counts, strict=True):
+        assert many < 4.2 * few  # of four times the segments
+
+
+def test_lists_are_views_of_one_tensor_that_moves_in_one_copy():
+    tree = TreeLayout.from_parents(*STREAMS["ragged"]).prepare("triton")
+    expected = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent).tensors()
+    assert_equal(tree.attention_work, expected)
+    storages = {x.untyped_storage().data_ptr() for x in tree.attention_work if len(x)}
+    assert len(storages) == 1
+    assert all(x.dtype == torch.int32 and x.data_ptr() % 16 == 0 for x in tree.attention_work)
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            copies.append(func) if func is torch.ops.aten._to_copy.default else None
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        moved = tree.to("meta")
+    assert len(copies) == 3  # position_ids and subtree_end_of_token, too
+    assert [(x.shape, x.device.type) for x in moved.attention_work] == [(x.shape, "meta") for x in expected]
+    assert [x.shape for x in tree.to("meta").to("meta").varlen_work] == [x.shape for x in tree.varlen_work]
+
+
 # ---- kernels
 
 
@@ -390,7 +436,7 @@ def test_fullgraph_compile(monkeypatch, small):
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for layout in (tree, TreeLayout.from_parents(*forest(7, [2, 3])).to(DEVICE)):
-        _ = layout.attention_work
+        layout.prepare()
         q, k, v = (x.requires_grad_() for x in attention_inputs(layout, (4, 2), 16)[:3])
         expected = torch.autograd.grad(layer(q, k, v, layout).sum(), (q, k, v))
         assert_equal(torch.autograd.grad(compiled(q, k, v, layout).sum(), (q, k, v)), expected)

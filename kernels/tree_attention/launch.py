@@ -187,7 +187,7 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 def tree_attention_triton(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, *, scale: float | None = None) -> Tensor:
     """Arguments as `tree_attention`. Raises ValueError for what the kernels do not take.
 
-    Under torch.compile(fullgraph=True), `tree.attention_work` must exist before the compiled call.
+    Under torch.compile(fullgraph=True), `tree.prepare("triton")` must come before the compiled call.
     """
     D = q.shape[2]
     scale = D**-0.5 if scale is None else scale
