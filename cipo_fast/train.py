@@ -147,7 +147,7 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
         run, progress = build(config, mesh, view, open_files, folder.resume)
         run.signals = signals
         signals.install()
-        recorder = Recorder(given)
+        recorder = Recorder(given, run.sampler.chat.pieces)
         open_files.callback(recorder.close)
         held_out = [prompt.problem for prompt in run.held_out]
         written(config, lambda: recorder.open(folder, progress.step if folder.resume else None, held_out))
