@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from importlib.resources import files as package_files
@@ -66,7 +67,9 @@ def arms(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _arm_name(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
-    common = os.path.commonprefix(list(names)).rstrip("-_. ").removesuffix("seed").removesuffix("_s").rstrip("-_. ")
+    first, last = min(names), max(names)  # what these two share, all share
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    common = re.sub(r"[-_. ]*(s|seed)?[-_. ]*$", "", first[:same])
     return f"{common or names[0]} ({len(names)} seeds)"
 
 
@@ -78,7 +81,7 @@ def _name_apart(runs: Sequence[dict[str, Any]]) -> None:
 
 
 def html(found: dict[str, Any]) -> bytes:
-    """The page, UTF-8. Data is JSON that no parser of HTML can take for anything else; a lone surrogate is an escape."""
+    """The page, UTF-8. Data is JSON that no parser of HTML takes for anything else; a lone surrogate is an escape."""
     text = json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character, escape in _INERT.items():
         text = text.replace(character, escape)

@@ -109,17 +109,15 @@ def changes(evaluated: Sequence[Evaluated]) -> dict[str, list[float | None]]:
 
 
 def compare(runs: Sequence[tuple[int, Files, Sequence[Evaluated]]], room: int) -> dict[str, Any]:
-    """{columns: [{run, step, when}], problems, of}: each problem that all of the runs' evaluations have, with a cell a
-    column, within `room` bytes; those whose cells differ most come first. `of`: how many problems all have."""
+    """{columns: [{run, step, when}], problems, of}: each problem with a cell a column, null where an evaluation has not
+    asked it, within `room` bytes; those whose cells differ most come first. `of`: how many problems there are."""
     columns = [(run, one) for run, _, evaluated in runs for one in evaluated]
-    if not columns:
-        return {"columns": [], "problems": [], "of": 0}
-    common = [key for key in columns[0][1].shown if all(key in one.shown for _, one in columns)]
-    asked = {key: row for _, files, _ in runs for key, row in _held_out(files)}
+    asked = {(run, key): row for run, files, _ in runs for key, row in _held_out(files)}
+    keys = {key: run for run, one in reversed(columns) for key in reversed(one.shown)}  # and the first run that has it
+    rows = [(key, run, [one.shown.get(key) for _, one in columns]) for key, run in reversed(keys.items())]
     found = []
-    for key in sorted(common, key=lambda key: -_apart([one.shown[key] for _, one in columns]))[:MOST_PROBLEMS]:
-        cells = [one.shown[key] for _, one in columns]
-        prompt, answer = asked.get(key[0], ("", None))
+    for key, run, cells in sorted(rows, key=lambda row: -_apart(row[2]))[:MOST_PROBLEMS]:
+        prompt, answer = asked.get((run, key[0]), ("", None))
         problem = {"id": key[0], "prompt": prompt[:MOST_TEXT], "answer": answer, "cells": cells}
         room -= size_of(problem)
         if room < 0:
@@ -129,12 +127,12 @@ def compare(runs: Sequence[tuple[int, Files, Sequence[Evaluated]]], room: int) -
         {"run": run, "step": one.step, "when": "before" if one.step == 0 else f"step {one.step}"}
         for run, one in columns
     ]
-    return {"columns": heads, "problems": found, "of": len(common)}
+    return {"columns": heads, "problems": found, "of": len(rows)}
 
 
-def _apart(cells: Sequence[dict[str, Any]]) -> float:
-    shares = [cell["right"] / cell["n"] if cell["n"] else 0.0 for cell in cells]
-    return max(shares) - min(shares)
+def _apart(cells: Sequence[dict[str, Any] | None]) -> float:
+    shares = [cell["right"] / cell["n"] for cell in cells if cell and cell["n"]]
+    return max(shares) - min(shares) if shares else 0.0
 
 
 def _held_out(files: Files) -> Iterator[tuple[str, tuple[str, Any]]]:

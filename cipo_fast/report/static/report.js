@@ -30,7 +30,7 @@ function el(tag, props = {}, ...children) {
   return node;
 }
 const button = (text, onclick, props = {}) => el("button", {type: "button", ...props, onclick}, text);
-const share = (v) => (v === null || v === undefined ? "–" : v.toFixed(3));
+const share = (v) => (v === null || v === undefined ? "–" : v.toFixed(3).replace("-", "\u2212"));
 const signed = (v) => (v === null || v === undefined ? "–" : (v >= 0 ? "+" : "\u2212") + Math.abs(v).toFixed(3));
 const range = (low, high, form = share) => (low === null || low === undefined ? "" : `${form(low)} to ${form(high)}`);
 const percent = (v) => (v === null || v === undefined ? "–" : `${(100 * v).toFixed(1)}%`);
@@ -122,7 +122,22 @@ function overview() {
   if (RUNS.length === 1) about.append(tiles(RUNS[0]));
   const figures = figuresTable();
   if (figures) about.append(el("h3", {}, "Held-out problems, before and after"), ...figures);
-  for (const run of RUNS) about.append(...(RUNS.length > 1 ? [el("h3", {}, visible(run.name))] : []), runAbout(run));
+  if (RUNS.length === 1) { about.append(runAbout(RUNS[0])); return; }
+  about.append(...differing());
+  for (const run of RUNS) about.append(el("details", {}, el("summary", {}, visible(run.name),
+    ...(run.alarms.length ? [el("span", {class: "down"}, `  ⚠ ${run.alarms.map((a) => visible(a.name)).join(", ")}`)] : [])), runAbout(run)));
+}
+
+// Of several runs, the settings in which they differ, and what each took.
+function differing() {
+  const defaults = new Map(RUNS.flatMap((run) => run.settings.map(([key, , standard]) => [key, standard])));
+  const of = (run, key) => run.settings.find(([k]) => k === key)?.[1] ?? defaults.get(key);
+  const keys = [...defaults.keys()].filter((key) => new Set(RUNS.map((run) => of(run, key))).size > 1);
+  const costs = [["tokens sampled", (c) => short(c.sampled)], ["tokens trained", (c) => short(c.forwarded)], ["saved by sharing", (c) => percent(c.saved)], ["training", (c) => duration(c.seconds)]];
+  return [el("h3", {}, "What they took, and the settings in which they differ"), table(["", ...RUNS.map((run) => visible(run.name))], [
+    ...costs.map(([name, form]) => [name, ...RUNS.map((run) => form(run.cost))]),
+    ...keys.map((key) => [el("code", {}, visible(key)), ...RUNS.map((run) => visible(of(run, key)))]),
+  ])];
 }
 
 function tiles(run) {
@@ -131,15 +146,16 @@ function tiles(run) {
   const found = [];
   const tile = (label, value, more) => found.push(el("div", {class: "tile"}, el("div", {class: "label"}, label), value, el("div", {class: "more"}, more)));
   const names = Object.keys(before?.figures || {});
-  for (const name of ["t1", "after_check_1", "wrong_to_right", "right_to_wrong"].filter((n) => names.includes(n))) {
+  const named = {t1: "one answer (T=1)", after_check_1: "after a check", wrong_to_right: "wrong, corrected", right_to_wrong: "right, broken"};
+  for (const name of Object.keys(named).filter((n) => names.includes(n))) {
     const [b, a] = [of(before, name), of(after, name)];
     const value = el("div", {class: "value"}, el("span", {class: "from"}, after ? `${share(b)} → ` : ""), share(after ? a : b));
     const change = run.changes[name];
-    tile(nameOf(name), value, change ? `${signed(change[0])}, 95% ${range(change[1], change[2], signed)}` : "");
+    tile(named[name], value, change ? range(change[1], change[2], signed) : "");
   }
   const c = run.cost;
-  if (c.saved !== null) tile("tokens saved by sharing", el("div", {class: "value"}, percent(c.saved)), `${short(c.forwarded)} trained instead of ${short(c.rows)}`);
-  if (c.seconds) tile("training", el("div", {class: "value"}, duration(c.seconds)), `${short(c.sampled)} tokens sampled, ${short(c.flops)} FLOPs`);
+  if (c.saved !== null) tile("saved by sharing", el("div", {class: "value"}, percent(c.saved)), `${short(c.forwarded)} of ${short(c.rows)} tokens`);
+  if (c.seconds) tile("training", el("div", {class: "value"}, duration(c.seconds)), `${short(c.sampled)} tokens sampled`);
   return el("div", {class: "tiles"}, ...found);
 }
 
@@ -150,21 +166,26 @@ function figuresTable() {
   const pass = largestPass(all);
   const first = FIRST.map((n) => (n === "pass" ? pass : n)).filter((n) => all.includes(n));
   const cell = (figure) => (figure ? [share(figure[0]), el("span", {class: "range"}, range(figure[1], figure[2]))] : "–");
-  const change = (f) => (f ? [el("span", {class: ""}, signed(f[0])), el("span", {class: "range"}, range(f[1], f[2], signed))] : "–");
+  const change = (f) => (f ? [signed(f[0]), el("span", {class: "range"}, range(f[1], f[2], signed))] : "–");
   const several = shown.length > 1;
   const head = ["", ...shown.flatMap((run) => {
-    const [, after] = ends(run);
-    const name = several ? `${visible(run.name)}: ` : "";
-    return [`${name}before`, after ? `${name}step ${after.step}` : `${name}after`, "change"];
+    const [before, after] = ends(run);
+    return [before.step ? `step ${before.step}` : "before", after ? `step ${after.step}` : "after", "change"];
   })];
+  const grouped = (found) => {
+    if (!several) return found;
+    found.firstChild.className = "several";
+    found.querySelector("thead").prepend(el("tr", {}, el("th", {}), ...shown.map((run) => el("th", {colspan: "3", scope: "colgroup", class: "of"}, visible(run.name)))));
+    return found;
+  };
   const row = (n) => [nameOf(n), ...shown.flatMap((run) => {
     const [before, after] = ends(run);
     return [cell(before.figures[n]), cell(after?.figures[n]), change(run.changes[n])];
   })];
   const rest = all.filter((n) => !first.includes(n));
   return [
-    table(head, first.map(row)),
-    el("details", {}, el("summary", {}, `all ${all.length} figures`), table(head, rest.map(row))),
+    grouped(table(head, first.map(row))),
+    el("details", {}, el("summary", {}, `${rest.length} more figures`), grouped(table(head, rest.map(row)))),
     el("p", {class: "hint"}, "Small: 95% intervals, bootstrap over problems; those of changes are paired. docs/evaluation.md says what each figure is."),
   ];
 }
@@ -179,12 +200,12 @@ function runAbout(run) {
     ["FLOPs", `${short(c.flops)}, sampling and training`], ["time", `${duration(c.seconds)} of training`],
     ...(c.skipped ? [["skipped", `${count(c.skipped)} updates that were not finite`]] : []),
   ].flatMap(pair)), phases(run));
+  const alarms = [el("h3", {}, "Alarms"), ...(run.alarms.length ? run.alarms.map(alarm) : [el("p", {class: "muted"}, "None fired.")])];
   const settings = el("div", {}, el("h3", {}, "Settings that are not the defaults"), run.settings.length
     ? table(["setting", "here", "default"], run.settings.map(([k, v, d]) => [el("code", {}, visible(k)), visible(v), el("span", {class: "muted"}, visible(d))]), 9)
-    : el("p", {class: "muted"}, "none"));
-  const alarms = el("div", {}, el("h3", {}, "Alarms"), ...(run.alarms.length ? run.alarms.map(alarm) : [el("p", {class: "muted"}, "None fired.")]));
+    : el("p", {class: "muted"}, "none"), ...alarms);
   const notes = run.skipped.length ? [el("div", {}, el("h3", {}, "Files that could not be read"), el("ul", {class: "notes"}, ...run.skipped.map((s) => el("li", {}, visible(s)))))] : [];
-  return el("div", {class: "columns"}, what, costs, settings, alarms, ...notes);
+  return el("div", {class: "columns"}, what, costs, settings, ...notes);
 }
 
 function alarm(a) {
@@ -217,7 +238,7 @@ const CHARTS = [
   {title: "Correction flow", keys: {"correction/wrong_to_right": "wrong > right", "correction/right_to_wrong": "right > wrong", "correction/retention": "retention"}},
   {title: "Held-out correction flow", figures: {wrong_to_right: "wrong > right", right_to_wrong: "right > wrong", correction_gap: "gap"}},
   {title: "Replay controller", keys: {"replay/rho": "rho", "replay/retention": "retention, smoothed", "replay/target": "target"}},
-  {title: "Anchors had and wanted", keys: {"anchors/right": "right", "anchors/right_wanted": "right, wanted", "anchors/wrong": "wrong", "anchors/wrong_wanted": "wrong, wanted"}},
+  {title: "Anchors had and wanted", keys: {"anchors/right": "right", "anchors/wrong": "wrong", "anchors/right_wanted": "right, wanted", "anchors/wrong_wanted": "wrong, wanted"}, pairs: 2},
   {title: "Correction gap and copies", keys: {"correction/gap": "gap over a retry", "correction/verbatim_copy": "verbatim copies"}},
   ["Policy"],
   {title: "Entropy", unit: "nats a token", keys: all("entropy")},
@@ -303,7 +324,7 @@ function linesOf(chart) {
     const several = DATA.arms.length > 1;
     const one = Object.keys(keys).length === 1;
     const name = several ? (one ? arm.name : `${arm.name}: ${label}`) : label;
-    found.push({...merged(parts), name: visible(name), colour: several ? a : k, dash: several ? k : 0});
+    found.push({...merged(parts), name: visible(name), colour: several ? a : k % (chart.pairs || 99), dash: several ? k : Math.floor(k / (chart.pairs || 99))});
   }));
   return found.filter((line) => line.y.some((v) => v !== null));
 }
@@ -342,11 +363,19 @@ function draw(chart) {
     values: (u, splits) => splits.map((v) => (v === null ? "" : short(v)))};
   const options = {
     width: chart.figure.clientWidth, height: 210, series, bands, padding: [8, 8, 0, 0],
-    scales: {x: {time: false}, y: {distr: log ? 3 : 1}}, legend: {live: true},
+    scales: {x: {time: false}, y: log ? {distr: 3} : {distr: 1, range: (u, low, high) => (low === high ? flat(low) : uPlot.rangeNum(low, high, 0.1, true))}},
+    legend: {live: true, markers: {width: 2, dash: (u, i) => (series[i].dash?.length ? "dashed" : "solid")}},
+    hooks: {ready: [lastValues], setLegend: [(u) => u.legend.idx === null && lastValues(u)]}, // without a cursor, the last values
     cursor: {sync: {key: "report", setSeries: false}, points: {size: 7}, focus: {prox: 24}}, focus: {alpha: 0.35},
     axes: [{...axis, size: 26, space: 60}, {...axis, size: 48, space: 34}],
   };
   chart.plot = new uPlot(options, uPlot.join(tables), chart.place);
+}
+
+const flat = (v) => (v === null ? [0, 1] : v === 0 ? [0, 1] : [Math.min(0, 2 * v), Math.max(0, 2 * v)]);
+
+function lastValues(plot) {
+  if (plot.data[0].length) plot.setLegend({idx: plot.data[0].length - 1}, false);
 }
 
 function chartFigure(chart) {
@@ -511,16 +540,8 @@ function filter() {
 }
 
 function list() {
-  const entry = (item) => {
-    const {problem} = item;
-    const good = problem.attempts.filter(right).length;
-    const flips = corrections(problem).map(([a, c]) => flipOf(a, c));
-    const up = flips.filter((f) => f === "wrong > right").length, down = flips.filter((f) => f === "right > wrong").length;
-    const counts = [`step ${item.step}`, `${good}/${problem.attempts.length} right`, ...(up ? [`${up} corrected`] : []), ...(down ? [`${down} broken`] : [])];
-    return el("li", {}, button("", () => select(item), {"aria-current": item === current ? "true" : null}));
-  };
   const lines = items.slice(0, listed).map((item) => {
-    const li = entry(item);
+    const li = el("li", {}, button("", () => select(item), {"aria-current": item === current ? "true" : null}));
     const {problem} = item;
     const flips = corrections(problem).map(([a, c]) => flipOf(a, c));
     const up = flips.filter((f) => f === "wrong > right").length, down = flips.filter((f) => f === "right > wrong").length;
@@ -579,7 +600,7 @@ function nodeOf(answer, name, ...more) {
   const good = right(answer);
   return el("div", {class: "node"},
     el("span", {class: `badge ${good ? "right" : "wrong"}`}, `${good ? "✓" : "✗"} ${visible(answer.verdict)}`), name,
-    answer.advantage !== null ? el("span", {title: "advantage in the loss"}, `advantage ${signed(answer.advantage)}`) : "",
+    answer.advantage !== null ? el("span", {title: "advantage in the loss"}, `advantage ${answer.advantage ? signed(answer.advantage) : "0"}`) : "",
     answer.tokens ? `${count(answer.tokens)} tokens` : "", answer.truncated ? el("span", {class: "badge wrong"}, "cut off") : "",
     answer.hint !== undefined ? `with hint ${Number(answer.hint) + 1}` : "",
     ...more, answer.why ? el("span", {class: "why"}, visible(answer.why)) : "");
@@ -671,22 +692,24 @@ function backtrack(trace, d, i, j, keptX, keptY) {
 /* --------------------------------------------------------------------------------------------------------- compare */
 
 const MEASURES = {
-  greedy: ["greedy answer", (c) => (c.greedy ? Number(c.greedy[0] === "right") : null)],
-  t1: ["share of attempts right (T=1)", (c) => (c.n ? c.right / c.n : null)],
-  check: ["share right after a check", (c) => (c.checked ? c.kept / c.checked : null)],
+  greedy: ["greedy answer", (c) => (c?.greedy ? Number(c.greedy[0] === "right") : null)],
+  t1: ["share of attempts right (T=1)", (c) => (c?.n ? c.right / c.n : null)],
+  check: ["share right after a check", (c) => (c?.checked ? c.kept / c.checked : null)],
 };
 const chosen = {a: 0, b: 0, measure: "greedy", show: "changed", listed: 50};
 
 function compare() {
   const {columns, problems} = DATA.compare;
-  if (columns.length < 2 || !problems.length) {
-    $("compare-said").textContent = columns.length < 2 ? "Nothing to compare: fewer than two evaluations." : "The runs have no held-out problem in common.";
+  const common = (a, b) => problems.filter((p) => p.cells[a] && p.cells[b]).length;
+  if (columns.length < 2 || !columns.some((x, a) => columns.some((y, b) => a < b && common(a, b)))) {
+    $("compare-said").textContent = columns.length < 2 ? "Nothing to compare: fewer than two evaluations." : "No two evaluations have a problem in common.";
     return;
   }
   const heads = columns.map((c) => `${RUNS.length > 1 ? `${visible(RUNS[c.run].name)}, ` : ""}${c.when}`);
   const lasts = columns.map((c, i) => i).filter((i) => columns[i + 1]?.run !== columns[i].run);
-  chosen.a = RUNS.length > 1 && lasts.length > 1 ? lasts[0] : 0;
-  chosen.b = RUNS.length > 1 && lasts.length > 1 ? lasts[1] : columns.length - 1;
+  // Of several runs the last evaluations, where they are of the same problems; else one run's before and after.
+  const pairs = lasts.flatMap((a, i) => lasts.slice(i + 1).map((b) => [a, b])).filter(([a, b]) => common(a, b));
+  [chosen.a, chosen.b] = pairs[0] || [0, Math.max(1, lasts[0])];
   const pick = (label, key, options) => {
     const select = el("select", {onchange: () => { chosen[key] = typeof chosen[key] === "number" ? Number(select.value) : select.value; chosen.listed = 50; rows(heads); }},
       ...options.map(([v, t]) => el("option", {value: v, selected: v === chosen[key]}, t)));
@@ -701,16 +724,17 @@ function compare() {
 function rows(heads) {
   const {problems, columns, of} = DATA.compare;
   const value = MEASURES[chosen.measure][1];
-  const scored = problems.map((p) => {
+  const asked = problems.filter((p) => p.cells[chosen.a] && p.cells[chosen.b]);
+  const scored = asked.map((p) => {
     const [a, b] = [value(p.cells[chosen.a]), value(p.cells[chosen.b])];
     return {p, change: a === null || b === null ? null : b - a};
   });
   const won = scored.filter((s) => s.change >= 0.5).length, lost = scored.filter((s) => s.change !== null && s.change <= -0.5).length;
   const kinds = {changed: (s) => Math.abs(s.change) >= 0.5, won: (s) => s.change >= 0.5, lost: (s) => s.change !== null && s.change <= -0.5, all: () => true};
   const shown = scored.filter(kinds[chosen.show]).sort((s, t) => Math.abs(t.change) - Math.abs(s.change) || t.change - s.change);
-  $("compare-said").textContent = `${won} won, ${lost} lost of ${count(problems.length)} problems`
+  $("compare-said").textContent = `${won} won, ${lost} lost of ${count(asked.length)} problems that both have`
     + (chosen.measure === "greedy" ? "" : " (a change of at least one half)")
-    + (problems.length < of ? `, those of ${count(of)} that differ most; the others are not on this page.` : ".");
+    + (problems.length < of ? `; this page has the ${count(problems.length)} of ${count(of)} problems that differ most.` : ".");
   // With few evaluations all stand side by side; with many, the two that are compared.
   const each = columns.length <= 6 ? heads.map((h, i) => i) : [chosen.a, chosen.b];
   const body = el("tbody", {});
@@ -723,7 +747,7 @@ function rows(heads) {
       const is = open.getAttribute("aria-expanded") === "true";
       open.setAttribute("aria-expanded", String(!is));
       if (is) row.nextSibling.remove();
-      else row.after(el("tr", {}, el("td", {colspan: String(each.length + 2)}, answersOf(s.p, each, heads))));
+      else row.after(el("tr", {}, el("td", {class: "wide", colspan: String(each.length + 2)}, answersOf(s.p, each, heads))));
     }, {"aria-expanded": "false"});
     const change = el("span", {class: s.change > 0 ? "up" : s.change < 0 ? "down" : null},
       chosen.measure === "greedy" ? {1: "won", 0: "", "-1": "lost"}[s.change] ?? "–" : signed(s.change));
@@ -740,6 +764,7 @@ function answersOf(problem, each, heads) {
     filled(el("div", {class: "text"}), plainChunks(found[1]))] : []);
   const column = (i) => {
     const c = problem.cells[i];
+    if (!c) return "";
     return el("div", {}, el("strong", {}, heads[i]), el("p", {class: "hint"}, `${c.right} of ${c.n} attempts right` + (c.checked ? `, ${c.kept} of ${c.checked} after a check` : "")),
       ...answer("greedy", c.greedy), ...answer("an attempt", c.attempt), ...answer("its check", c.check));
   };
@@ -754,7 +779,8 @@ $("theme").addEventListener("click", () => {
   const root = document.documentElement;
   const next = THEMES[(THEMES.indexOf(root.dataset.theme || "auto") + 1) % 3];
   if (next === "auto") delete root.dataset.theme; else root.dataset.theme = next;
-  $("theme").textContent = `theme: ${next}`;
+  $("theme").textContent = `◐ ${next}`;
+  $("theme").setAttribute("aria-label", `theme: ${next}`);
   plots.forEach(draw);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plots.forEach(draw));
