@@ -70,7 +70,7 @@ def _arm_name(names: Sequence[str]) -> str:
     first, last = min(names), max(names)  # what these two share, all share
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     common = re.sub(r"[-_. ]*(s|seed)?[-_. ]*$", "", first[:same])
-    return f"{common or names[0]} ({len(names)} seeds)"
+    return common or names[0]
 
 
 def _name_apart(runs: Sequence[dict[str, Any]]) -> None:

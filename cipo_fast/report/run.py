@@ -103,7 +103,7 @@ def about(settings: dict[str, Any], files: Files, rows: Sequence[Row], summary: 
     done = rows[-1]["step"] if rows else 0
     state = "ended" if summary else "has not ended: the files hold what it wrote so far"
     of = settings.get("data.train") or f"{settings.get('data.task')} (embedded)"
-    found = [
+    found: list[list[Any]] = [
         ["model", settings.get("model.path")],
         ["training data", of],
         ["held out", settings.get("data.eval") or "of the same data"],

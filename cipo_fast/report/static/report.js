@@ -260,8 +260,9 @@ const CHARTS = [
 const view = {x: "step", smoothing: 0, log: false};
 const plots = [];
 
-const dark = () => document.documentElement.dataset.theme === "dark"
-  || (document.documentElement.dataset.theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches);
+const printed = matchMedia("print");
+const dark = () => !printed.matches && (document.documentElement.dataset.theme === "dark"
+  || (document.documentElement.dataset.theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches));
 // Okabe and Ito's colours, told apart by colour-blind readers; lighter ones where the paper is dark.
 const palette = () => (dark()
   ? ["#56B4E9", "#E69F00", "#2FBF9B", "#DE8FBE", "#F0E442", "#FF8A4C", "#B9C2CB", "#7E9BFF"]
@@ -455,7 +456,8 @@ function curves() {
   });
   const every = Math.max(...RUNS.map((run) => run.curves.every));
   if (every > 1) $("curve-controls").append(el("span", {class: "hint"}, `a point is the mean of up to ${every} steps`));
-  if (DATA.arms.some((arm) => arm.runs.length > 1)) $("curve-controls").append(el("span", {class: "hint"}, "seeds: mean, band from lowest to highest"));
+  const merged = DATA.arms.filter((arm) => arm.runs.length > 1).map((arm) => `${visible(arm.name)} (${arm.runs.length} seeds)`);
+  if (merged.length) $("curve-controls").append(el("span", {class: "hint"}, `mean and band from lowest to highest of ${merged.join(", ")}`));
   redraw();
   new ResizeObserver(() => plots.forEach((c) => c.plot && c.figure.clientWidth && c.plot.width !== c.figure.clientWidth
     && c.plot.setSize({width: c.figure.clientWidth, height: 210}))).observe($("charts"));
@@ -472,7 +474,7 @@ const answers = (problem) => problem.attempts.flatMap((a) => [a, ...(a.correctio
 let items = [], current = null, listed = 100, colour = "";
 
 function choice(label, key, options, onchange) {
-  const select = el("select", {onchange: () => { filters[key] = select.value; onchange(); }}, ...options.map(([v, t]) => el("option", {value: v}, t)));
+  const select = el("select", {id: `filter-${key}`, onchange: () => { filters[key] = select.value; onchange(); }}, ...options.map(([v, t]) => el("option", {value: v}, t)));
   return el("label", {}, label, select);
 }
 
@@ -711,7 +713,7 @@ function compare() {
   const pairs = lasts.flatMap((a, i) => lasts.slice(i + 1).map((b) => [a, b])).filter(([a, b]) => common(a, b));
   [chosen.a, chosen.b] = pairs[0] || [0, Math.max(1, lasts[0])];
   const pick = (label, key, options) => {
-    const select = el("select", {onchange: () => { chosen[key] = typeof chosen[key] === "number" ? Number(select.value) : select.value; chosen.listed = 50; rows(heads); }},
+    const select = el("select", {id: `compare-${key}`, onchange: () => { chosen[key] = typeof chosen[key] === "number" ? Number(select.value) : select.value; chosen.listed = 50; rows(heads); }},
       ...options.map(([v, t]) => el("option", {value: v, selected: v === chosen[key]}, t)));
     return el("label", {}, label, select);
   };
@@ -736,7 +738,7 @@ function rows(heads) {
     + (chosen.measure === "greedy" ? "" : " (a change of at least one half)")
     + (problems.length < of ? `; this page has the ${count(problems.length)} of ${count(of)} problems that differ most.` : ".");
   // With few evaluations all stand side by side; with many, the two that are compared.
-  const each = columns.length <= 6 ? heads.map((h, i) => i) : [chosen.a, chosen.b];
+  const each = columns.length <= 6 ? heads.map((h, i) => i).filter((i) => asked.some((p) => p.cells[i])) : [chosen.a, chosen.b];
   const body = el("tbody", {});
   const cell = (s, i) => {
     const v = value(s.p.cells[i]);
@@ -783,7 +785,7 @@ $("theme").addEventListener("click", () => {
   $("theme").setAttribute("aria-label", `theme: ${next}`);
   plots.forEach(draw);
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => plots.forEach(draw));
+for (const media of [matchMedia("(prefers-color-scheme: dark)"), printed]) media.addEventListener("change", () => plots.forEach(draw));
 $("made").textContent = `Made by cipo_fast on ${DATA.made} from the runs' own files.`;
 $("library").textContent = `Charts: ${DATA.library.name} ${DATA.library.version}, ${DATA.library.licence} licence`;
 overview();
