@@ -46,17 +46,25 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run whose rollouts are hostile, very long, or hard to tell apart."""
+    """The page of a run whose rollouts are hostile, or hard to tell from their corrections."""
     asked = {"prompt": "q", "answer": "a", "source": "s"}
-    text = "word " * (LONG // 2)
-    pieces = {"token_texts": ["word", " "] * (LONG // 2), "sampler_logps": [-1.0, -4.0] * (LONG // 2)}
-    long = {**asked, "problem": "long", **answer(text, False, **pieces), "corrections": [answer(text + "end", True)]}
     pairs = [{**asked, "problem": "pairs", **answer(a, False), "corrections": [answer(b, True)]} for a, b in PAIRS]
     hostile = problem(HOSTILE, HOSTILE, HOSTILE + "!", source=HOSTILE)
     hostile[0]["why"] = HOSTILE
-    folder = write_run(tmp_path_factory.mktemp("runs") / "run", rollouts={1: hostile, 2: [long], 3: pairs})
+    folder = write_run(tmp_path_factory.mktemp("runs") / "run", rollouts={1: hostile, 3: pairs})
     (folder / "config.yaml").write_text(f"seed: 0\nmodel: {{path: {HOSTILE[:30]!r}}}\n", encoding="utf-8")
     return page_of(tmp_path_factory.mktemp("hard"), folder)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run with one very long answer, and a correction of it that goes on."""
+    text = "a " * (LONG // 2)
+    stats = {"token_texts": ["a", " "] * (LONG // 2), "sampler_logps": [-1.0, -4.0] * (LONG // 2)}
+    asked = {"problem": "long", "prompt": "q", "answer": "a", "source": "s"}
+    line = {**asked, **answer(text, False, **stats), "corrections": [answer(text + "end", True)]}
+    folder = write_run(tmp_path_factory.mktemp("runs") / "run", rollouts={1: [line]})
+    return page_of(tmp_path_factory.mktemp("long"), folder)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +138,7 @@ def test_rollouts_are_filtered(browser: Any, plain: Path) -> None:
         page.locator("#filter-flip").select_option("wrong > right")
         page.locator("#filter-verdict").select_option("right")
         page.locator("#search").fill("1 7")
-        page.wait_for_function("document.querySelectorAll('#problem-list li').length === 1")
+        sync_api.expect(listed).to_have_count(1)
 
 
 def test_a_problem_is_a_tree(browser: Any, plain: Path) -> None:
@@ -207,19 +215,19 @@ def test_hostile_rollouts_are_inert_and_visible(browser: Any, hard: Path) -> Non
         assert page.evaluate("window.pwned") is None
 
 
-def test_a_hundred_thousand_tokens_freeze_nothing(browser: Any, hard: Path) -> None:
-    with Opened(browser, hard) as page:
+def test_a_hundred_thousand_tokens_freeze_nothing(browser: Any, long: Path) -> None:
+    with Opened(browser, long) as page:
         started = time.perf_counter()
-        page.locator("#filter-step").select_option("2")
         page.locator("#colour").select_option("logp")
         page.locator(".tree ul button").first.click()  # attempt and correction side by side
-        assert page.locator(".sides ins").all_inner_texts()[-1] == "end" or page.locator(".sides").count() == 1
+        assert page.locator(".sides .text").count() == 2
         assert time.perf_counter() - started < 10  # about half a second on an idle machine
         box = page.locator(".tree > li > .text").first
         laid_out = box.locator("span").count()
-        assert laid_out < 10_000
+        assert 100 < laid_out < 10_000
         box.evaluate("box => box.scrollTo(0, box.scrollHeight)")
-        page.wait_for_function(f"document.querySelectorAll('.tree > li > .text')[0].children.length > {laid_out}")
+        sync_api.expect(box.locator("span").nth(laid_out + 100)).to_be_attached()
+        assert page.locator("body *").count() < 20_000
 
 
 def test_differences_leave_both_texts_whole(browser: Any, hard: Path) -> None:
@@ -227,7 +235,7 @@ def test_differences_leave_both_texts_whole(browser: Any, hard: Path) -> None:
         page.locator("#filter-step").select_option("3")
         for toggle in page.locator(".tree ul button").all():
             toggle.click()
-        sides = page.locator(".sides").evaluate_all("""all => all.map((s) => [...s.querySelectorAll(".text")].map((t) => {
+        sides = page.locator(".sides").evaluate_all("""all => all.map((s) => [...s.querySelectorAll(".text")].map(t => {
             const kept = t.cloneNode(true);
             kept.querySelectorAll("del, ins").forEach((n) => n.remove());
             return [t.textContent, kept.textContent];

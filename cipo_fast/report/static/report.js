@@ -648,8 +648,13 @@ function sideBySide(attempt, correction) {
   return el("div", {class: "sides"}, side("attempt", left, "del"), side("correction", rightSide, "ins"));
 }
 
-function* marked(parts, tag) {
-  for (const [changed, text] of parts) for (const [node] of plainChunks(text)) yield [changed ? el(tag, {}, node) : node];
+function* marked(parts, tag, size = 500) {
+  let nodes = [];
+  for (const [changed, text] of parts) for (const [node] of plainChunks(text)) {
+    nodes.push(changed ? el(tag, {}, node) : node);
+    if (nodes.length === size || node.length > size) { yield nodes; nodes = []; }
+  }
+  yield nodes;
 }
 
 function differences(a, b, most = 500) {
