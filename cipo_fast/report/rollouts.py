@@ -85,18 +85,19 @@ def _tokens(record: dict[str, Any]) -> dict[str, Any]:
     pieces, logps = record.get("token_texts"), record.get("sampler_logps")
     if not isinstance(pieces, list) or not isinstance(logps, list) or len(pieces) != len(logps):
         return {}
-    found: dict[str, Any] = {"pieces": [str(piece) for piece in pieces], "logp": [number(v) for v in logps]}
+    found: dict[str, Any] = {"pieces": [str(piece) for piece in pieces], "logp": _numbers(logps)}
     trainer, entropies = record.get("trainer_logps"), record.get("entropies")
     if isinstance(trainer, list) and len(trainer) == len(pieces):
-        found["gap"] = [_gap(a, b) for a, b in zip(trainer, logps, strict=True)]
+        pairs = zip(_numbers(trainer), found["logp"], strict=True)
+        found["gap"] = [None if a is None or b is None else round(a - b, 4) for a, b in pairs]
     if isinstance(entropies, list) and len(entropies) == len(pieces):
-        found["entropy"] = [number(v) for v in entropies]
+        found["entropy"] = _numbers(entropies)
     return found
 
 
-def _gap(trainer: Any, engine: Any) -> float | None:
-    a, b = number(trainer), number(engine)
-    return None if a is None or b is None else round(a - b, 4) + 0.0  # no -0.0
+def _numbers(values: Sequence[Any]) -> list[float | None]:
+    """`number` of each; quick, because tokens are most of a page, and the recorder has rounded them."""
+    return [v if type(v) is float and -1e6 < v < 1e6 else number(v) for v in values]
 
 
 def in_turns(problems: Sequence[Problem]) -> list[Problem]:
