@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # Stands for a message's text where the template's own part is wanted.
 # Neither letters nor blanks, which a template may change.
 _PLACE = "7039.2816.{}."
+_MOST_BYTES = 4  # of a character in UTF-8, each of which may be a token
 
 
 class _Generation(Extension):
@@ -79,6 +80,7 @@ class Chat:
         self._check_arguments()
         # A render argument hides the global of that name, transformers' clock.
         self.arguments["strftime_now"] = day.strftime
+        self._texts: dict[tuple[int, ...], str] = {}  # tokens -> text, for `pieces`
         self._own: dict[tuple[str, ...], Counter[int]] = {}  # roles -> control tokens that the template writes
         self.control = self._control_tokens()
         user = Message(role="user", content="?")
@@ -131,6 +133,25 @@ class Chat:
         not special, such as <think>, are text."""
         found = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return cast(str, found)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token, special ones too. A character that several tokens spell is the first one's, and the
+        others are empty."""
+        found: list[str] = []
+        waiting: list[int] = []  # tokens of a character that is not whole yet
+        for token in token_ids:
+            waiting.append(token)
+            text = self._decoded(tuple(waiting))
+            if "\ufffd" not in text or len(waiting) == _MOST_BYTES:
+                found += [text, *[""] * (len(waiting) - 1)]
+                waiting = []
+        return [*found, *([self._decoded(tuple(waiting)), *[""] * (len(waiting) - 1)] if waiting else [])]
+
+    def _decoded(self, token_ids: tuple[int, ...]) -> str:
+        if token_ids not in self._texts:
+            found = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+            self._texts[token_ids] = cast(str, found)
+        return self._texts[token_ids]
 
     def end_ids(self, generation_config: Any) -> list[int]:
         """Every token that ends an answer: the tokenizer's, the template's, and those of a `GenerationConfig`."""

@@ -19,6 +19,7 @@ from cipo_fast.long_act import LongAct
 from cipo_fast.n_step import with_n_step
 from cipo_fast.packing import Pack, make_pack
 from cipo_fast.policy import Policy
+from cipo_fast.records import TokenStats
 
 STREAMS = ("rollout", "correction")
 STATS = (
@@ -35,6 +36,8 @@ STATS = (
 
 # Of all that an engine sampled: a stream -> [tokens, sums of ALL_STATS over them].
 Sampled = dict[str, list[float]]
+# Answers whose tokens are kept, by the id of their sampler_logps, a list of its own each; filled as packs are seen.
+Watched = dict[int, TokenStats]
 ALL_STATS = ("all_entropy", "all_approx_kl", "all_mismatch_kl", "all_mismatch_outside")
 
 
@@ -63,12 +66,13 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
+        self.watched: Watched = {}
         self.long_act = LongAct(policy.model, config.long_act) if config.long_act is not None else None
 
     def measure(self, packs: Sequence[Pack]) -> Sampled:
         """What an `update` would see of these packs, by the weights as they are; nothing is learned from them. Every
         rank must bring equally many packs."""
-        sampled = _SampledStats(self.device)
+        sampled = _SampledStats(self.device, self.watched)
         for pack in packs:
             pack = pack.to(self.device)
             sampled.add(*self.policy.measure(pack), pack)
@@ -82,7 +86,7 @@ class Learner:
         lr = learning_rate(self.config, step, self.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses, stats, sampled = [], _Stats(self.device), _SampledStats(self.device)
+        losses, stats, sampled = [], _Stats(self.device), _SampledStats(self.device, self.watched)
         long_act = self.long_act
         if long_act is not None:
             long_act.reset()
@@ -203,11 +207,13 @@ class _Stats:
 class _SampledStats:
     """Sums over all tokens that an engine sampled, learned from or not, a stream each, over packs and ranks."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, watched: Watched):
         self.sums = torch.zeros(len(STREAMS), 1 + len(ALL_STATS), dtype=torch.float64, device=device)
+        self.watched = watched
 
     def add(self, logp: Tensor, entropy: Tensor, pack: Pack) -> None:
         """logp and entropy [N] by the weights of now."""
+        self._watch(logp if pack.old_logp is None else pack.old_logp, entropy, pack)
         of_conversation = torch.tensor(
             [STREAMS.index(c.stream) for c in pack.conversations], dtype=torch.int64, device=logp.device
         )
@@ -218,6 +224,17 @@ class _SampledStats:
         outside = (gap.exp() - 1).abs() > 0.1
         columns = [torch.ones_like(logp), entropy, k3(logp, old), k3(old, old - gap), outside]
         self.sums.index_add_(0, stream, torch.stack([c.double() for c in columns], dim=1))
+
+    def _watch(self, logp: Tensor, entropy: Tensor, pack: Pack) -> None:
+        """The first look counts: with several updates a step, old_logp stays but entropies move."""
+        start = 0
+        for conversation, n in zip(pack.conversations, pack.target_counts, strict=True):
+            found = self.watched.get(id(conversation.sampler_logps))
+            if found is not None and not found.logps:
+                found.logps, found.entropies = (
+                    x[start : start + n].tolist() for x in (logp.detach(), entropy.detach())
+                )
+            start += n
 
     def result(self) -> Sampled:
         return dict(zip(STREAMS, _reduce(self.sums, dist.ReduceOp.SUM).tolist(), strict=True))

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from cipo_fast.checkpoint import Progress
 from cipo_fast.config import Config
+from cipo_fast.experiment.provenance import commit, machine, software
 from cipo_fast.recorded_rows import RowWriter
 from cipo_fast.records import Anchor, Group, Problem, Rollout
 from cipo_fast.run_dir import Opened, enter
 from cipo_fast.tasks.own import ORIGINAL
 
+STARTED = "started.jsonl"  # a line each time that the run is begun or gone on with: when, by what, on what
+
 
 class Recorder:
     """Writes to `config.run_dir`. Every rank has one; all but the construction is the first rank's."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, pieces: Callable[[Sequence[int]], list[str]] | None = None):
+        """`pieces` gives the text of each token; without it no tokens are written."""
         self.config = config
+        self.pieces = pieces
         self.dir = config.run_dir
         self.save_rollouts_every = config.run.save_rollouts_every
         self.rows = RowWriter(self.dir / "rollouts")
@@ -34,6 +41,9 @@ class Recorder:
         if resume_step is None:
             text = "".join(json.dumps(_row(p), ensure_ascii=False) + "\n" for p in held_out)
             (self.dir / "held_out.jsonl").write_text(text, encoding="utf-8")
+        started = {"step": resume_step or 0, "ranks": opened.inputs.get("ranks"), **software(), "commit": commit()}
+        with (self.dir / STARTED).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), **started, **machine()}) + "\n")
         self.metrics = (self.dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         if self.config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -90,7 +100,7 @@ class Recorder:
     def _rollouts(self, step: int, groups: list[Group], anchors: list[Anchor]) -> None:
         """rollouts/step-N.jsonl: one object a rollout, its corrections (if it was an anchor) inside it. The row that it
         was judged by is in problems.jsonl: enough to judge it again."""
-        corrections = {(a.group, a.index): [_record(c) for c in a.corrections] for a in anchors}
+        corrections = {(a.group, a.index): [self._record(c) for c in a.corrections] for a in anchors}
         folder = self.dir / "rollouts"
         folder.mkdir(exist_ok=True)
         names = self.rows.write(group.problem for group in groups)
@@ -104,8 +114,24 @@ class Recorder:
                 }
                 for i, rollout in enumerate(group.rollouts):
                     seen = {"hint": rollout.hint} if self.config.nudge.hints else {}  # its place; null: none
-                    record = {**asked, **seen, **_record(rollout), "corrections": corrections.get((g, i))}
+                    record = {**asked, **seen, **self._record(rollout), "corrections": corrections.get((g, i))}
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _record(self, rollout: Rollout) -> dict[str, Any]:
+        record = _record(rollout)
+        if rollout.tokens is None or self.pieces is None:
+            return record
+        return record | {
+            "token_texts": self.pieces(rollout.token_ids),
+            "sampler_logps": _rounded(rollout.sampler_logps),
+            "trainer_logps": _rounded(rollout.tokens.logps) or None,
+            "entropies": _rounded(rollout.tokens.entropies) or None,
+        }
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    """What a colour needs; JSON has no NaN."""
+    return [round(value, 4) if math.isfinite(value) else None for value in values]
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -142,4 +168,5 @@ def _record(rollout: Rollout) -> dict[str, Any]:
         "tokens": len(rollout.token_ids),
         "truncated": rollout.truncated,
         "policy_version": rollout.policy_version,
+        "advantage": rollout.advantage,
     }

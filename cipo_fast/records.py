@@ -57,6 +57,15 @@ class Completion:
 
 
 @dataclass
+class TokenStats:
+    """What the trainer saw of an answer's tokens, before the update that learns from them: log-probs at the sampling
+    temperature and entropies, natural log. Empty where the step measured nothing (train.measure_every)."""
+
+    logps: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+
+
+@dataclass
 class Rollout:
     """A verified completion of `prompt_ids`. A correction is a rollout whose prompt is a correction prompt."""
 
@@ -71,6 +80,8 @@ class Rollout:
     verdict: str = ""  # right, wrong, unparsable or timeout
     why: str = ""
     hint: int | None = None  # which of the problem's hints `prompt_ids` has after the problem
+    advantage: float | None = None  # what training gave it; None before, and where only cross-entropy learns from it
+    tokens: TokenStats | None = None  # of the answers that run.save_tokens has room for
 
 
 @dataclass

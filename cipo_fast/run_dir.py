@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from cipo_fast.checkpoint import saved
 from cipo_fast.config import Config, read_config
+from cipo_fast.config.config import flat
 from cipo_fast.config.settings import FUNCTION
 from cipo_fast.distributed import from_main, on_main
 from cipo_fast.errors import UserError, note
@@ -34,7 +35,7 @@ OUTPUTS = (
     "checkpoints", "config.yaml", "config-from-step-*.yaml", "inputs.json", "inputs-from-step-*.json", "held_out.jsonl",
     "eval.jsonl", "metrics.jsonl", "rollouts", "rollouts.judged.jsonl", "rollouts.judged.jsonl.part", "tensorboard",
     "summary.json", "summary-until-step-*.json", "model", "model.part", "failed", "shape", "shape.part", "evaluations",
-    "exported",
+    "exported", "started.jsonl", "report.html",
 )  # fmt: skip
 LOCK_WAIT_S = 5.0  # for a process of this run that torchrun has killed and restarted
 # A run that goes on may change these: where and how it is computed and shown, not what. Resources and the number of
@@ -253,18 +254,6 @@ def _recorded(folder: Path, lenient: bool) -> dict[str, Any]:
             f"{path}: not the settings of a run ({why}), so nothing tells whether to go on with its checkpoints: "
             "checkpoint.resume=false sets them aside, checkpoint.resume=true checkpoint.allow_changes=true goes on"
         ) from None
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """{dotted key: value}, as JSON has it."""
-    return _flat(config.model_dump(mode="json"))
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return found
 
 
 def _free(key: str, config: Config) -> bool:

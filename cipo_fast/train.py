@@ -151,19 +151,20 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
         run, progress = build(config, mesh, view, open_files, folder.resume)
         run.signals = signals
         signals.install()
-        recorder = Recorder(given)
+        recorder = Recorder(given, run.sampler.chat.pieces)
         open_files.callback(recorder.close)
         held_out = [prompt.problem for prompt in run.held_out]
         written(config, lambda: recorder.open(folder, progress.step if folder.resume else None, held_out))
         model, tokenizer = run.learner.policy.model, run.sampler.chat.tokenizer
         written(config, lambda: export_shape(config.run_dir / SHAPE, model, tokenizer))
-        if progress.before is None:
-            before = timed_evaluation(run, progress, "before training")
-            written(config, partial(recorder.evaluation, before, progress))
-            progress = replace(progress, before=before)
-        progress = loop(run, recorder, progress)
-        after = timed_evaluation(run, progress, "after training")
-        finish(run, recorder, view, progress, after)
+        with reported(config, view):
+            if progress.before is None:
+                before = timed_evaluation(run, progress, "before training")
+                written(config, partial(recorder.evaluation, before, progress))
+                progress = replace(progress, before=before)
+            progress = loop(run, recorder, progress)
+            after = timed_evaluation(run, progress, "after training")
+            finish(run, recorder, view, progress, after)
 
 
 def loop(run: Run, recorder: Recorder, progress: Progress) -> Progress:
@@ -466,6 +467,33 @@ def finish(run: Run, recorder: Recorder, view: View, progress: Progress, after: 
 
     with saved_if_stopped(run, progress):
         written(config, write)
+
+
+@contextmanager
+def reported(config: Config, view: View) -> Iterator[None]:
+    """At the end of what is inside, and where it is stopped, the run's page is written. Not after a signal: who sent it
+    may not wait."""
+    try:
+        yield
+    except TrainingStopped:
+        write_report(config, view)
+        raise
+    write_report(config, view)
+
+
+def write_report(config: Config, view: View) -> None:
+    """All of the page is in the run's files, so whatever fails here is a line, and no more."""
+    if not (config.run.report and is_main()):
+        return
+    from cipo_fast.report.page import write_page
+
+    path = config.run_dir / "report.html"
+    try:
+        write_page([config.run_dir], path)
+    except Exception as error:
+        view.say(f"warning: {path} could not be written ({type(error).__name__}: {error}); the run is whole without it")
+    else:
+        view.say(f"to look at: {path}")
 
 
 def due(step: int, every: int) -> bool:

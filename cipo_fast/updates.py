@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from cipo_fast.cipo.metrics import Metrics
 from cipo_fast.cipo.objective import as_sampled, conversations, left_out
+from cipo_fast.config.job import RunConfig
 from cipo_fast.errors import note
 from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Sampled, Update
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
-from cipo_fast.records import Anchor, Conversation, Group
+from cipo_fast.records import Anchor, Conversation, Group, Rollout, TokenStats
 
 if TYPE_CHECKING:
     from cipo_fast.train import Run
@@ -30,6 +31,8 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
     n = min(per_step, len(groups))  # fewer, where whole groups could not be judged
     every = run.config.train.measure_every
     measured = every > 0 and step % every == 0
+    kept = watched_answers(groups, anchors, run.config.run, step)
+    run.learner.watched = {id(r.sampler_logps): r.tokens for r in kept if r.tokens is not None}
     batches: list[list[Pack]] = []
     rests: list[list[Pack]] = []
     forwarded = rows = 0
@@ -38,6 +41,7 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
         members = [replace(a, group=a.group // n) for a in anchors if a.group % n == part]
         batch = conversations(groups[part::n], members, run.config, step)
         rest = left_out(groups[part::n], members, batch) if measured else []
+        note_advantages(groups[part::n], members, batch, run.config.correction.loss)
         packs, tokens, part_flops = make_packs(batch, run)
         batches.append(packs)
         rests.append(make_packs(rest, run)[0] if rest else [])
@@ -58,11 +62,47 @@ def learn(run: Run, groups: list[Group], anchors: list[Anchor], step: int) -> tu
         updates.append(run.learner.update(packs, (step - 1) * per_step + part))
         if updates[-1].bad_pack is not None:
             keep_bad_pack(run, updates[-1].bad_pack, step)
+    gather_tokens(kept)
     saved = 1 - forwarded / rows if rows else None
     seen: Metrics = {"tokens/forwarded": forwarded, "tokens/rows": rows, "tokens/saved": saved}
     seen |= {**sampling_work(groups, anchors, run.flops), "flops/train": flops}
     seen |= sampled_metrics([*sampled, *(u.sampled for u in updates)] if measured else [])
     return updates, seen, old_logp_s
+
+
+def watched_answers(groups: list[Group], anchors: list[Anchor], c: RunConfig, step: int) -> list[Rollout]:
+    """Answers of a recorded step whose tokens are kept, at most `run.save_tokens` of them: an attempt that was shown
+    back goes first, with its corrections, because that is what people look at. Each gets its `TokenStats`."""
+    if not (c.save_tokens and c.save_rollouts_every and step % c.save_rollouts_every == 0):
+        return []
+    shown = [r for anchor in anchors for r in (anchor.rollout, *anchor.corrections)]
+    room, found = c.save_tokens, []
+    for answer in (*shown, *(r for group in groups for r in group.rollouts)):
+        if answer.tokens is None and len(answer.token_ids) <= room:
+            answer.tokens = TokenStats()
+            room -= len(answer.token_ids)
+            found.append(answer)
+    return found
+
+
+def note_advantages(groups: list[Group], anchors: list[Anchor], batch: list[Conversation], loss: str) -> None:
+    """Give every answer its advantage: that of what is learned from it, 0 where it was left out of `batch`."""
+    taught = {id(c.sampler_logps): float(c.advantage) for c in batch}
+    for answer in (r for group in groups for r in group.rollouts):
+        answer.advantage = taught.get(id(answer.sampler_logps), 0.0)
+    for answer in (r for anchor in anchors for r in anchor.corrections):
+        answer.advantage = None if loss == "ce" else taught.get(id(answer.sampler_logps), 0.0)
+
+
+def gather_tokens(kept: list[Rollout]) -> None:
+    """Every rank has seen the tokens of its own packs; the first one, which records them, gets all."""
+    if dist.get_world_size() == 1 or not kept:
+        return
+    mine = {i: r.tokens for i, r in enumerate(kept) if r.tokens is not None and r.tokens.logps}
+    parts: list[dict[int, TokenStats] | None] = [None] * dist.get_world_size()
+    dist.gather_object(mine, parts if dist.get_rank() == 0 else None)
+    for i, tokens in (item for part in parts if part for item in part.items()):
+        kept[i].tokens = tokens
 
 
 def sampling_work(groups: list[Group], anchors: list[Anchor], flops: CostModel) -> Metrics:

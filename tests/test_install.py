@@ -42,6 +42,8 @@ def test_the_wheel_installs_two_packages_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"cipo_fast", "cipo_kernels"}
     recipes = {path.name for path in (ROOT / "configs").rglob("*.yaml")}
     assert {name.split("/")[-1] for name in names if name.startswith("cipo_fast/configs/")} == recipes
+    page = {str(path.relative_to(ROOT)) for path in (ROOT / "cipo_fast/report/static").rglob("*") if path.is_file()}
+    assert page <= set(names)
 
 
 def test_the_wheel_runs_from_another_directory(wheel: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cipo_fast.config.algorithm import CorrectionConfig, LossConfig, NudgeConfig, ReplayConfig
 from cipo_fast.config.data import DataConfig
@@ -65,3 +66,15 @@ class Config(Section):
     def to_yaml(self) -> str:
         """What starts the same run again, from any folder."""
         return to_yaml(self.model_dump(mode="json"))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """{dotted key: value}, as JSON has it."""
+    return flat_settings(config.model_dump(mode="json"))
+
+
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found.update(flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return found

@@ -137,6 +137,11 @@ class RunConfig(Section):
     """Write TensorBoard scalars too."""
     save_rollouts_every: NonNegative = 1
     """Write rollouts and corrections as JSONL every so many steps; 0 never."""
+    save_tokens: NonNegative = 16384
+    """Tokens a recorded step whose texts, log-probs (the engine's and the trainer's) and entropies are written with
+    their rollouts, for the report's colours; 0 none [ours]."""
+    report: bool = True
+    """At the end write `report.html` too, one page that opens from the disk: `python -m cipo_fast.report` [ours]."""
     rank_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """Longest wait of a rank for another one, whose rollouts may be longer, in seconds [torch]."""
     alarm_after: Positive = 10

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from cipo_fast.config import Config, configs_dir, parse_args, read_as
+from cipo_fast.config.config import flat
 from cipo_fast.config.loading import is_file
 from cipo_fast.config.section import NonNegative, Section
 from cipo_fast.config.settings import as_setting
 from cipo_fast.errors import UserError
-from cipo_fast.run_dir import flat
 
 Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]  # a folder's, too
 OWN = ("seed", "run.dir", "run.name")  # what tells the runs of a grid apart

@@ -42,6 +42,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def software() -> dict[str, str]:
+    """Versions of what a run is computed with."""
+    found = {"cipo_fast": "cipo-fast", "torch": "torch", "transformers": "transformers"}
+    return {"python": platform.python_version()} | {name: _version(of) for name, of in found.items()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"
+
+
 def commit() -> str | None:
     """Of the checkout that this is part of, marked where files differ from it; of the kernels too, where those are
     imported from another one."""
