@@ -33,16 +33,15 @@ N, CHUNK = 13, 5
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
     monkeypatch.setenv("CIPO_KERNELS", "triton")
-    monkeypatch.setattr(row_kernel, "BLOCK_V", 64)  # several blocks a row, the last one ragged
+    monkeypatch.setattr(row_kernel, "BLOCK", row_kernel.Block(64, 8))  # several blocks a row, the last one ragged
 
 
 cpu_only = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU `exp` takes bf16 only")
 
 
 def small_tiles(monkeypatch, k=16):
-    monkeypatch.setattr(gemm_tiles, "POINTER_TILES", gemm_tiles.Tiles(2, 64, k, 4, 1))
-    monkeypatch.setattr(gemm_tiles, "TMA_TILES", gemm_tiles.Tiles(4, 64, k, 4, 1))
-    monkeypatch.setattr(gemm_tiles, "GROUP_M", 2)
+    monkeypatch.setattr(gemm_tiles, "POINTER_TILES", gemm_tiles.Tiles(2, 64, k, 4, 1, group=2))
+    monkeypatch.setattr(gemm_tiles, "TMA_TILES", gemm_tiles.Tiles(4, 64, k, 4, 1, group=2))
 
 
 @pytest.fixture
@@ -370,7 +369,7 @@ def case(monkeypatch, bfloat16_of_a_gpu) -> dict[str, torch.Tensor]:
     """bf16, 64 targets of 2,000 tokens; interpreted, tiles of 32 targets and 128 columns."""
     if DEVICE == "cpu":
         monkeypatch.setattr(gemm_tiles, "POINTER_TILES", gemm_tiles.Tiles(32, 128, 128, 4, 1))
-        monkeypatch.setattr(row_kernel, "BLOCK_V", 512)
+        monkeypatch.setattr(row_kernel, "BLOCK", row_kernel.Block(512, 8))
     return make_case(64, 128, vocab=2000, sequence=8, device=DEVICE)
 
 

@@ -36,7 +36,7 @@ def cases(arch: int) -> dict:
     from cipo_kernels.lm_head import logp_gemm
     from cipo_kernels.lm_head import row_kernel as v0
 
-    row, warps = {"BLOCK_V": v0.BLOCK_V}, {"num_warps": v0.NUM_WARPS}
+    row, warps = {"BLOCK_V": v0.BLOCK.columns}, {"num_warps": v0.BLOCK.warps}
     block = {"BLOCK": e.BLOCK}
     ppo, cispo = ({"ON_POLICY": False, "CISPO": given} for given in (False, True))
     found = {
@@ -58,7 +58,7 @@ def cases(arch: int) -> dict:
     }
     tma = arch >= 90
     t = g.TMA_TILES if tma else g.POINTER_TILES
-    blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP_M": g.GROUP_M, "TMA": tma}
+    blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP_M": t.group, "TMA": tma}
     options = {"num_warps": t.warps, "num_stages": t.stages}
     tiles = {"x": f"tensordesc<bf16[{t.m},{t.k}]>", "weight": f"tensordesc<bf16[{t.n},{t.k}]>"} if tma else {}
     all_rows = ("rows", "count")

@@ -1,6 +1,7 @@
 """The fused loss on one GPU: is it right, how fast, in how much memory. One process, one JSON line a case.
 
     python bench/gpu/fused_loss.py            # under 6 minutes; torch and triton, peers where they are installed
+    python bench/gpu/fused_loss.py --sweep    # other tiles, warps and stages of our kernels: launch_configs.json
     python bench/gpu/fused_loss.py --smoke    # tiny shapes, on CPU under Triton's interpreter: a check of this file
 
 The lines go to stdout and to bench/results/<device>-<date>-fused_loss.json, or into the folder $OUT; those of --smoke
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 START = time.perf_counter()
-SMOKE, CUDA = "--smoke" in sys.argv, torch.cuda.is_available()
+SMOKE, SWEEP, CUDA = "--smoke" in sys.argv, "--sweep" in sys.argv, torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -55,6 +56,7 @@ from loss_accuracy import (  # noqa: E402
     step,
     within,
 )
+from sweep import save, sweep  # noqa: E402
 
 VOCAB = 300 if SMOKE else 151936
 SHAPES = [(12, 64)] if SMOKE else [(n, h) for h in (2560, 4096) for n in (8192, 16384, 32768)]  # targets, hidden size
@@ -64,6 +66,11 @@ ROUNDS = 1 if SMOKE else 5
 SEQUENCE = 4 if SMOKE else 1024  # targets a row, which have one advantage
 LIMIT_S = 330  # no case begins later
 OURS = ("logits", "exp")
+GEMM_TILES = [
+    {"group": 8}, {"group": 32}, {"stages": 3}, {"k": 128, "stages": 2}, {"n": 128}, {"n": 128, "warps": 4},
+    {"m": 256, "n": 128}, {"m": 64}, {"m": 64, "warps": 4},
+]  # fmt: skip
+ROW_BLOCKS = [{"columns": 2048}, {"columns": 2048, "warps": 4}, {"columns": 8192}, {"columns": 8192, "warps": 16}]
 
 
 def new_case(n: int, width: int) -> dict[str, Tensor]:
@@ -324,11 +331,15 @@ def measure(name: str, run: Callable[[dict], list[Tensor]], n: int, width: int) 
     return found | {"ms": ms, "floor_ms": floor_ms, "of_floor": floor_ms / ms, "peak_gib": peak}
 
 
-def lines() -> Iterator[dict]:
+def machine() -> dict:
     import triton
 
     device, date = torch.cuda.get_device_name() if CUDA else "cpu", time.strftime("%F")
-    yield {"what": "machine", "device": device, "torch": torch.__version__, "triton": triton.__version__, "date": date}
+    return {"what": "machine", "device": device, "torch": torch.__version__, "triton": triton.__version__, "date": date}
+
+
+def lines() -> Iterator[dict]:
+    yield machine()
     runs: dict[str, Callable[[dict], list[Tensor]]] = {"log_probs": log_probs}
     wrong = set()
     for line in [check_log_probs(), *map(check_large, OURS), *(check(*item) for item in methods().items())]:
@@ -342,6 +353,20 @@ def lines() -> Iterator[dict]:
                 torch.cuda.empty_cache()
 
 
+def sweep_lines() -> Iterator[dict]:
+    yield machine()
+    case = new_case(*SHAPES[0])
+    runs: dict[str, tuple[list[dict[str, int]], Callable[[], list[Tensor]]]] = {
+        "exp_gemm": (GEMM_TILES, lambda: step(ours("exp"), case)),
+        "logp_gemm": (GEMM_TILES, lambda: log_probs(case)),
+        "row_kernel": (ROW_BLOCKS, lambda: step(ours("logits"), case)),
+    }
+    for kernel, (candidates, run) in runs.items():
+        tried = candidates[-2:] if SMOKE else candidates
+        yield from sweep(kernel, tried, run, lambda run: median(milliseconds(run) for _ in range(ROUNDS)), DEVICE)
+    save(Path(__file__).name, DEVICE, os.environ.get("OUT"), SMOKE)
+
+
 def results_path() -> Path:
     folder = os.environ.get("OUT", "")
     if SMOKE and not folder:
@@ -349,7 +374,7 @@ def results_path() -> Path:
     path = Path(folder) if folder else Path(__file__).resolve().parents[1] / "results"
     path.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name().replace(" ", "-") if CUDA else "cpu"
-    return path / f"{device}-{time.strftime('%F')}-fused_loss.json"
+    return path / f"{device}-{time.strftime('%F')}-fused_loss{'_sweep' if SWEEP else ''}.json"
 
 
 def main() -> None:
@@ -357,7 +382,7 @@ def main() -> None:
         sys.exit("no GPU here; --smoke runs tiny shapes without one")
     good = True
     with results_path().open("w") as file:
-        for line in lines():
+        for line in sweep_lines() if SWEEP else lines():
             for out in (sys.stdout, file):
                 print(json.dumps(line), file=out, flush=True)
             is_ours = line.get("method") in (*OURS, "log_probs")

@@ -254,7 +254,7 @@ def _exp_logits(head: Head, e: Tensor, start: int, x: Tensor, old_logp: Tensor |
     """E of targets start on, x [n, H]; (d [n], partial sums [2, n, parts])."""
     n = len(x)
     anchor, d = torch.empty(2, n, dtype=head.dtype, device=x.device).unbind()
-    plan = launch(x, head.weight)
+    plan = launch("exp_gemm", x, head.weight)
     sums = torch.empty(2, n, 4 * plan.column_tiles, dtype=head.dtype, device=x.device)
     row = {"first": start, "bias": head.bias, "inv_temperature": head.inv_temperature}
     row |= dict(zip(("vocab", "H"), head.weight.shape, strict=True))
@@ -268,7 +268,7 @@ def _exp_logits(head: Head, e: Tensor, start: int, x: Tensor, old_logp: Tensor |
     }  # fmt: skip
     exp_gemm_kernel[(plan.programs,)](rows=None, count=None, **plan.operands, **exp, **plan.options)
     rows, count = _bad_rows(d, sums)
-    plan = launch(x.index_select(0, rows), head.weight)
+    plan = launch("exp_gemm", x.index_select(0, rows), head.weight)
     given = {"rows": rows, "count": count, **plan.operands, **plan.options}
     maxima = {"maxima": sums, "parts": sums.shape[2]}  # of rows whose sums are of no use
     max_gemm_kernel[(plan.programs,)](**given, **row, **maxima)

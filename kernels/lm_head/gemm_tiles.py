@@ -14,21 +14,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launch_configs import launch_config
 from .softmax import LOG2E
 
 
 class Tiles(NamedTuple):
-    """m x n of the logits, k along H."""
+    """m x n of the logits, k along H; `group` row tiles share a column of W in L2."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    group: int = 16
 
 
 TMA_TILES, POINTER_TILES = Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 8, 4)
-GROUP_M = 16
 
 
 def use_tma(weight: Tensor) -> bool:
@@ -51,18 +52,19 @@ class Launch(NamedTuple):
     options: dict  # blocks, warps, stages
 
 
-def launch(x: Tensor, weight: Tensor) -> Launch:
+def launch(kernel: str, x: Tensor, weight: Tensor) -> Launch:
+    """kernel: its name in launch_configs.json."""
     if not x.is_cuda and x.dtype == torch.bfloat16:
         x, weight = x.float(), weight.float()  # the interpreter multiplies the bits of bf16; fp32's products are bf16's
     tma = use_tma(weight)
-    tiles = TMA_TILES if tma else POINTER_TILES
+    tiles = launch_config(kernel, TMA_TILES if tma else POINTER_TILES, x.device)
     row_tiles, column_tiles = triton.cdiv(len(x), tiles.m), triton.cdiv(len(weight), tiles.n)
     most = multiprocessors(x.device) if x.is_cuda else 2
     operands = {
         "x": TensorDescriptor.from_tensor(x, [tiles.m, tiles.k]) if tma else x,
         "weight": TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k]) if tma else weight,
     }
-    blocks = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": GROUP_M, "TMA": tma}
+    blocks = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": tiles.group, "TMA": tma}
     options = blocks | {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return Launch(min(most, row_tiles * column_tiles), column_tiles, operands, options)
 

@@ -133,7 +133,7 @@ def new_buffer(head: Head, rows: int) -> Tensor | None:
 
 def forward(head: Head, buffer: Tensor | None, start: int, end: int) -> LogProbs:
     x, n, (vocab, width) = head.gather(start, end), end - start, head.weight.shape
-    plan = launch(x, head.weight)
+    plan = launch("logp_gemm", x, head.weight)
     y_target = torch.full((n,), float("nan"), dtype=head.dtype, device=x.device)
     sums = torch.empty(3, n, plan.column_tiles, dtype=head.dtype, device=x.device)
     inv_temperature = None if head.inv_temperature is None else head.inv_temperature[start:end]

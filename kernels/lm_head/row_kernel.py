@@ -19,14 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch_configs import launch_config
 from . import chunked
 from .head import Head, gemm
 from .softmax import LOWEST, exp, load_or, logp_entropy_rest, soft_capped
 from .terms import Options, TargetOutputs
 from .token_terms import loss_arguments, target_loss_of_token
 
-BLOCK_V = 4096  # columns a program reads at once
-NUM_WARPS = 8
+
+class Block(NamedTuple):
+    """Columns a program reads at once."""
+
+    columns: int
+    warps: int
+
+
+BLOCK = Block(4096, 8)
 
 
 @triton.jit
@@ -269,6 +277,7 @@ def _logits_of(head: Head, buffer: Buffer, start: int, end: int) -> Tensor:
 
 def _arguments(head: Head, start: int) -> dict[str, Any]:
     """What every kernel here is launched with."""
+    block = launch_config("row_kernel", BLOCK, head.weight.device)
     return {
         "first": start,
         "bias": head.bias,
@@ -276,6 +285,6 @@ def _arguments(head: Head, start: int) -> dict[str, Any]:
         "inv_temperature": head.inv_temperature,
         "vocab": head.weight.shape[0],
         "softcap": head.softcap,
-        "BLOCK_V": BLOCK_V,
-        "num_warps": NUM_WARPS,
+        "BLOCK_V": block.columns,
+        "num_warps": block.warps,
     }

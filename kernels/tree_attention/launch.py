@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..autograd import refuse_create_graph
+from ..launch_configs import launch_config
 from .backward import add_partials_kernel, dkdv_kernel, dq_kernel
 from .forward import forward_kernel
 from .layout import TreeLayout
@@ -73,11 +74,23 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def config_name(kernel: str, head_dim: int) -> str:
+    """In launch_configs.json."""
+    return f"tree_attention_{kernel}_d{128 if head_dim > 64 else 64}"
+
+
 def _config(kernel: str, x: Tensor) -> Config:
-    if not x.is_cuda:
-        return INTERPRETER_CONFIG
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return config(kernel, x.dtype, x.shape[2], 10 * major + minor)
+    default = INTERPRETER_CONFIG
+    if x.is_cuda:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        default = config(kernel, x.dtype, x.shape[2], 10 * major + minor)
+    if x.dtype == torch.float32:
+        return default
+    name = config_name(kernel, x.shape[2])
+    found = launch_config(name, default, x.device)
+    if TILE % found.own or MASKED_TILE % found.step:
+        raise ValueError(f"{name}: {found}: own has to divide {TILE}, and step {MASKED_TILE}")
+    return found
 
 
 def _aligned(x: Tensor) -> Tensor:
