@@ -80,7 +80,7 @@ class Chat:
         self._check_arguments()
         # A render argument hides the global of that name, transformers' clock.
         self.arguments["strftime_now"] = day.strftime
-        self._texts: dict[tuple[int, ...], str] = {}  # tokens -> text, for `pieces`
+        self._texts: dict[int, str] = {}  # of tokens that are whole characters, for `pieces`
         self._own: dict[tuple[str, ...], Counter[int]] = {}  # roles -> control tokens that the template writes
         self.control = self._control_tokens()
         user = Message(role="user", content="?")
@@ -137,21 +137,21 @@ class Chat:
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token, special ones too. A character that several tokens spell is the first one's, and the
         others are empty."""
+        whole = [self._texts.get(token) for token in token_ids]
+        return self._pieces(token_ids) if None in whole else cast(list[str], whole)
+
+    def _pieces(self, token_ids: Sequence[int]) -> list[str]:
         found: list[str] = []
         waiting: list[int] = []  # tokens of a character that is not whole yet
-        for token in token_ids:
+        for i, token in enumerate(token_ids, 1):
             waiting.append(token)
-            text = self._decoded(tuple(waiting))
-            if "\ufffd" not in text or len(waiting) == _MOST_BYTES:
+            text = cast(str, self.tokenizer.decode(waiting, clean_up_tokenization_spaces=False))
+            if "\ufffd" not in text or len(waiting) == _MOST_BYTES or i == len(token_ids):
+                if len(waiting) == 1 and "\ufffd" not in text:
+                    self._texts[token] = text
                 found += [text, *[""] * (len(waiting) - 1)]
                 waiting = []
-        return [*found, *([self._decoded(tuple(waiting)), *[""] * (len(waiting) - 1)] if waiting else [])]
-
-    def _decoded(self, token_ids: tuple[int, ...]) -> str:
-        if token_ids not in self._texts:
-            found = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
-            self._texts[token_ids] = cast(str, found)
-        return self._texts[token_ids]
+        return found
 
     def end_ids(self, generation_config: Any) -> list[int]:
         """Every token that ends an answer: the tokenizer's, the template's, and those of a `GenerationConfig`."""

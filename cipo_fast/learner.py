@@ -227,13 +227,14 @@ class _SampledStats:
 
     def _watch(self, logp: Tensor, entropy: Tensor, pack: Pack) -> None:
         """The first look counts: with several updates a step, old_logp stays but entropies move."""
+        found = [self.watched.get(id(c.sampler_logps)) for c in pack.conversations]
+        if not any(found):
+            return
+        logps, entropies = logp.detach().tolist(), entropy.detach().tolist()  # at once: each waits for the device
         start = 0
-        for conversation, n in zip(pack.conversations, pack.target_counts, strict=True):
-            found = self.watched.get(id(conversation.sampler_logps))
-            if found is not None and not found.logps:
-                found.logps, found.entropies = (
-                    x[start : start + n].tolist() for x in (logp.detach(), entropy.detach())
-                )
+        for tokens, n in zip(found, pack.target_counts, strict=True):
+            if tokens is not None and not tokens.logps:
+                tokens.logps, tokens.entropies = logps[start : start + n], entropies[start : start + n]
             start += n
 
     def result(self) -> Sampled:

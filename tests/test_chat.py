@@ -348,3 +348,15 @@ def test_answers_that_cannot_be_given_are_counted() -> None:
     ]
     with pytest.raises(UserError, match="every answer is longer than rollout"):
         count_unreachable(encode_prompts(problems, c), c, "data.train", ("rollout.max_tokens", 1), said.append)
+
+
+def test_pieces_are_the_texts_of_tokens() -> None:
+    """Special ones too; a character that several tokens spell is the first one's."""
+    c = chat(qwen())
+    for text in ("plain", "naïve 日本 🙂!"):
+        ids = c.answer(text)
+        pieces = c.pieces(ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == text + "<|im_end|>"
+        assert c.pieces(ids) == pieces  # the second time from what is kept
+    assert len(c.pieces(c.answer("🙂")[:2])) == 2  # cut in the middle of a character

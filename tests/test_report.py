@@ -121,6 +121,13 @@ def test_an_older_run_is_read(tmp_path: Path) -> None:
     assert any(line.startswith("rollouts/step-00002.jsonl: 1 lines") for line in run["skipped"])
 
 
+def test_settings_are_those_that_the_run_last_went_on_with(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    for step in (2, 10):
+        (folder / f"config-from-step-{step}.yaml").write_text(f"seed: {step}\n", encoding="utf-8")
+    assert document([folder])["runs"][0]["seed"] == 10
+
+
 def test_a_run_that_broke_off_at_its_start_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

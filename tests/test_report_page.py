@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright import sync_api
 from report_runs import HOSTILE, answer, problem, write_run
 
 from cipo_fast.report.page import write_page
 
-sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
 # Nothing is looked up on a network that is not there.
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking

@@ -65,7 +65,7 @@ def _record(line: dict[str, Any]) -> Record:
 
 
 def _light(answer: dict[str, Any]) -> Answer:
-    """Two answers are alike when their texts are: a digest is enough for that. Without its canonical form: exact
+    """Two answers are alike when their texts are: a digest is enough for that. It has no canonical form: exact
     majorities would take longer than all of the page."""
     text = answer["text"].strip()
     if len(text) > 64:

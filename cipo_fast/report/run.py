@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,17 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Files]:
 
 
 def read_settings(files: Files) -> dict[str, Any]:
-    """As recorded, flat; of any version, so nothing is checked."""
-    text = files.text("config.yaml")
+    """Those it last went on with, as recorded, flat; of any version, so nothing is checked."""
+    later = [name for name in files.of_format("config-from-step-*.yaml") if re.search(r"-\d+\.yaml$", name)]
+    name = max(later, key=lambda name: int(re.findall(r"\d+", name)[-1]), default="config.yaml")
+    text = files.text(name)
     try:
         found = yaml.safe_load(text) if text is not None else {}
     except yaml.YAMLError:
-        files.skip("config.yaml", "torn, no whole YAML")
+        files.skip(name, "torn, no whole YAML")
         return {}
     if not isinstance(found, dict):
-        files.skip("config.yaml", "of another format, no settings")
+        files.skip(name, "of another format, no settings")
         return {}
     return flat_settings(found)
 
