@@ -33,14 +33,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["CIPO_KERNELS"] = "triton"
-if importlib.util.find_spec("cipo_kernels") is None:  # not installed: the folder kernels/ is the package
-    package = Path(__file__).resolve().parents[2] / "kernels"
-    spec = importlib.util.spec_from_file_location("cipo_kernels", package / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["cipo_kernels"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["cipo_kernels"])
-
+import bootstrap  # noqa: E402, F401
 from cipo_kernels import LossOutput, fused_linear_cipo_loss, fused_linear_logprob  # noqa: E402
 from loss_accuracy import (  # noqa: E402
     EPS_HIGH,
@@ -293,24 +286,26 @@ def own_bytes(method: str, n: int, width: int) -> int:
     return logits + (4 + 4 + 12 + 6) * n * width + 6 * VOCAB * width
 
 
-def predict(method: str, n: int, width: int) -> dict:
-    """FLOPs, bytes beside the GEMMs, and the time they take where we know the chip.
+GEMMS = {"logits": 3 * 1.04, "exp": 2 * 1.04 + 1 / 0.8, "log_probs": 1 / 0.8}  # in times of one at 790 TFLOP/s
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, SXM
 
-    Assumed: cuBLAS at 790 TFLOP/s, 4% less with fp32 output, as ours have it; Triton's GEMM at 80% of 790; 82% of the
-    memory's bandwidth, for the pass is no pipeline; nothing overlapping.
-    """
-    gemms = {"logits": 3 * 1.04, "exp": 2 * 1.04 + 1 / 0.8, "log_probs": 1 / 0.8}  # in times of one at 790 TFLOP/s
-    if method not in gemms:
+
+def expected_ms(method: str, n: int, width: int, chip: str) -> float:
+    """Assumed: cuBLAS at 790 TFLOP/s, 4% less with fp32 output, as ours have it; Triton's GEMM at 80% of 790; 82% of
+    the memory's bandwidth, for the pass is no pipeline; nothing overlapping."""
+    seconds = GEMMS[method] * 2 * n * width * VOCAB / 790e12 + own_bytes(method, n, width) / (0.82 * BANDWIDTH[chip])
+    return 1000 * seconds
+
+
+def predict(method: str, n: int, width: int) -> dict:
+    """FLOPs, bytes beside the GEMMs, and the time they take where we know the chip."""
+    if method not in GEMMS:
         return {}
-    gemm_flops = 2 * n * width * VOCAB
-    found = {"flops": (1 if method == "log_probs" else 3) * gemm_flops, "own_bytes": own_bytes(method, n, width)}
-    chips = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, SXM
+    flops = (1 if method == "log_probs" else 3) * 2 * n * width * VOCAB
     name = torch.cuda.get_device_name() if CUDA else ""
-    bandwidth = next((b for chip, b in chips.items() if chip in name), None)
-    if bandwidth is None:
-        return found | {"predicted_ms": None}
-    seconds = gemms[method] * gemm_flops / 790e12 + found["own_bytes"] / (0.82 * bandwidth)
-    return found | {"predicted_ms": 1000 * seconds}
+    chip = next((chip for chip in BANDWIDTH if chip in name), None)
+    ms = None if chip is None else expected_ms(method, n, width, chip)
+    return {"flops": flops, "own_bytes": own_bytes(method, n, width), "predicted_ms": ms}
 
 
 def measure(name: str, run: Callable[[dict], list[Tensor]], n: int, width: int) -> dict:

@@ -50,11 +50,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("cipo_kernels") is None:  # not installed: the folder kernels/ is this package
-    init = ROOT / "kernels" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("cipo_kernels", init, submodule_search_locations=[str(init.parent)])
-    sys.modules["cipo_kernels"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["cipo_kernels"])
+import bootstrap  # noqa: F401
 from cipo_kernels.rates import RATES_FILE, both_directions
 from cipo_kernels.tree_attention import launch, tree_attention, tree_attention_reference
 from cipo_kernels.tree_attention.layout import TreeLayout
