@@ -68,8 +68,11 @@ def cases(arch: int) -> dict:
     found["exp_gemm_kernel, bad rows, every term"] = (e.exp_gemm_kernel, (), blocks, options, tiles)
     found["max_gemm_kernel"] = (e.max_gemm_kernel, ("bias", "inv_temperature"), blocks, options, tiles)
     found["max_gemm_kernel, every term"] = (e.max_gemm_kernel, (), blocks, options, tiles)
+    odd = tiles | {"vocab": "i32"}
+    found["exp_gemm_kernel, odd V"] = (e.exp_gemm_kernel, (*all_rows, "bias", "inv_temperature"), blocks, options, odd)
     head = ("bias", "inv_temperature", "softcap")
     found["logp_gemm_kernel"] = (logp_gemm.logp_gemm_kernel, head, blocks, options, tiles)
+    found["logp_gemm_kernel, odd V"] = (logp_gemm.logp_gemm_kernel, head, blocks, options, odd)
     found["logp_gemm_kernel, every term"] = (logp_gemm.logp_gemm_kernel, (), blocks, options, tiles)
     found["logp_of_parts_kernel"] = (logp_gemm.logp_of_parts_kernel, (), {"BLOCK": 1024}, {}, {})
     return found
@@ -172,7 +175,7 @@ def test_log_probs_are_swept_without_a_barrier(compiled):
 
 def test_the_gemm_uses_tensor_cores_and_tma(compiled):
     rows = [row for row in compiled if "_gemm_kernel" in row["kernel"]]
-    assert len(rows) == 8 * len(SHARED_LIMIT)
+    assert len(rows) == 10 * len(SHARED_LIMIT)
     for row in rows:
         assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[row["arch"]] in row["instructions"], row
         assert (row["arch"] >= 90) == ("cp.async.bulk.tensor" in row["instructions"]), row

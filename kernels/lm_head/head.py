@@ -8,7 +8,7 @@ and of d loss / d logp = g and d loss / d H = g_H the gradient, on the raw logit
 
     dz_v = g (onehot_v - p_v) - g_H p_v (log p_v + H),   dr_v = dz_v (1 - tanh^2) / temperature
 
-Log-probs and gradient accumulators are fp32 (fp64 when an input is fp64), whatever the inputs are.
+Log-probs and gradient accumulators are fp32 (fp64 for fp64 inputs).
 
 A back-end is a file of plain functions. All have `auto_chunk_targets` and `new_buffer`, the memory of a chunk, and
 
@@ -34,9 +34,9 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from ..dispatch import implementation
 
 
-def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """fp32, or fp64 when either input is fp64."""
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of log-probs and gradient accumulators: fp32, or fp64 for fp64. The weight's dtype is hidden's."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def on_triton(hidden: Tensor) -> bool:
@@ -103,7 +103,7 @@ def make_head(
     vocab_start: int = 0,
 ) -> Head:
     """For torch a bf16 head is upcast once, so its products are those of fp32 operands: exact, accumulated in fp32."""
-    dtype = compute_dtype(hidden, weight)
+    dtype = compute_dtype(hidden)
     t = None if temperature is None else temperature.to(dtype).contiguous()
     if group is not None:
         column = target_id - vocab_start

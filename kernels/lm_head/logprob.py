@@ -35,7 +35,7 @@ def fused_linear_logprob_reference(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logp [N], entropy [N]) as eager torch under plain autograd: the definition."""
-    dtype = compute_dtype(hidden, weight)
+    dtype = compute_dtype(hidden)
     x = hidden[pred_index].to(dtype)  # [N, H]
     b = None if bias is None else bias.to(dtype)
     t = temperature[:, None].to(dtype) if isinstance(temperature, Tensor) else temperature
@@ -81,7 +81,7 @@ def head_log_probs(head: Head, chunk_targets: int | None) -> tuple[Tensor, Tenso
 
 @_linear_logprob.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, pred_index: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    n, dtype = pred_index.shape, compute_dtype(hidden, weight)
+    n, dtype = pred_index.shape, compute_dtype(hidden)
     return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
 
 

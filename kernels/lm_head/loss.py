@@ -294,7 +294,7 @@ def fused_linear_cipo_loss(
     check_inputs(hidden, weight, pred_index, target_id, bias, temperature, softcap)
     if impl not in ("logits", "exp"):
         raise ValueError(f'impl={impl!r}: expected "logits" or "exp"')
-    n, dtype = pred_index.numel(), compute_dtype(hidden, weight)
+    n, dtype = pred_index.numel(), compute_dtype(hidden)
     terms = stack_terms(
         n,
         dtype,
