@@ -222,7 +222,7 @@ def test_tokens_go_before_texts_do(tmp_path: Path) -> None:
     """A step whose tokens are too many shows its problems all the same, and colours where people look first."""
     lines = [line for i in range(6) for line in problem(f"p{i}", "x" * 1000)]
     folder = write_run(tmp_path / "run", rollouts={1: lines})
-    (step,) = sample_rollouts(Files(folder), 60_000)
+    (step,) = sample_rollouts(Files(folder), 100_000)
     first, *others = step["problems"]
     assert len(others) == 5
     assert "pieces" in first["attempts"][0]
