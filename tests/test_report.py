@@ -218,6 +218,18 @@ def test_texts_are_cut_to_what_there_is_room_for() -> None:
     assert found["attempts"][1]["logp"] == [1.0]  # what is short keeps its tokens
 
 
+def test_tokens_go_before_texts_do(tmp_path: Path) -> None:
+    """A step whose tokens are too many shows its problems all the same, and colours where people look first."""
+    lines = [line for i in range(6) for line in problem(f"p{i}", "x" * 1000)]
+    folder = write_run(tmp_path / "run", rollouts={1: lines})
+    (step,) = sample_rollouts(Files(folder), 100_000)
+    first, *others = step["problems"]
+    assert len(others) == 5
+    assert "pieces" in first["attempts"][0]
+    assert "pieces" not in others[-1]["attempts"][0]
+    assert all(p["attempts"][0]["text"] == "x" * 1000 for p in step["problems"])
+
+
 def test_spread_has_both_ends() -> None:
     assert spread([1, 2, 3], 5) == [1, 2, 3]
     assert spread(list(range(100)), 4) == [0, 33, 66, 99]

@@ -12,6 +12,7 @@ from cipo_fast.report.files import Files, number
 T = TypeVar("T")
 MOST_STEPS = 24  # that are looked into, the first and the last among them
 FEWEST_STEPS = 3  # even where answers are so long that they are cut for it
+TOKENS = ("pieces", "logp", "gap", "entropy")  # of an answer; a value of each for every piece
 Problem = dict[str, Any]
 Answer = dict[str, Any]
 
@@ -29,7 +30,7 @@ def sample_rollouts(files: Files, room: int) -> list[dict[str, Any]]:
         problems = read_problems(files, name)
         kept: list[Problem] = []
         for problem in in_turns(problems):
-            size = size_of(problem)
+            size = lighten(problem, share // 3)  # tokens of the first ones, texts of many
             if not kept and size > share:  # else the step would show nothing
                 cut(problem, share)
                 size = size_of(problem)
@@ -88,16 +89,26 @@ def _tokens(record: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"pieces": [str(piece) for piece in pieces], "logp": _numbers(logps)}
     trainer, entropies = record.get("trainer_logps"), record.get("entropies")
     if isinstance(trainer, list) and len(trainer) == len(pieces):
-        pairs = zip(_numbers(trainer), found["logp"], strict=True)
-        found["gap"] = [None if a is None or b is None else round(a - b, 4) for a, b in pairs]
+        found["gap"] = [_gap(a, b) for a, b in zip(trainer, logps, strict=True)]
     if isinstance(entropies, list) and len(entropies) == len(pieces):
         found["entropy"] = _numbers(entropies)
     return found
 
 
+def _gap(trainer: Any, engine: Any) -> float | None:
+    if trainer == engine:
+        return 0  # mostly
+    a, b = number(trainer), number(engine)
+    return None if a is None or b is None else round(a - b, 4)
+
+
 def _numbers(values: Sequence[Any]) -> list[float | None]:
-    """`number` of each; quick, because tokens are most of a page, and the recorder has rounded them."""
-    return [v if type(v) is float and -1e6 < v < 1e6 else number(v) for v in values]
+    """`number` of each, to 0.01 where that is enough for a colour; quick, because tokens are most of a page."""
+    return [_short(v) if type(v) is float and -1e6 < v < 1e6 else number(v) for v in values]
+
+
+def _short(value: float) -> float:
+    return int(value * 100 + (0.5 if value > 0 else -0.5)) / 100
 
 
 def in_turns(problems: Sequence[Problem]) -> list[Problem]:
@@ -116,6 +127,20 @@ def _flips(problem: Problem) -> bool:
     )
 
 
+def lighten(problem: Problem, room: int) -> int:
+    """Drop the tokens of answers until the problem has at most `room` bytes, or no tokens; return its size. What nobody
+    was shown goes first, then corrections from the last, then the attempts that were shown."""
+    size = size_of(problem)
+    shown = [attempt for attempt in problem["attempts"] if attempt.get("corrections")]
+    plain = [attempt for attempt in problem["attempts"] if not attempt.get("corrections")]
+    corrections = [correction for attempt in shown for correction in attempt["corrections"]]
+    for answer in (*reversed(plain), *reversed(corrections), *reversed(shown)):
+        if size <= room:
+            break
+        size -= size_of({key: answer.pop(key) for key in TOKENS if key in answer})
+    return size
+
+
 def cut(problem: Problem, room: int) -> None:
     """Shorten the longest texts, and drop their tokens, until the problem has about `room` bytes: an answer keeps its
     beginning and its end, and says how much is gone (`cut`, in characters)."""
@@ -124,7 +149,7 @@ def cut(problem: Problem, room: int) -> None:
     room -= 300 * len(texts)  # what else each has
     for answer in answers:
         if size_of(answer) > room // len(answers):
-            for key in ("pieces", "logp", "gap", "entropy"):
+            for key in TOKENS:
                 answer.pop(key, None)
     limit = max(200, _level([len(owner[key]) for owner, key in texts], room // 2))
     for owner, key in texts:

@@ -363,7 +363,7 @@ function draw(chart) {
   const axis = {stroke: css("--muted"), grid: {stroke: css("--grid"), width: 1}, ticks: {stroke: css("--grid"), width: 1, size: 4}, font: `11px ${getComputedStyle(document.body).fontFamily}`,
     values: (u, splits) => splits.map((v) => (v === null ? "" : short(v)))};
   const options = {
-    width: chart.figure.clientWidth, height: 210, series, bands, padding: [8, 8, 0, 0],
+    width: chart.figure.clientWidth, height: 210, series, bands, padding: [8, 16, 0, 0],
     scales: {x: {time: false}, y: log ? {distr: 3} : {distr: 1, range: (u, low, high) => (low === high ? flat(low) : uPlot.rangeNum(low, high, 0.1, true))}},
     legend: {live: true, markers: {width: 2, dash: (u, i) => (series[i].dash?.length ? "dashed" : "solid")}},
     hooks: {ready: [lastValues], setLegend: [(u) => u.legend.idx === null && lastValues(u)]}, // without a cursor, the last values
