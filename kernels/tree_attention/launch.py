@@ -104,8 +104,8 @@ def _config(kernel: str, x: Tensor) -> Config:
         return default
     name = config_name(kernel, x.shape[2])
     found = launch_config(name, default, x.device)
-    if TILE % found.own or MASKED_TILE % found.step:
-        raise ValueError(f"{name}: {found}: own has to divide {TILE}, and step {MASKED_TILE}")
+    if OWN_TILE % found.own or TILE % found.step:
+        raise ValueError(f"{name}: {found}: own has to divide {OWN_TILE}, and step {TILE}")
     return found
 
 
