@@ -32,6 +32,8 @@ MERGE_CASES = [(cc, name, 128, n, "bf16") for cc in (80, 90, 100) for n in (2, 3
 OTHER_MERGE_CASES = [(90, name, D, 3, "bf16") for D in (64, 96, 256) for name in ("merge", "add")]
 OTHER_MERGE_CASES += [(90, name, 128, 3, "fp16") for name in ("merge", "add")]
 
+pytestmark = pytest.mark.timeout(900)  # one fixture compiles all
+
 
 def signature(kernel, name, config, constants, dtype):
     """Triton types by argument, and which arguments are multiples of 16, as a launch on aligned tensors has them."""
