@@ -36,12 +36,7 @@ def _bare_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
         return together(
             lambda: LocalEngine(twin_of(model, device, dtype), ends, pad, batch, max_model_len=config.max_model_len)
         )
-    from cipo_fast.rollout.server_process import check_port
-    from cipo_fast.rollout.vllm import VllmEngine, check_version, engine_arguments
-
-    check_version()
-    engine_arguments(config, device)  # what is refused is refused before anything is written
-    on_main(lambda: check_port(config))
+    check_engine(config, device)  # what is refused is refused before anything is written
     folder = config.run_dir / "engine"
     shape = copy.deepcopy(model.config)
     shape.architectures = [type(model).__name__]  # not every config that a model is built from says so
@@ -51,6 +46,8 @@ def _bare_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
         for name, tensor in named_tensors(model)
     }
     if config.rollout.engine == "vllm":  # builds process groups: a rank that fails in between leaves the others there
+        from cipo_fast.rollout.vllm import VllmEngine
+
         try:
             return VllmEngine(folder, config, list(wanted), ends, device)
         except UserError:
@@ -60,6 +57,18 @@ def _bare_engine(config: Config, model: PreTrainedModel, chat: Chat, device: str
     from cipo_fast.rollout.vllm_server import build_server_engine
 
     return build_server_engine(folder, config, wanted, ends, device)
+
+
+def check_engine(config: Config, device: str) -> None:
+    """UserError where `config.rollout` asks for what this machine has not, or vLLM does not know. A collective."""
+    if config.rollout.engine == "local":
+        return
+    from cipo_fast.rollout.server_process import check_port
+    from cipo_fast.rollout.vllm import check_version, engine_arguments
+
+    check_version()
+    engine_arguments(config, device)
+    on_main(lambda: check_port(config))
 
 
 def starting(config: Config) -> str:

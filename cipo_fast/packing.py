@@ -6,7 +6,7 @@ A tree is stored in DFS preorder, so visibility needs one integer a key: visible
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,8 +86,18 @@ class Pack:
         return [len(c.segments[-1].token_ids) for c in self.conversations]
 
     def to(self, device: torch.device) -> Pack:
+        """From pinned memory to CUDA nothing waits."""
+        return self._map(
+            lambda x: x.to(device, non_blocking=device.type == "cuda") if isinstance(x, Tensor) else x.to(device)
+        )
+
+    def pin_memory(self) -> Pack:
+        """The same pack in pinned memory; needs CUDA."""
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, move: Callable[[Any], Any]) -> Pack:
         moved: dict[str, Any] = {
-            f.name: value.to(device)
+            f.name: move(value)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor | TreeLayout)
         }
@@ -187,9 +197,12 @@ def _fill(order: list[int], sizes: list[int], costs: list[float], n_bins: int, c
     return bins
 
 
-def make_pack(trees: list[Node]) -> Pack:
+def make_pack(trees: list[Node], attention: str = "auto") -> Pack:
     """Lay trees out as one stream. Without trees the pack is a single token with no targets: it weighs nothing, and
-    lets a rank without work take part in the collectives."""
+    lets a rank without work take part in the collectives.
+
+    What `attention` (model.attention) loops over is built here, once, and where there is a GPU the pack is pinned: the
+    learner then queues one pack after the other, and waits neither for a list nor for a copy."""
     lengths: list[int] = []
     parents: list[int] = []
     ends: list[int] = []
@@ -214,9 +227,9 @@ def make_pack(trees: list[Node]) -> Pack:
             found.append(node.conversation)
             last_token.append(ends[-1] - 1)
     counts = torch.tensor([len(c.segments[-1].token_ids) for c in found], dtype=torch.int64)
-    return Pack(
+    pack = Pack(
         input_ids=torch.tensor(input_ids),
-        layout=TreeLayout.from_parents(lengths, parents),
+        layout=TreeLayout.from_parents(lengths, parents).prepare(attention),
         pred_index=torch.tensor(pred_index, dtype=torch.int64),
         target_id=torch.tensor(target_id, dtype=torch.int64),
         conversation=torch.arange(len(found)).repeat_interleave(counts),
@@ -227,6 +240,7 @@ def make_pack(trees: list[Node]) -> Pack:
         last_token=torch.tensor(last_token, dtype=torch.int64),
         conversations=tuple(found),
     )
+    return pack.pin_memory() if torch.cuda.is_available() else pack
 
 
 def _preorder(trees: list[Node]) -> Iterator[tuple[Node, int]]:

@@ -18,7 +18,7 @@ from cipo_kernels import LossOutput, TreeLayout, device_rates, fused_linear_cipo
 from cipo_kernels.tree_attention import tree_attention
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
@@ -70,7 +70,8 @@ AttentionInterface.register(ATTENTION, cipo_tree_attention)
 class Policy(nn.Module):
     """`policy(pack) -> LossOutput`, `policy(pack, "logp") -> logp [N] fp32`, `"measure"`: (logp, entropy).
 
-    All run in `forward`, inside the FSDP root, so that its hooks unshard the head once for the fused loss.
+    All run in `forward`, inside the FSDP root, so that its hooks unshard the head once for the fused loss; a head that
+    is not the embedding has hooks of its own around `with_head`.
     """
 
     def __init__(self, model: PreTrainedModel, config: Config):
@@ -94,6 +95,12 @@ class Policy(nn.Module):
             tree_impl=self.attention,
             use_cache=False,
         ).last_hidden_state[0]  # [T, H]
+        return self.with_head(hidden, pack, what, temperature)
+
+    def with_head(
+        self, hidden: Tensor, pack: Pack, what: str, temperature: float | None
+    ) -> LossOutput | Tensor | tuple[Tensor, Tensor]:
+        """What `forward` returns, of the last hidden states [T, H]."""
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         inputs = (hidden, head.weight, pack.pred_index, pack.target_id)
@@ -141,8 +148,9 @@ class Policy(nn.Module):
         return found
 
     def _reshard(self) -> None:
-        if isinstance(self, FSDPModule):
-            self.reshard()  # FSDP2 leaves the root's parameters gathered for a backward pass
+        for module in (self, self.model.get_output_embeddings()):
+            if isinstance(module, FSDPModule):
+                module.reshard()  # FSDP2 leaves the root's and the head's gathered for a backward pass
 
     def _sampler_logp(self, pack: Pack) -> Tensor:
         """[N] such that exp(old_logp - it) is the importance weight of the target, or of its whole sequence.
@@ -177,6 +185,8 @@ def build_policy(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Po
     )
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
+    if not policy.tied_names:
+        shard_head(policy, mesh, precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
@@ -184,6 +194,18 @@ def build_policy(model: PreTrainedModel, config: Config, mesh: DeviceMesh) -> Po
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     return policy
+
+
+def shard_head(policy: Policy, mesh: DeviceMesh, precision: MixedPrecisionPolicy) -> None:
+    """A group of its own for a head that is not the embedding: gathered while the last layer goes forward, its gradient
+    reduced while the layers go backward. In the root's group both would wait, for the whole model's two ends."""
+    head: Any = policy.model.get_output_embeddings()
+    fully_shard(head, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    head.with_loss = policy.with_head  # never called as a module: FSDP2 takes a method's calls for its forward
+    register_fsdp_forward_method(head, "with_loss")
+    policy.with_head = head.with_loss  # type: ignore[method-assign]
+    last: Any = decoder_layers(policy.model)[-1]
+    last.set_modules_to_forward_prefetch([head])
 
 
 def recompute_all_but_attention() -> tuple[AbstractContextManager, AbstractContextManager]:

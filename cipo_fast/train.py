@@ -24,7 +24,9 @@ from datetime import timedelta
 from functools import partial
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from cipo_kernels.tree_attention.flash_versions import activate_newest_flash_attention
 from torch.distributed.device_mesh import DeviceMesh
 
 from cipo_fast.alarms import Alarms
@@ -41,11 +43,12 @@ from cipo_fast.config import Config, cautions, comparison, parse_args
 from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
-from cipo_fast.engines import build_engine, fit_to_engine, fit_to_model, starting
+from cipo_fast.engines import build_engine, check_engine, fit_to_engine, fit_to_model, starting
 from cipo_fast.errors import PolicyBroken, Preempted, TrainingStopped, command, put
 from cipo_fast.evaluation.report import Evaluation
 from cipo_fast.evaluation.sample import evaluate
 from cipo_fast.learner import Learner
+from cipo_fast.liger import use_liger
 from cipo_fast.marking import build_judges, failures_of, refuse_failures
 from cipo_fast.model import load_model, load_shape, load_tokenizer
 from cipo_fast.packing import CostModel
@@ -132,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
     """The whole job: open the folder, build, warm up, evaluate, loop, evaluate, export."""
     check_data(config)
+    check_engine(config, mesh.device_type)  # before a warm start, not after it
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
@@ -383,6 +387,11 @@ def build(
     correct = CorrectionPrompts(chat, config.correction)
     view.say(f"{model.num_parameters():,} parameters, {len(train_prompts):,} problems, {len(held_out)} held out")
 
+    if (line := use_liger(model, config, mesh.device_type)) is not None:
+        view.say(line)
+    if config.model.attention == "flash" and mesh.device_type == "cuda":
+        version = activate_newest_flash_attention(torch.device("cuda", torch.cuda.current_device()))
+        view.say(f"attention on {version}")
     cost = cost_model(model.config, model.num_parameters())
     flops = flops_model(model.config, model.num_parameters())
     reference_model = copy.deepcopy(model) if config.loss.beta > 0 else None

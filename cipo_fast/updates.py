@@ -122,7 +122,8 @@ def make_packs(batch: list[Conversation], run: Run) -> tuple[list[Pack], int, fl
     ranks = pack_trees(trees, run.config.train.pack_tokens, run.cost, dist.get_world_size())
     pieces = [tree for packs in ranks for members in packs for tree in members]
     tokens, flops = sum(tree.num_tokens for tree in pieces), sum(run.flops.of(tree) for tree in pieces)
-    return [make_pack(members) for members in ranks[dist.get_rank()]], tokens, flops
+    packs = [make_pack(members, run.config.model.attention) for members in ranks[dist.get_rank()]]
+    return packs, tokens, flops
 
 
 def update_metrics(updates: list[Update]) -> Metrics:

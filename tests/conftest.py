@@ -18,8 +18,11 @@ def _threads() -> None:
 
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory that holds warm starts; runs on the same model link to them."""
-    return tmp_path_factory.mktemp("warm")
+    """A run directory that holds warm starts; runs on the same model link to them, those of both workers too."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm"
+    (folder / "warm_start").mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,18 @@ Imported by test_ranks.py and test_bf16.py too, which compute the same in one pr
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from conversations import random_conversations
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from cipo_fast.config import Config, load_config
 from cipo_fast.distributed import gather, leave, process_group, raise_together, share
@@ -25,6 +28,8 @@ from cipo_fast.policy import ATTENTION, Policy, build_policy
 CASES = {
     "float32": [],
     "checkpointed": ["model.activation_checkpointing=true"],
+    "untied": [],
+    "untied_checkpointed": ["model.activation_checkpointing=true"],
     "bfloat16": ["model.dtype=bfloat16"],
     "bfloat16_checkpointed": ["model.dtype=bfloat16", "model.activation_checkpointing=true"],
 }
@@ -36,6 +41,15 @@ def settings(case: str) -> Config:
     """Gradients are clipped nowhere: a norm of 1 would hide any factor between them."""
     small = ["model.embedded.hidden=32", "model.embedded.mlp=48", "loss.entropy_coef=0.1", "optim.max_grad_norm=1e9"]
     return load_config([], [*small, *CASES[case]])
+
+
+def model_of(case: str) -> PreTrainedModel:
+    model = new_model(settings(case), ATTENTION)
+    if case.startswith("untied"):
+        model.config.tie_word_embeddings = False
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().flip(0))
+    return model
 
 
 def trees() -> list[Node]:
@@ -72,6 +86,24 @@ def gradients(policy: Policy, config: Config, packs: list[Pack]) -> tuple[Update
         return learner.update(packs, 0), found
 
 
+@contextmanager
+def order_of_groups() -> Iterator[list[str]]:
+    """What FSDP2's groups do meanwhile, in order: "gather head", "reduce layers.0"..."""
+    events: list[str] = []
+    names = {"unshard": "gather", "post_forward": "forward", "post_backward": "reduce"}
+    with ExitStack() as patches:
+        for method, name in names.items():
+            inner = getattr(FSDPParamGroup, method)
+
+            def noted(group: Any, *args: Any, _inner: Any = inner, _name: str = name, **kwargs: Any) -> Any:
+                where = (group._module_fqn or "root").removeprefix("model.").removeprefix("model.")
+                events.append(f"{_name} {where}")
+                return _inner(group, *args, **kwargs)
+
+            patches.enter_context(mock.patch.object(FSDPParamGroup, method, noted))
+        yield events
+
+
 def first_error(mine: Exception | None) -> str:
     try:
         raise_together(mine)
@@ -85,10 +117,11 @@ def main(folder: Path) -> None:
         rank = dist.get_rank()
         for case in CASES:
             config = settings(case)
-            policy = build_policy(new_model(config, ATTENTION), config, mesh)
-            result = gradients(policy, config, packs_of_rank(rank))
+            policy = build_policy(model_of(case), config, mesh)
+            with order_of_groups() as order:
+                result = gradients(policy, config, packs_of_rank(rank))
             if rank == 0:
-                torch.save(result, folder / f"{case}.pt")
+                torch.save((*result, order), folder / f"{case}.pt")
         heard = [
             first_error(ValueError(f"of rank {rank}") if rank else None),  # ranks 1 and 2 fail, 0 does not
             first_error(None),

@@ -1,8 +1,8 @@
 """Run by test_ranks_failing.py: `ranks_failing.py FOLDER PHASE:HOW ... -- SETTINGS`.
 
 For each PHASE two ranks of the trainer, forked (to import everything once), with one failure put into one of them: an
-exception, a death or a silence. Nobody watches over them, as torchrun would. Prints a JSON object: PHASE:HOW -> exit
-codes and standard errors of the two ranks, and the checkpoints."""
+exception, a death or a silence. Warm starts are kept in FOLDER/warm_start. Nobody watches over the ranks, as torchrun
+would. Prints a JSON object: PHASE:HOW -> exit codes and standard errors of the two ranks, and the checkpoints."""
 
 import json
 import os
@@ -79,7 +79,6 @@ def run(folder: Path, case: str, settings: list[str]) -> dict[str, object]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     name = case.replace(":", "-")
-    (folder / "warm_start").mkdir(exist_ok=True)
     (folder / name).mkdir()
     (folder / name / "warm_start").symlink_to(folder / "warm_start")
     logs = [folder / f"{name}.{number}.err" for number in range(2)]

@@ -155,13 +155,6 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("warm")
-    (folder / "warm_start").mkdir()
-    return folder
-
-
 def run(folder: Path, warm: Path, *args: str, ranks: int = 1) -> list[dict]:
     folder.mkdir()
     (folder / "warm_start").symlink_to(warm / "warm_start")

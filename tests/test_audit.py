@@ -252,7 +252,6 @@ def test_alarms_look_at_both_signs_and_at_shares() -> None:
 def test_the_table_of_a_run_is_what_training_logged(tmp_path: Path, warm: Path, capsys) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (warm / "warm_start").mkdir(exist_ok=True)
     (run / "warm_start").symlink_to(warm / "warm_start")
     assert train([*TINY, f"run.dir={run}"]) == 0
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

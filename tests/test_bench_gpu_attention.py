@@ -16,6 +16,7 @@ from torch.nn.attention import _registry as registry
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu" / "tree_attention.py"
 README = Path(__file__).parents[1] / "kernels" / "README.md"
 RATES = Path(__file__).parents[1] / "kernels" / "device_rates.json"
+CONFIGS = RATES.with_name("launch_configs.json")
 
 
 @pytest.mark.slow
@@ -44,6 +45,25 @@ def test_smoke(tmp_path):
     assert json.loads(written.read_text()) == records
     assert json.loads((tmp_path / RATES.name).read_text())["cpu"] == records[-1]["rates"]
     assert RATES.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the script itself is the test there")
+def test_smoke_of_a_sweep(tmp_path):
+    """Every kernel at its default and at two other configurations; the fastest is kept, in $OUT alone."""
+    pytest.importorskip("triton")
+    before = CONFIGS.read_text(encoding="utf-8")
+    env = os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", SCRIPT, "--smoke", "--sweep"]
+    records = list(map(json.loads, subprocess.check_output(command, env=env, text=True, timeout=120).splitlines()))
+    tried = [r for r in records if r["what"] == "sweep"]
+    kernels = [f"tree_attention_{kernel}_d64" for kernel in ("forward", "dq", "dkdv")]
+    assert [r["kernel"] for r in tried] == [kernel for kernel in kernels for _ in range(3)]
+    assert all(r["ok"] and r["ms"] > 0 for r in tried)
+    written = json.loads((tmp_path / CONFIGS.name).read_text())["cpu"]
+    assert written.pop("source").keys() == {"tree_attention.py"}
+    assert written == {r["kernel"]: r["config"] for r in records if r["what"] == "fastest"}
+    assert CONFIGS.read_text(encoding="utf-8") == before
 
 
 @pytest.fixture(scope="module")

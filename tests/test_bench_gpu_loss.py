@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import sweep as sweeps
 import torch
+from cipo_kernels.launch_configs import CONFIGS_FILE
 
 SCRIPT = Path(__file__).parents[1] / "bench/gpu/fused_loss.py"
 OURS = ["logits", "exp"]
@@ -15,25 +17,14 @@ LIGER = {"liger_grpo", "liger_scaled_cross_entropy", "liger_cross_entropy"}
 PEERS = {"eager", "torch_linear_cross_entropy", "eager_compiled"}
 
 
-def smoke(folder: Path, **environment: str) -> tuple[int, list[dict]]:
+def smoke(folder: Path, *options: str, **environment: str) -> tuple[int, list[dict]]:
     """Exit status and lines."""
     environment = {**os.environ, "OUT": str(folder), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--smoke"]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--smoke", *options]
     done = subprocess.run(command, env=environment, timeout=100, capture_output=True, text=True)
-    [file] = folder.glob("*-fused_loss.json")
+    [file] = folder.glob("*-fused_loss*.json")
     assert file.read_text() == done.stdout, done.stderr
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def load(monkeypatch):
-    """The script as a module, at its small shapes."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--smoke"])
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("CIPO_KERNELS", "triton")
-    spec = importlib.util.spec_from_file_location("bench_fused_loss", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_smoke_runs_every_method(tmp_path: Path) -> None:
@@ -51,21 +42,46 @@ def test_smoke_runs_every_method(tmp_path: Path) -> None:
     assert all(line["ms"] > 0 and line["floor_ms"] > 0 for line in times)
 
 
-def test_the_bars_see_one_lost_tile_and_a_scaled_column(monkeypatch) -> None:
-    """A kernel that loses the last 16 of 300 columns of d(logits), or one part in 50 of a target's, is wrong."""
-    bench = load(monkeypatch)
-    case = bench.make_case(*bench.CHECKED)
-    rows, ids = torch.arange(bench.CHECKED[0]), torch.arange(bench.VOCAB)
-    right = bench.exact(case, bench.clipped_loss, rows, ids, rounded=False)
-    best = list(bench.exact(case, bench.clipped_loss, rows, ids, rounded=True)[1:])
-    bar = bench.errors(best, right)
-    assert bench.within(bar, bar)
-    lost = best[1].clone()
-    lost[-16:] = 0
-    assert not bench.within(bench.errors([best[0], lost], right), bar)
-    scaled = best[0].clone()
-    scaled[0] *= 0.98
-    assert not bench.within(bench.errors([scaled, best[1]], right), bar)
+def test_smoke_of_a_sweep(tmp_path: Path) -> None:
+    """Every kernel at its default and at two other configurations; the fastest is kept, in $OUT alone."""
+    before = CONFIGS_FILE.read_text()
+    status, (_, *lines) = smoke(tmp_path, "--sweep")
+    assert status == 0
+    kernels = ("exp_gemm", "logp_gemm", "row_kernel")
+    tried = [line for line in lines if line["what"] == "sweep"]
+    assert [line["kernel"] for line in tried] == [kernel for kernel in kernels for _ in range(3)]
+    assert all(line["ok"] and line["ms"] > 0 for line in tried)
+    fastest = {line["kernel"]: line["config"] for line in lines if line["what"] == "fastest"}
+    written = json.loads((tmp_path / CONFIGS_FILE.name).read_text())["cpu"]
+    assert written.pop("source").keys() == {"fused_loss.py"}
+    assert written == fastest
+    assert fastest.keys() == set(kernels)
+    for kernel, config in fastest.items():
+        of_kernel = [line for line in tried if line["kernel"] == kernel]
+        assert config == min(of_kernel, key=lambda line: line["ms"])["config"]
+    assert CONFIGS_FILE.read_text() == before
+
+
+def test_a_sweep_keeps_neither_what_fails_nor_what_is_wrong(monkeypatch) -> None:
+    monkeypatch.setattr(sweeps, "launch_configs", lambda: configs)
+    configs: dict = {"cpu": {"kernel": {"m": 9}}}
+    right = torch.tensor([[1.0, 2.0], [1e-4, 0.0], [0.0, 3.0]])
+    lost = right * torch.tensor([[1.0], [0.0], [1.0]])
+
+    def run() -> list[torch.Tensor]:
+        m = configs["cpu"].get("kernel", {}).get("m", 1)
+        if m == 3:
+            raise RuntimeError("out of resource")
+        return [lost if m == 2 else right]
+
+    def milliseconds(run) -> float:
+        return 5.0 - configs["cpu"]["kernel"].get("m", 1)
+
+    candidates = [{"m": 2}, {"m": 3}, {"m": 4}]
+    lines = list(sweeps.sweep("kernel", candidates, run, milliseconds, "cpu"))
+    assert [line.get("ok") for line in lines[:4]] == [True, False, None, True]
+    assert lines[2]["error"] == "RuntimeError: out of resource"
+    assert lines[-1]["config"] == configs["cpu"]["kernel"] == {"m": 4}
 
 
 def test_a_case_that_fails_says_so_and_the_next_one_runs(tmp_path: Path) -> None:

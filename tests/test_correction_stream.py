@@ -165,8 +165,3 @@ def test_resume_over_the_end_of_the_start_is_exact(tmp_path: Path, warm: Path) -
     measured = [row for row in rows if row["replay/attainable"] is not None]
     assert measured
     assert all(row["replay/target"] == pytest.approx((1 + row["replay/attainable"]) / 2) for row in measured)
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("warm")

@@ -40,6 +40,7 @@ def test_the_wheel_installs_two_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"cipo_fast", "cipo_kernels"}
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"cipo_fast", "cipo_kernels"}
+    assert {"cipo_kernels/device_rates.json", "cipo_kernels/launch_configs.json"} <= set(names)
     recipes = {path.name for path in (ROOT / "configs").rglob("*.yaml")}
     assert {name.split("/")[-1] for name in names if name.startswith("cipo_fast/configs/")} == recipes
     page = {str(path.relative_to(ROOT)) for path in (ROOT / "cipo_fast/report/static").rglob("*") if path.is_file()}

@@ -251,7 +251,6 @@ def test_a_slow_answer_does_not_fill_the_memory(user: str) -> None:
 def test_a_second_opinion_on_a_run(tmp_path: Path, warm: Path, capsys) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (warm / "warm_start").mkdir(exist_ok=True)
     (run / "warm_start").symlink_to(warm / "warm_start")
     assert train([*TINY, f"run.dir={run}"]) == 0
     assert main([str(run)]) == 0

@@ -21,8 +21,9 @@ ROW_TERMS = ("bias", "inv_temperature", "softcap", "entropy_coef", "beta", "is_c
 TYPES = {"target_id": "*i64", "clipped_out": "*i1", "e": "*bf16", "e_out": "*bf16", "x": "*bf16", "weight": "*bf16"}
 TYPES |= dict.fromkeys(("d_logits",), "*bf16")
 TYPES |= dict.fromkeys(
-    ("first", "vocab", "row_stride", "d_row_stride", "e_stride", "n", "targets", "H", "parts"), "i32"
+    ("first", "vocab", "row_stride", "d_row_stride", "e_stride", "n", "targets", "H", "parts", "column_tiles"), "i32"
 )
+TYPES |= dict.fromkeys(("rows", "count"), "*i32")
 TYPES |= dict.fromkeys(("softcap", "eps_low", "eps_high", "dual_clip", "beta", "entropy_coef", "is_cap"), "fp32")
 ALIGNED = ("row_stride", "d_row_stride", "vocab", "e_stride", "H")  # multiples of 16; so are the pointers
 
@@ -35,8 +36,8 @@ def cases(arch: int) -> dict:
     from cipo_kernels.lm_head import logp_gemm
     from cipo_kernels.lm_head import row_kernel as v0
 
-    row, warps = {"BLOCK_V": v0.BLOCK_V}, {"num_warps": v0.NUM_WARPS}
-    repair = {"BLOCK_V": e.REPAIR_V, "BLOCK_H": e.REPAIR_H}
+    row, warps = {"BLOCK_V": v0.BLOCK.columns}, {"num_warps": v0.BLOCK.warps}
+    block = {"BLOCK": e.BLOCK}
     ppo, cispo = ({"ON_POLICY": False, "CISPO": given} for given in (False, True))
     found = {
         "token_loss_kernel": (v0.token_loss_kernel, ROW_TERMS, row | ppo, warps, {}),
@@ -48,20 +49,30 @@ def cases(arch: int) -> dict:
         "logp_kernel, odd V": (v0.logp_kernel, ROW_TERMS, row, warps, {"vocab": "i32"}),
         "gradient_kernel, odd V": (v0.gradient_kernel, ROW_TERMS, row, warps, {"vocab": "i32"}),
         "anchor_kernel": (e.anchor_kernel, (), {"BLOCK_H": e.BLOCK_H}, {}, {}),
-        "reanchor_kernel": (e.reanchor_kernel, (), repair, {}, {}),
-        "exp_loss_kernel": (e.exp_loss_kernel, ("entropy_coef", "dual_clip"), ppo, {}, {}),
-        "exp_loss_kernel, dual clip": (e.exp_loss_kernel, ("entropy_coef",), ppo, {}, {}),
-        "exp_loss_kernel, CISPO": (e.exp_loss_kernel, ("entropy_coef", "dual_clip"), cispo, {}, {}),
+        "total_kernel": (e.total_kernel, (), block, {}, {}),
+        "bad_rows_kernel": (e.bad_rows_kernel, (), block, {}, {}),
+        "reanchor_kernel": (e.reanchor_kernel, (), block, {}, {}),
+        "exp_loss_kernel": (e.exp_loss_kernel, ("entropy_coef", "dual_clip"), ppo | block, {}, {}),
+        "exp_loss_kernel, dual clip": (e.exp_loss_kernel, ("entropy_coef",), ppo | block, {}, {}),
+        "exp_loss_kernel, CISPO": (e.exp_loss_kernel, ("entropy_coef", "dual_clip"), cispo | block, {}, {}),
     }
     tma = arch >= 90
     t = g.TMA_TILES if tma else g.POINTER_TILES
-    blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP_M": g.GROUP_M, "TMA": tma}
+    blocks = {"BLOCK_M": t.m, "BLOCK_N": t.n, "BLOCK_K": t.k, "GROUP_M": t.group, "TMA": tma}
     options = {"num_warps": t.warps, "num_stages": t.stages}
     tiles = {"x": f"tensordesc<bf16[{t.m},{t.k}]>", "weight": f"tensordesc<bf16[{t.n},{t.k}]>"} if tma else {}
-    found["exp_gemm_kernel"] = (e.exp_gemm_kernel, ("bias", "inv_temperature"), blocks, options, tiles)
-    found["exp_gemm_kernel, every term"] = (e.exp_gemm_kernel, (), blocks, options, tiles)
+    all_rows = ("rows", "count")
+    found["exp_gemm_kernel"] = (e.exp_gemm_kernel, (*all_rows, "bias", "inv_temperature"), blocks, options, tiles)
+    found["exp_gemm_kernel, every term"] = (e.exp_gemm_kernel, all_rows, blocks, options, tiles)
+    found["exp_gemm_kernel, bad rows"] = (e.exp_gemm_kernel, ("bias", "inv_temperature"), blocks, options, tiles)
+    found["exp_gemm_kernel, bad rows, every term"] = (e.exp_gemm_kernel, (), blocks, options, tiles)
+    found["max_gemm_kernel"] = (e.max_gemm_kernel, ("bias", "inv_temperature"), blocks, options, tiles)
+    found["max_gemm_kernel, every term"] = (e.max_gemm_kernel, (), blocks, options, tiles)
+    odd = tiles | {"vocab": "i32"}
+    found["exp_gemm_kernel, odd V"] = (e.exp_gemm_kernel, (*all_rows, "bias", "inv_temperature"), blocks, options, odd)
     head = ("bias", "inv_temperature", "softcap")
     found["logp_gemm_kernel"] = (logp_gemm.logp_gemm_kernel, head, blocks, options, tiles)
+    found["logp_gemm_kernel, odd V"] = (logp_gemm.logp_gemm_kernel, head, blocks, options, odd)
     found["logp_gemm_kernel, every term"] = (logp_gemm.logp_gemm_kernel, (), blocks, options, tiles)
     found["logp_of_parts_kernel"] = (logp_gemm.logp_of_parts_kernel, (), {"BLOCK": 1024}, {}, {})
     return found
@@ -164,7 +175,7 @@ def test_log_probs_are_swept_without_a_barrier(compiled):
 
 def test_the_gemm_uses_tensor_cores_and_tma(compiled):
     rows = [row for row in compiled if "_gemm_kernel" in row["kernel"]]
-    assert len(rows) == 4 * len(SHARED_LIMIT)
+    assert len(rows) == 10 * len(SHARED_LIMIT)
     for row in rows:
         assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[row["arch"]] in row["instructions"], row
         assert (row["arch"] >= 90) == ("cp.async.bulk.tensor" in row["instructions"]), row

@@ -1,9 +1,11 @@
 """Trees and packs: every target exactly once, ancestors exact, capacity kept."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
 import torch
+from cipo_kernels.tree_attention import TreeLayout, layout, tree_attention
 from conversations import random_conversations
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,3 +157,35 @@ def test_a_rank_without_work_gets_a_pack_that_weighs_nothing() -> None:
     empty = make_pack(next(mine[0] for mine in packs if not mine[0]))
     assert len(empty.input_ids) == 1
     assert len(empty.target_id) == 0
+
+
+@pytest.mark.parametrize("impl", ["triton", "flash"])
+def test_no_work_list_is_built_in_a_forward_pass(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
+    trees = build_trees(random_conversations(0))
+    pack, without = make_pack(trees, impl), make_pack(trees, "torch")
+    monkeypatch.setattr(layout, "tree_work", None)
+    monkeypatch.setattr(layout, "varlen_work", None)
+
+    def forward_and_backward(tree: TreeLayout) -> None:
+        x = torch.ones(len(pack.input_ids), 1, 16, requires_grad=True)
+        tree_attention(x, x, x, tree, impl=impl).sum().backward()
+
+    forward_and_backward(pack.layout)
+    moved = pack.to(torch.device("meta")).layout
+    assert (moved.attention_work if impl == "triton" else moved.varlen_work)[0].is_meta
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        forward_and_backward(without.layout)
+
+
+def test_where_there_is_a_gpu_packs_are_pinned_lists_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.clone()) or pinned[-1])
+    pack = make_pack(build_trees(random_conversations(0)), "triton")
+    found = {id(x) for x in pinned}
+    fields = [getattr(pack, field.name) for field in dataclasses.fields(pack)]
+    assert all(id(x) in found for x in fields if isinstance(x, torch.Tensor))
+    assert {id(pack.layout.position_ids), id(pack.layout.subtree_end_of_token)} <= found
+    assert pack.layout.attention_work[0].untyped_storage().data_ptr() in {
+        x.untyped_storage().data_ptr() for x in pinned
+    }

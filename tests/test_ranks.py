@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from gradients_on_ranks import CASES, gradients, packs_of_rank, settings, trees
+from gradients_on_ranks import CASES, gradients, model_of, packs_of_rank, settings, trees
 
-from cipo_fast.embedded.model import new_model
 from cipo_fast.packing import make_pack
-from cipo_fast.policy import ATTENTION, Policy, build_policy
+from cipo_fast.policy import Policy, build_policy
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +37,13 @@ def test_ranks_are_unequal() -> None:
     assert sizes[2][1] == 0
 
 
-@pytest.mark.parametrize("case", ["float32", "checkpointed"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("bfloat16")])
 def test_gradients_add_up_over_ranks(case: str, on_three_ranks: dict[str, Any]) -> None:
     """Against a policy that is not sharded, on one pack of everything: loss weights hold the global normalisers, so
     ranks add up. An average would be a third."""
-    update, found = on_three_ranks[case]
+    update, found, _ = on_three_ranks[case]
     config = settings(case)
-    expected, alone = gradients(Policy(new_model(config, ATTENTION), config), config, [make_pack(trees())])
+    expected, alone = gradients(Policy(model_of(case), config), config, [make_pack(trees())])
     assert update.loss == pytest.approx(expected.loss, rel=1e-5)
     assert update.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
     for stream, stats in expected.streams.items():
@@ -57,13 +56,23 @@ def test_gradients_add_up_over_ranks(case: str, on_three_ranks: dict[str, Any]) 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("bfloat16")])
 def test_gradients_of_bfloat16_add_up_over_ranks(case: str, mesh, on_three_ranks: dict[str, Any]) -> None:
     """Ranks compute in bfloat16 and add up in float32, so only other packs, other roundings, make a difference."""
-    update, found = on_three_ranks[case]
+    update, found, _ = on_three_ranks[case]
     config = settings(case)
-    expected, alone = gradients(build_policy(new_model(config, ATTENTION), config, mesh), config, [make_pack(trees())])
+    expected, alone = gradients(build_policy(model_of(case), config, mesh), config, [make_pack(trees())])
     assert update.loss == pytest.approx(expected.loss, rel=1e-2)
     for name in alone:
         assert found[name].dtype == torch.float32
         assert (found[name] - alone[name]).norm() <= 2e-2 * alone[name].norm(), name
+
+
+def test_a_head_of_its_own_is_gathered_and_reduced_beside_the_layers(on_three_ranks: dict[str, Any]) -> None:
+    """Gathered before the last layer ends, reduced before the first layer's backward pass does; else with the root's,
+    before the first layer and after the last gradient."""
+    order = on_three_ranks["untied"][2]
+    last, first = "layers.1", "layers.0"
+    assert order.index("gather lm_head") < order.index(f"forward {last}")
+    assert order.index("reduce lm_head") < order.index(f"reduce {last}") < order.index(f"reduce {first}")
+    assert not any("lm_head" in event for event in on_three_ranks["float32"][2])
 
 
 def test_one_ranks_error_is_everybodys_and_the_first_one_counts(on_three_ranks: dict[str, Any]) -> None:

@@ -32,15 +32,16 @@ SILENT = ("sample:hang",)
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def ended(tmp_path_factory: pytest.TempPathFactory, warm: Path) -> dict[str, dict]:
     """What became of the ranks, in all cases. One that outlives the other by 20 seconds counts as hanging."""
     cases = [*AGREED, *ALONE, *DEAD]
     settings = [*SMALL, "train.steps=1", "eval.problems=4"]
-    done = ranks(tmp_path_factory.mktemp("ranks"), cases, settings)
-    return done | ranks(tmp_path_factory.mktemp("silent"), [*SILENT], [*settings, "run.rank_timeout_s=5"])
+    done = ranks(tmp_path_factory.mktemp("ranks"), warm, cases, settings)
+    return done | ranks(tmp_path_factory.mktemp("silent"), warm, [*SILENT], [*settings, "run.rank_timeout_s=5"])
 
 
-def ranks(folder: Path, cases: list[str], settings: list[str]) -> dict[str, dict]:
+def ranks(folder: Path, warm: Path, cases: list[str], settings: list[str]) -> dict[str, dict]:
+    (folder / "warm_start").symlink_to(warm / "warm_start")
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(folder), *cases, "--", *settings],
         stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},

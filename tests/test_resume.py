@@ -37,11 +37,6 @@ TORCHRUN = Path(sys.executable).with_name("torchrun")
 ENDLESS = "train.steps=1000000"
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("warm")
-
-
 # ----------------------------------------------------------------------------------------------- real ends of processes
 
 

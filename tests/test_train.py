@@ -38,7 +38,6 @@ def run_dir(tmp_path: Path, warm: Path, name: str = "run") -> Path:
     """A new run directory whose warm starts are kept in `warm`."""
     folder = tmp_path / name
     folder.mkdir()
-    (warm / "warm_start").mkdir(exist_ok=True)
     (folder / "warm_start").symlink_to(warm / "warm_start")
     return folder
 

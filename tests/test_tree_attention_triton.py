@@ -11,8 +11,10 @@ import torch
 import torch.utils.checkpoint
 from cipo_kernels.tree_attention import tree_attention, worklist
 from cipo_kernels.tree_attention.layout import TreeLayout
-from cipo_kernels.tree_attention.worklist import MASKED_TILE, TILE, Item, TreeWork, tree_work
+from cipo_kernels.tree_attention.worklist import OWN_TILE, TILE, Item, TreeWork, tree_work
 from test_tree_attention import STREAMS, cipo_tree, forest, qkv, ragged_cipo_trees
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -136,14 +138,20 @@ FP32 = 1e-5  # sums of up to 1000 products of fp32 rounding 6e-8, and exp2 of sc
 # ---- work lists
 
 
+def all_keys(work):
+    """The items of `by_key` and of `by_few_keys`."""
+    return work.by_key._replace(item=torch.cat((work.by_key.item, work.by_few_keys)))
+
+
 def pairs_met(work, tree, mask):
     """How often each pair (own token, streamed token) is met; what a mask hides is not."""
     met = torch.zeros(tree.num_tokens, tree.num_tokens, dtype=torch.int32)
     for first, stop, full_first, full_stop, masked_first, masked_stop, _ in work.item.tolist():
+        assert stop - first <= OWN_TILE
         for x in work.full[full_first:full_stop].tolist():
             met[first:stop, x : x + TILE] += 1
         for x, x_stop in work.masked[masked_first:masked_stop].tolist():
-            assert x_stop - x <= MASKED_TILE
+            assert x_stop - x <= TILE
             met[first:stop, x:x_stop] += mask[first:stop, x:x_stop]
     return met
 
@@ -154,7 +162,13 @@ def test_every_visible_pair_is_met_once(stream):
     work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
     mask = tree.dense_mask()
     assert torch.equal(pairs_met(work.by_query, tree, mask), mask.int())
-    assert torch.equal(pairs_met(work.by_key, tree, mask.T), mask.T.int())
+    assert torch.equal(pairs_met(all_keys(work), tree, mask.T), mask.T.int())
+    own_first = work.by_query.item[:, Item.FIRST, None] + torch.arange(0, OWN_TILE, TILE)
+    for row, (_, stop, *_, masked_stop, _) in zip(own_first.tolist(), work.by_query.item.tolist(), strict=True):
+        row = [first for first in row if first < stop]  # the tile itself comes last, from its first token on
+        assert work.by_query.masked[masked_stop - len(row) : masked_stop, 0].tolist() == row
+    assert (work.by_key.item[:, Item.STOP] - work.by_key.item[:, Item.FIRST] > TILE).all()
+    assert (work.by_few_keys[:, Item.STOP] - work.by_few_keys[:, Item.FIRST] <= TILE).all()
 
 
 def tiles(side):
@@ -168,44 +182,144 @@ def test_segments_share_tiles_with_their_parent_where_that_is_free_and_short_one
     after_300 = [(305, 433), (433, 505), (505, 506)]
     # Queries: a first child sees what its parent sees. Keys: segment 1 is not an only child, 0 is also seen by 3.
     assert tiles(work.by_query) == [(0, 128), (128, 256), (256, 305), *after_300]
-    assert tiles(work.by_key) == [(0, 128), (128, 256), (256, 300), (300, 305), *after_300]
+    assert tiles(all_keys(work)) == [(0, 128), (128, 256), (256, 300), (300, 305), *after_300]
 
     tree = TreeLayout.from_parents([300, 200, 150], [-1, 0, 1])  # only children: as one segment
     work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
-    assert tiles(work.by_query) == tiles(work.by_key) == [(i, min(i + TILE, 650)) for i in range(0, 650, TILE)]
+    expected = [(i, min(i + OWN_TILE, 650)) for i in range(0, 650, OWN_TILE)]
+    assert tiles(work.by_query) == tiles(all_keys(work)) == expected
+
+
+def steps(tiles, config):
+    """[n] steps of each item through its full tiles, and through its masked ones."""
+    return tiles.n_full() * (TILE // config.step), tiles.n_masked() * (TILE // config.step)
+
+
+def slots_by_query(work, config, group):
+    """Score slots that forward or dQ computes a head, and those of them with a mask."""
+    own, item = config.own // triton_ops.heads_together("forward", group), work.item
+    first, stop = item[:, Item.FIRST], item[:, Item.STOP]
+    full, masked = steps(work, config)
+    slots, with_mask = 0, 0
+    for part in range(OWN_TILE // own):
+        wanted = first + part * own < stop
+        q_stop = stop.minimum(first + (part + 1) * own)
+        after = (stop - first + TILE - 1) // TILE * (TILE // config.step) - -(-(q_stop - first) // config.step)
+        slots += own * config.step * int((full + masked - after)[wanted].sum())
+        with_mask += own * config.step * int((masked - after)[wanted].sum())
+    return slots, with_mask
+
+
+def slots_by_key(work, config):
+    """Score slots that dK/dV computes a query head, and those of them with a mask."""
+    slots, with_mask = 0, 0
+    few_keys = work.by_key._replace(item=work.by_few_keys)
+    for tiles, cfg, tile in ((work.by_key, config, OWN_TILE), (few_keys, triton_ops.few_keys(config), TILE)):
+        own_first = tiles.item[:, Item.FIRST, None] + torch.arange(0, tile, cfg.own)
+        rows = cfg.own * (own_first < tiles.item[:, Item.STOP, None]).sum(1)  # a part without keys does nothing
+        full, masked = steps(tiles, cfg)
+        slots += int((rows * (full + masked)).sum()) * cfg.step
+        with_mask += int((rows * masked).sum()) * cfg.step
+    return slots, with_mask
+
+
+USED_CONFIGS = sorted(
+    {
+        (kernel, config)
+        for configs in (triton_ops.CONFIGS, triton_ops.TMA_CONFIGS)
+        for kernel, (small, large) in configs.items()
+        for config in (small, large)
+    }
+)
 
 
 @pytest.mark.parametrize(
-    ("stream", "most_slots", "most_masked"),
+    ("stream", "group", "most_slots", "most_masked"),
     [
-        (cipo_tree(512, 1024, 64, 1024, n_rollouts=8, n_corrections=4), (1.06, 1.07), 0.11),
-        (ragged_cipo_trees(512, 1024, 64, n_trees=8), (1.13, 1.12), 0.13),
-        (ragged_cipo_trees(512, 300, 64, n_trees=8), (1.34, 1.25), 0.23),
+        (cipo_tree(512, 1024, 64, 1024, n_rollouts=8, n_corrections=4), 4, (1.03, 1.05), 0.10),
+        (ragged_cipo_trees(512, 1024, 64, n_trees=8), 4, (1.08, 1.08), 0.10),
+        (ragged_cipo_trees(512, 1024, 64, n_trees=8), 2, (1.08, 1.08), 0.10),
+        (ragged_cipo_trees(512, 300, 64, n_trees=8), 4, (1.2, 1.2), 0.19),
+        (ragged_cipo_trees(512, 300, 64, n_trees=8), 2, (1.2, 1.2), 0.19),
+        (ragged_cipo_trees(512, 1024, 64, n_trees=8), 7, (1.13, 1.08), 0.12),  # no heads to share a program
+        (ragged_cipo_trees(512, 300, 64, n_trees=8), 7, (1.34, 1.2), 0.21),
     ],
-    ids=["multiples of the tile", "about 1024", "about 300"],
+    ids=[
+        "multiples of the tile",
+        "about 1024, groups of 4",
+        "about 1024, groups of 2",
+        "about 300, groups of 4",
+        "about 300, groups of 2",
+        "about 1024, groups of 7",
+        "about 300, groups of 7",
+    ],
 )
-def test_masks_are_few(stream, most_slots, most_masked):
-    """Slots computed a visible pair, by query and by key, and the share of steps that compute a mask."""
+def test_masks_are_few(stream, group, most_slots, most_masked):
+    """Slots computed a visible pair, by query and by key, and the share of those with a mask."""
     tree = TreeLayout.from_parents(*stream)
     work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
-    for side, most in zip((work.by_query, work.by_key), most_slots, strict=True):
-        full, masked = side.n_full().sum().item(), side.n_masked().sum().item()
-        steps = full * (TILE // MASKED_TILE) + masked
-        assert TILE * MASKED_TILE * steps < most * tree.visible_pairs()
-        assert masked < most_masked * steps
+    for kernel, config in USED_CONFIGS:
+        by_key = kernel == "dkdv"
+        slots, masked = slots_by_key(work, config) if by_key else slots_by_query(work.by_query, config, group)
+        assert slots < most_slots[by_key] * tree.visible_pairs()
+        assert masked < most_masked * slots
 
 
 def test_work_is_longest_first_and_its_largest_share_bounded():
     tree = TreeLayout.from_parents(*cipo_tree(512, 512, 64, 512, n_rollouts=8, n_corrections=4))
     work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
-    for side in (work.by_query, work.by_key):
-        cost = worklist._cost(side)
-        assert (cost.diff() <= 0).all()
+    for side in (work.by_query, work.by_key, work.by_key._replace(item=work.by_few_keys)):
+        assert (worklist._cost(side).diff() <= 0).all()
+    cost = worklist._cost(all_keys(work))
     largest = max(cost.sum() * worklist.MAX_SHARE, worklist.MIN_SPLIT)
     assert cost.max() <= largest + 2  # full and masked tiles are cut apart
     n = work.partial[:, 2]
     assert n.sum() == len(n) > 0
-    assert sorted(side.item[side.item[:, 6] >= 0, 6].tolist()) == list(range(len(n)))
+    assert sorted(slot for slot in all_keys(work).item[:, Item.SLOT].tolist() if slot >= 0) == list(range(len(n)))
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements of all that torch computes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += sum(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("answer", [4, 40, 400])
+def test_building_the_lists_takes_time_linear_in_segments(answer):
+    counts = []
+    for n_trees in (16, 64):
+        tree = TreeLayout.from_parents(*ragged_cipo_trees(40, answer, 9, n_trees))
+        with Elements() as elements:
+            lists = tree.attention_work
+        counts.append((elements.count, sum(x.numel() for x in lists)))
+    for few, many in zip(*counts, strict=True):
+        assert many < 4.2 * few  # of four times the segments
+
+
+def test_lists_are_views_of_one_tensor_that_moves_in_one_copy():
+    tree = TreeLayout.from_parents(*STREAMS["ragged"]).prepare("triton")
+    expected = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent).tensors()
+    assert_equal(tree.attention_work, expected)
+    storages = {x.untyped_storage().data_ptr() for x in tree.attention_work if len(x)}
+    assert len(storages) == 1
+    assert all(x.dtype == torch.int32 and x.data_ptr() % 16 == 0 for x in tree.attention_work)
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            copies.append(func) if func is torch.ops.aten._to_copy.default else None
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        moved = tree.to("meta")
+    assert len(copies) == 3  # position_ids and subtree_end_of_token, too
+    assert [(x.shape, x.device.type) for x in moved.attention_work] == [(x.shape, "meta") for x in expected]
+    assert [x.shape for x in tree.to("meta").to("meta").varlen_work] == [x.shape for x in tree.varlen_work]
 
 
 # ---- kernels
@@ -390,7 +504,7 @@ def test_fullgraph_compile(monkeypatch, small):
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for layout in (tree, TreeLayout.from_parents(*forest(7, [2, 3])).to(DEVICE)):
-        _ = layout.attention_work
+        layout.prepare()
         q, k, v = (x.requires_grad_() for x in attention_inputs(layout, (4, 2), 16)[:3])
         expected = torch.autograd.grad(layer(q, k, v, layout).sum(), (q, k, v))
         assert_equal(torch.autograd.grad(compiled(q, k, v, layout).sum(), (q, k, v)), expected)

@@ -21,12 +21,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 BASE = [*SMALL, "model.embedded.heads=2", "model.embedded.kv_heads=1", "data.max_prompt_tokens=64"]
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory that holds warm starts; runs on the same model copy them."""
-    return tmp_path_factory.mktemp("warm")
-
-
 def command(folder: Path, *args: str) -> list[str]:
     return [str(TRAIN_PY), *BASE, f"run.dir={folder}", *args]
 

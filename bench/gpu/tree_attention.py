@@ -2,6 +2,7 @@
 
     python bench/gpu/tree_attention.py              minutes; also into bench/results/, or $OUT if that is set
     python bench/gpu/tree_attention.py --smoke      tiny shapes on any device, a check of this file: times mean nothing
+    python bench/gpu/tree_attention.py --sweep      other tiles, warps and stages of our kernels: launch_configs.json
     python bench/gpu/tree_attention.py --predict    what we expect of an H100, as the tables of kernels/README.md
 
 First errors against fp64: what is wrong is reported, and not timed. Then each attention alone, forward and backward;
@@ -49,15 +50,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("cipo_kernels") is None:  # not installed: the folder kernels/ is this package
-    init = ROOT / "kernels" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("cipo_kernels", init, submodule_search_locations=[str(init.parent)])
-    sys.modules["cipo_kernels"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["cipo_kernels"])
+import bootstrap  # noqa: F401
 from cipo_kernels.rates import RATES_FILE, both_directions
-from cipo_kernels.tree_attention import tree_attention, tree_attention_reference
+from cipo_kernels.tree_attention import launch, tree_attention, tree_attention_reference
 from cipo_kernels.tree_attention.layout import TreeLayout
 from cipo_kernels.tree_attention.rectangles import read_varlen_work
+from sweep import save, sweep
 
 # The interpreter has no bf16 products.
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -71,6 +69,10 @@ PACKAGES = {
     "flex_flash": "flash_attn.cute",
 }  # by end of a name
 SPREAD = 0.5  # sigma of ragged lengths
+TILES = [  # to try for each kernel
+    {"num_stages": 2}, {"num_stages": 4}, {"step": 32}, {"step": 32, "num_stages": 4}, {"num_warps": 4}, {"own": 64},
+    {"own": 64, "num_warps": 4}, {"own": 64, "step": 32, "num_warps": 4},
+]  # fmt: skip
 
 # Assumed TFLOP/s (forward, backward) on an H100, over the pairs each computes, and of layers without attention.
 # triton: from the offline artefacts (wgmma, no spills; 7 GEMMs backward where atomics would need 5). Others: d128
@@ -558,6 +560,27 @@ def predictions():
     return lines
 
 
+# ---- launch configurations
+
+
+def sweep_cases(shape, smoke):
+    """Each kernel's, for this head dim, on ragged lengths. dQ and dK/dV are timed within one backward pass."""
+    job = Job(R=shape["R"][0], ragged=True, **shape["tree"])
+    inputs, do = random_inputs(job.tokens("triton"), shape)
+    q, k, v = (x.detach() for x in inputs)
+    rest = job.layout.subtree_end_of_token, job.layout.attention_work, shape["d"] ** -0.5
+    result = launch.attention_op(q, k, v, *rest)
+    for kernel in launch.KERNELS:
+
+        def run(kernel=kernel):
+            if kernel == "forward":
+                return [launch.attention_op(q, k, v, *rest)[0]]
+            return launch.attention_backward_op(do, q, k, v, *result, *rest)
+
+        name = launch.config_name(kernel, shape["d"])
+        yield from sweep(name, TILES[-2:] if smoke else TILES, run, milliseconds, DEVICE)
+
+
 # ---- the run
 
 
@@ -573,15 +596,19 @@ def main():
     shape, out = SMOKE if smoke else REAL, os.environ.get("OUT")
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     versions = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "date": time.strftime("%F")}
-    name = f"{device}-{versions['date']}-tree_attention.json".replace(" ", "-")
+    sweeps = "--sweep" in sys.argv[1:]
+    name = f"{device}-{versions['date']}-tree_attention{'_sweep' if sweeps else ''}.json".replace(" ", "-")
     results = [] if smoke and not out else [Path(out or ROOT / "bench" / "results") / name]
     rates = ([] if smoke else [RATES_FILE]) + ([Path(out) / RATES_FILE.name] if out else [])
 
     records = []
-    for record in run_cases(shape):
+    for record in sweep_cases(shape, smoke) if sweeps else run_cases(shape):
         records.append(record | versions)
         print(json.dumps(records[-1]), flush=True)
         write(results, records)
+    if sweeps:
+        save(Path(__file__).name, DEVICE, out, smoke)
+        return
     entry = rates_entry(records, shape)
     if entry is not None:
         write(rates, json.loads(RATES_FILE.read_text(encoding="utf-8")) | {device: entry})

@@ -50,9 +50,13 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the forward and backward pass. Weights, their gradients and the optimiser are float32 in either case."""
     attention: Literal["auto", "torch", "triton", "flash"] = "auto"
-    """Back-end of the tree attention; auto: the fastest measured on this GPU (device_rates.json), torch elsewhere."""
+    """Back-end of the tree attention; auto: the fastest measured on this GPU (device_rates.json), torch elsewhere.
+    flash: FlashAttention-3 or -4 where it is installed and fits the GPU, else torch's FlashAttention-2."""
     loss: Literal["logits", "exp"] = "logits"
     """Kernel of the fused loss on a GPU, V0 or V1 of kernels/README.md; V0 wherever V1 does not apply."""
+    liger: Literal["auto"] | bool = "auto"
+    """liger-kernel's RMSNorm, RoPE, SwiGLU and GEGLU in the trainer's model; auto: on a GPU, where it is installed and
+    knows the architecture."""
     activation_checkpointing: bool = False
     """Recompute each layer but its attention in the backward pass, instead of keeping its activations."""
     embedded: EmbeddedModel = EmbeddedModel()

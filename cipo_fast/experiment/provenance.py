@@ -64,8 +64,8 @@ def commit() -> str | None:
 
 def _described(package: str) -> str | None:
     spec = importlib.util.find_spec(package)
-    assert spec is not None, package
-    assert spec.submodule_search_locations, package
+    if spec is None or not spec.submodule_search_locations:
+        return None
     folder = next(iter(spec.submodule_search_locations))
     return _said("git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=, changed")
 

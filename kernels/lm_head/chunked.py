@@ -19,6 +19,11 @@ class Chunk(NamedTuple):
     lse: Tensor  # [n, 1]: z = logp_v + lse
     logp: Tensor  # [n]
     entropy: Tensor  # [n]
+    mine: Tensor | None = None  # [n, 1] bool: the target's column is here; None: all of them are
+
+    @property
+    def rest(self) -> Tensor:  # [n] 1 - p[target]
+        return -torch.expm1(self.logp)
 
 
 def auto_chunk_targets(weight: Tensor) -> int:
@@ -64,7 +69,7 @@ def forward(head: Head, buffer: Tensor, start: int, end: int) -> Chunk:
 
 def d_logits(head: Head, buffer: Tensor, chunk: Chunk, g_logp: Tensor, g_entropy: Tensor | None) -> Tensor:
     """dr [n, V], given d loss/d logp and d loss/d entropy [n]. Overwrites the chunk."""
-    _, target, t, logp_v, p, lse, _, entropy = chunk
+    _, target, t, logp_v, p, lse, _, entropy, mine = chunk
     if head.softcap is not None:  # tanh' = 1 - tanh^2, where tanh = z * temperature / softcap
         tanh = torch.add(logp_v, lse, out=buffer[2, : len(p)]).mul_(t / head.softcap)
         slope = tanh.square_().neg_().add_(1)
@@ -73,5 +78,13 @@ def d_logits(head: Head, buffer: Tensor, chunk: Chunk, g_logp: Tensor, g_entropy
         dz = p.mul_(-g)
     else:
         dz = p.mul_(logp_v.add_(entropy[:, None]).mul_(-g_entropy[:, None] / t).sub_(g))
-    dz.scatter_add_(1, target, g)
+    dz.scatter_add_(1, target, g if mine is None else g * mine)
     return dz if head.softcap is None else dz.mul_(slope)
+
+
+def rescaled(chunk: Chunk, mine: Tensor, log_share: Tensor, logp: Tensor, entropy: Tensor, rest: Tensor) -> Chunk:
+    """As one of vocab_parallel.py's, whose columns have the share exp(log_share) [n] of the probability; in place."""
+    log_share = log_share[:, None]
+    chunk.logp_v.add_(log_share)
+    chunk.p.mul_(log_share.exp())
+    return chunk._replace(lse=chunk.lse - log_share, logp=logp, entropy=entropy, mine=mine[:, None])

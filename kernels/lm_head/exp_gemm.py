@@ -17,9 +17,9 @@ vocabulary has d = nan: logp is nan, and nothing is written for it.
 
 After the GEMM only one element a row changes, and u is applied to the narrow side of the two others. E is
 bf16 for bf16 inputs, 2 bytes a logit instead of 4; logp, H and S come from the fp32 epilogue. S outside
-[2^-40, 2^40], where E or u would leave bf16's range, means a bad anchor: `reanchor_kernel` computes that row again
-with k = max z. That is slow (two passes over W by one program), exact, and without the host synchronisation that
-V0's cuBLAS GEMM over those rows would need for their number.
+[2^-40, 2^40], where E or u would leave bf16's range, means a bad anchor: such rows are computed again with k = max z,
+by two more GEMMs over them alone, first of max z, then of E. Their number stays on the device, where the GEMMs read it:
+no synchronisation, and next to nothing to do where there are none. A row that is nan has no better anchor.
 
 dr is not a multiple of E under a softcap or an entropy bonus: those, as sequence-level ratios, run on the logits.
 """
@@ -37,7 +37,7 @@ from .terms import Options, TargetOutputs, Terms
 from .token_terms import loss_arguments, target_loss_of_token
 
 BLOCK_H = 1024  # of the target's dot product
-REPAIR_V, REPAIR_H = 64, 64
+BLOCK = 1024  # of sums over parts and rows
 MAX_SUM = tl.constexpr(2.0**40)
 
 
@@ -64,14 +64,14 @@ def anchor_kernel(
 
 @triton.jit
 def _store_exp(
-    acc, row, column, part, parts, e_out, e_stride, bias, target, scale, anchor, d_out, sums, n, vocab,
+    acc, i, live, column, part, parts, e_out, e_stride, bias, target, scale, anchor, d_out, sums, n, vocab,
     PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Epilogue of acc [M, N], raw logits from (row, column): E, d where the target's column is here, and column `part`
-    of the partial S' and T' [n, parts]. scale and anchor [M] give log2(e) (z - k). PLAIN: the columns are all in the
-    vocabulary, and none is a target's."""
-    i, v = row + tl.arange(0, acc.shape[0]), column + tl.arange(0, acc.shape[1])
-    inside = (i < n)[:, None]
+    """Epilogue of acc [M, N], raw logits of the rows i [M] that are live, from `column` on: E, d where the target's
+    column is here, and column `part` of the partial S' and T' [n, parts]. scale and anchor [M] give log2(e) (z - k).
+    PLAIN: the columns are all in the vocabulary, and none is a target's."""
+    v = column + tl.arange(0, acc.shape[1])
+    inside = live[:, None]
     z = acc
     if bias is not None:
         z += tl.load(bias + v, mask=v < vocab, other=0.0)[None, :]
@@ -85,33 +85,45 @@ def _store_exp(
         inside &= (v < vocab)[None, :]
     i = i.to(tl.int64)
     tl.store(e_out + i[:, None] * e_stride + v[None, :], e.to(e_out.dtype.element_ty), mask=inside)
-    tl.store(sums + i * parts + part, tl.sum(e, 1), mask=i < n)
-    tl.store(sums + (n + i) * parts + part, tl.sum(e * z, 1) * LN2, mask=i < n)
+    tl.store(sums + i * parts + part, tl.sum(e, 1), mask=live)
+    tl.store(sums + (n + i) * parts + part, tl.sum(e * z, 1) * LN2, mask=live)
+
+
+@triton.jit
+def _rows_of_tile(rows, row, count, BLOCK_M: tl.constexpr):
+    """(i [BLOCK_M], which of them are live) of the tile from `row` on: row + 0, 1, .. below count, or `rows` there."""
+    i = row + tl.arange(0, BLOCK_M)
+    live = i < count
+    if rows is not None:
+        i = tl.load(rows + i, mask=live, other=0)
+    return i, live
 
 
 @triton.jit(do_not_specialize=["first", "n"])
 def exp_gemm_kernel(
-    x, weight, e_out, e_stride, first, bias, target_id, inv_temperature, anchor, d_out, sums,
+    x, weight, rows, count, e_out, e_stride, first, bias, target_id, inv_temperature, anchor, d_out, sums,
     n, vocab, H,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """E [n, V] of x [n, H], weight [V, H] (contiguous, or descriptors of them); sums [2, n, parts]: partial S', T'."""
+    """E [n, V] of x [n, H], weight [V, H] (contiguous, or descriptors of them); sums [2, n, parts]: partial S', T'.
+    With `rows` and `count`, in memory both: of those rows alone, and x [r] is that of rows[r]."""
+    given = n
+    if count is not None:
+        given = tl.load(count)
     column_tiles = tl.cdiv(vocab, BLOCK_N)
     QUARTER: tl.constexpr = BLOCK_N // 4
-    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK_M) * column_tiles, tl.num_programs(0)):
-        row, column = tile_origin(tile, n, vocab, BLOCK_M, BLOCK_N, GROUP_M)
+    for tile in range(tl.program_id(0), tl.cdiv(given, BLOCK_M) * column_tiles, tl.num_programs(0)):
+        row, column = tile_origin(tile, given, vocab, BLOCK_M, BLOCK_N, GROUP_M)
         dtype: tl.constexpr = anchor.dtype.element_ty
-        acc = gemm_tile(x, weight, row, column, n, vocab, H, dtype, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
-        target, scale, plain = tile_rows(
-            target_id, inv_temperature, first, row, column, n, vocab, BLOCK_M, BLOCK_N, dtype
-        )
-        i = row + tl.arange(0, BLOCK_M)
-        k = tl.load(anchor + i, mask=i < n, other=0.0) * LOG2E
+        acc = gemm_tile(x, weight, row, column, given, vocab, H, dtype, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        i, live = _rows_of_tile(rows, row, given, BLOCK_M)
+        target, scale, plain = tile_rows(target_id, inv_temperature, first, i, live, column, vocab, BLOCK_N, dtype)
+        k = tl.load(anchor + i, mask=live, other=0.0) * LOG2E
         a, b, c, d = quarters(acc)
         for q in tl.static_range(4):
             args = (
-                (a, b, c, d)[q], row, column + q * QUARTER, column // QUARTER + q, 4 * column_tiles, e_out, e_stride,
-                bias, target, scale, k, d_out, sums, n, vocab,
+                (a, b, c, d)[q], i, live, column + q * QUARTER, column // QUARTER + q, 4 * column_tiles, e_out,
+                e_stride, bias, target, scale, k, d_out, sums, n, vocab,
             )  # fmt: skip
             if plain:
                 _store_exp(*args, True)
@@ -130,52 +142,58 @@ def _total(sums, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _logits_tile(x_row, weight, start, bias, inv_t, vocab, H, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, dtype):
-    """z [BLOCK_V] from column `start` on, of one row of x; LOWEST past the vocabulary."""
-    v = start + tl.arange(0, BLOCK_V)
-    z = tl.zeros((BLOCK_V,), dtype)
-    for k in range(0, H, BLOCK_H):
-        h = k + tl.arange(0, BLOCK_H)
-        inside = (v < vocab)[:, None] & (h < H)[None, :]
-        w = tl.load(weight + v.to(tl.int64)[:, None] * H + h[None, :], mask=inside, other=0.0)
-        z += tl.sum(w.to(dtype) * tl.load(x_row + h, mask=h < H, other=0.0).to(dtype)[None, :], 1)
-    if bias is not None:
-        z += tl.load(bias + v, mask=v < vocab, other=0.0)
-    return tl.where(v < vocab, z * inv_t, LOWEST)
-
-
-@triton.jit(do_not_specialize=["first", "n"])
-def reanchor_kernel(
-    x, weight, e_out, e_stride, first, bias, target_id, inv_temperature, anchor, d_out, sums, n, vocab, H, parts,
-    BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Rows whose S is out of range: E, d, S' and T' again, with the anchor max z. Others, nan among them: nothing."""
+def total_kernel(d_in, sums, s_out, parts, BLOCK: tl.constexpr):
+    """S of row i: what its partial sums and its target's own column come to."""
     i = tl.program_id(0).to(tl.int64)
-    s = _total(sums + i * parts, parts, 1024) + tl.exp(tl.load(d_out + i))
-    if (s <= 1.0 / MAX_SUM) | (s >= MAX_SUM):
-        target = tl.load(target_id + first + i)
-        dtype: tl.constexpr = anchor.dtype.element_ty
-        inv_t = load_or(inv_temperature, first + i, 1.0)
-        m = tl.full((), LOWEST, dtype)
-        for start in range(0, vocab, BLOCK_V):
-            m = tl.maximum(
-                m, tl.max(_logits_tile(x + i * H, weight, start, bias, inv_t, vocab, H, BLOCK_V, BLOCK_H, dtype), 0)
-            )  # fmt: skip
-        s = tl.zeros((), dtype)
-        t = tl.zeros((), dtype)
-        for start in range(0, vocab, BLOCK_V):
-            z = _logits_tile(x + i * H, weight, start, bias, inv_t, vocab, H, BLOCK_V, BLOCK_H, dtype) - m
-            v = start + tl.arange(0, BLOCK_V)
-            e = tl.where(v == target, 0.0, tl.exp(z))
-            tl.store(d_out + i + tl.zeros_like(v), z, mask=v == target)
-            tl.store(e_out + i * e_stride + v, e.to(e_out.dtype.element_ty), mask=v < vocab)
-            s += tl.sum(e, 0)
-            t += tl.sum(e * z, 0)
-        tl.store(anchor + i, m)
-        for start in range(0, parts, 1024):
-            j = start + tl.arange(0, 1024)
-            tl.store(sums + i * parts + j, tl.where(j == 0, s, 0.0), mask=j < parts)
-            tl.store(sums + (n + i) * parts + j, tl.where(j == 0, t, 0.0), mask=j < parts)
+    tl.store(s_out + i, _total(sums + i * parts, parts, BLOCK) + tl.exp(tl.load(d_in + i)))
+
+
+@triton.jit(do_not_specialize=["n"])
+def bad_rows_kernel(s_in, rows, count, n, BLOCK: tl.constexpr):
+    """The rows whose S is out of range, in their order, and how many they are; a nan is not. For one program."""
+    found = 0
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        s = tl.load(s_in + i, mask=i < n, other=1.0)
+        bad = (s <= 1.0 / MAX_SUM) | (s >= MAX_SUM)
+        tl.store(rows + found + tl.cumsum(bad.to(tl.int32), 0) - 1, i, mask=bad)
+        found += tl.sum(bad.to(tl.int32), 0)
+    tl.store(count, found)
+
+
+@triton.jit(do_not_specialize=["first"])
+def max_gemm_kernel(
+    x, weight, rows, count, first, bias, inv_temperature, maxima, parts, vocab, H,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """maxima [n, parts]: in each of `rows`, max z of a tile's columns. x [r] is that of rows[r], as in exp_gemm."""
+    given = tl.load(count)
+    column_tiles = tl.cdiv(vocab, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(given, BLOCK_M) * column_tiles, tl.num_programs(0)):
+        row, column = tile_origin(tile, given, vocab, BLOCK_M, BLOCK_N, GROUP_M)
+        dtype: tl.constexpr = maxima.dtype.element_ty
+        z = gemm_tile(x, weight, row, column, given, vocab, H, dtype, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        i, live = _rows_of_tile(rows, row, given, BLOCK_M)
+        v = column + tl.arange(0, BLOCK_N)
+        if bias is not None:
+            z += tl.load(bias + v, mask=v < vocab, other=0.0)[None, :]
+        m = tl.max(tl.where((v < vocab)[None, :], z, LOWEST), 1)
+        if inv_temperature is not None:
+            m *= tl.load(inv_temperature + first + i, mask=live, other=1.0)
+        tl.store(maxima + i.to(tl.int64) * parts + column // BLOCK_N, m, mask=live)
+
+
+@triton.jit
+def reanchor_kernel(rows, count, anchor, maxima, parts, column_tiles, BLOCK: tl.constexpr):
+    """k = max z, from the maxima of its tiles, for row rows[r]."""
+    r = tl.program_id(0)
+    if r < tl.load(count):
+        i = tl.load(rows + r).to(tl.int64)
+        m = tl.full((BLOCK,), LOWEST, anchor.dtype.element_ty)
+        for start in range(0, column_tiles, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            m = tl.maximum(m, tl.load(maxima + i * parts + j, mask=j < column_tiles, other=LOWEST))
+        tl.store(anchor + i, tl.max(m, 0))
 
 
 @triton.jit(do_not_specialize=["first", "n", "targets"])
@@ -183,11 +201,12 @@ def exp_loss_kernel(
     e, e_stride, first, target_id, inv_temperature, d_in, sums, n, parts, terms, targets,
     loss_out, logp_out, entropy_out, ratio_out, clipped_out, u_out,
     eps_low, eps_high, dual_clip, beta, entropy_coef, is_cap, ON_POLICY: tl.constexpr, CISPO: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row i of E belongs to target first + i of `targets`. Writes its outputs, E'_target over E_target, and u [n]."""
     i = tl.program_id(0).to(tl.int64)
     at = first + i
-    s, t = _total(sums + i * parts, parts, 1024), _total(sums + (n + i) * parts, parts, 1024)
+    s, t = _total(sums + i * parts, parts, BLOCK), _total(sums + (n + i) * parts, parts, BLOCK)
     d = tl.load(d_in + i)
     logp, entropy, _ = logp_entropy_rest(d, s, t)
     loss, q, clipped, g, _ = target_loss_of_token(
@@ -226,25 +245,42 @@ def token_loss(
         e=e, e_stride=e.stride(0), first=start, target_id=head.target_id, inv_temperature=head.inv_temperature,
         d_in=d, sums=sums, n=n, parts=sums.shape[2], terms=terms, targets=terms.shape[1], **loss_arguments(options),
         loss_out=out.loss, logp_out=out.logp, entropy_out=out.entropy, ratio_out=out.ratio, clipped_out=out.clipped,
-        u_out=u,
+        u_out=u, BLOCK=BLOCK,
     )  # fmt: skip
     return x, e[:n], u
 
 
 def _exp_logits(head: Head, e: Tensor, start: int, x: Tensor, old_logp: Tensor | None) -> tuple[Tensor, Tensor]:
     """E of targets start on, x [n, H]; (d [n], partial sums [2, n, parts])."""
-    n, (vocab, width) = len(x), head.weight.shape
+    n = len(x)
     anchor, d = torch.empty(2, n, dtype=head.dtype, device=x.device).unbind()
-    plan = launch(x, head.weight)
+    plan = launch("exp_gemm", x, head.weight)
     sums = torch.empty(2, n, 4 * plan.column_tiles, dtype=head.dtype, device=x.device)
-    row = {
-        "first": start, "bias": head.bias, "target_id": head.target_id, "inv_temperature": head.inv_temperature,
-        "vocab": vocab, "H": width,
+    row = {"first": start, "bias": head.bias, "inv_temperature": head.inv_temperature}
+    row |= dict(zip(("vocab", "H"), head.weight.shape, strict=True))
+    anchor_kernel[(n,)](
+        x=x, weight=head.weight, target_id=head.target_id, old_logp=old_logp, anchor_out=anchor, d_out=d,
+        BLOCK_H=BLOCK_H, **row,
+    )  # fmt: skip
+    exp = row | {
+        "e_out": e, "e_stride": e.stride(0), "target_id": head.target_id, "anchor": anchor, "d_out": d, "sums": sums,
+        "n": n,
     }  # fmt: skip
-    found = {"e_out": e, "e_stride": e.stride(0), "anchor": anchor, "d_out": d, "sums": sums, "n": n}
-    anchor_kernel[(n,)](x=x, weight=head.weight, old_logp=old_logp, anchor_out=anchor, d_out=d, BLOCK_H=BLOCK_H, **row)
-    exp_gemm_kernel[(plan.programs,)](**plan.operands, **row, **found, **plan.options)
-    reanchor_kernel[(n,)](
-        x=x, weight=head.weight, parts=sums.shape[2], BLOCK_V=REPAIR_V, BLOCK_H=REPAIR_H, **row, **found
-    )
+    exp_gemm_kernel[(plan.programs,)](rows=None, count=None, **plan.operands, **exp, **plan.options)
+    rows, count = _bad_rows(d, sums)
+    plan = launch("exp_gemm", x.index_select(0, rows), head.weight)
+    given = {"rows": rows, "count": count, **plan.operands, **plan.options}
+    maxima = {"maxima": sums, "parts": sums.shape[2]}  # of rows whose sums are of no use
+    max_gemm_kernel[(plan.programs,)](**given, **row, **maxima)
+    reanchor_kernel[(n,)](rows=rows, count=count, anchor=anchor, **maxima, column_tiles=plan.column_tiles, BLOCK=BLOCK)
+    exp_gemm_kernel[(plan.programs,)](**given, **exp)
     return d, sums
+
+
+def _bad_rows(d: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows [n] int32, count [1] int32): the rows whose S is out of range, then zeros."""
+    s, n = torch.empty_like(d), len(d)
+    rows, count = torch.zeros(n, dtype=torch.int32, device=d.device), torch.empty(1, dtype=torch.int32, device=d.device)
+    total_kernel[(n,)](d_in=d, sums=sums, s_out=s, parts=sums.shape[2], BLOCK=BLOCK)
+    bad_rows_kernel[(1,)](s_in=s, rows=rows, count=count, n=n, BLOCK=BLOCK)
+    return rows, count

@@ -14,21 +14,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launch_configs import launch_config
 from .softmax import LOG2E
 
 
 class Tiles(NamedTuple):
-    """m x n of the logits, k along H."""
+    """m x n of the logits, k along H; `group` row tiles share a column of W in L2."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    group: int = 16
 
 
 TMA_TILES, POINTER_TILES = Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 8, 4)
-GROUP_M = 16
 
 
 def use_tma(weight: Tensor) -> bool:
@@ -51,18 +52,19 @@ class Launch(NamedTuple):
     options: dict  # blocks, warps, stages
 
 
-def launch(x: Tensor, weight: Tensor) -> Launch:
+def launch(kernel: str, x: Tensor, weight: Tensor) -> Launch:
+    """kernel: its name in launch_configs.json."""
     if not x.is_cuda and x.dtype == torch.bfloat16:
         x, weight = x.float(), weight.float()  # the interpreter multiplies the bits of bf16; fp32's products are bf16's
     tma = use_tma(weight)
-    tiles = TMA_TILES if tma else POINTER_TILES
+    tiles = launch_config(kernel, TMA_TILES if tma else POINTER_TILES, x.device)
     row_tiles, column_tiles = triton.cdiv(len(x), tiles.m), triton.cdiv(len(weight), tiles.n)
     most = multiprocessors(x.device) if x.is_cuda else 2
     operands = {
         "x": TensorDescriptor.from_tensor(x, [tiles.m, tiles.k]) if tma else x,
         "weight": TensorDescriptor.from_tensor(weight, [tiles.n, tiles.k]) if tma else weight,
     }
-    blocks = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": GROUP_M, "TMA": tma}
+    blocks = {"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP_M": tiles.group, "TMA": tma}
     options = blocks | {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return Launch(min(most, row_tiles * column_tiles), column_tiles, operands, options)
 
@@ -103,20 +105,18 @@ def _load_tile(x, row, k, rows, H, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TM
 
 @triton.jit
 def tile_rows(
-    target_id, inv_temperature, first, row, column, n, vocab, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    dtype: tl.constexpr,
+    target_id, inv_temperature, first, i, live, column, vocab, BLOCK_N: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """(target [BLOCK_M], log2(e) / temperature [BLOCK_M], plain) of a tile's rows; row 0 is target first.
+    """(target [M], log2(e) / temperature [M], plain) of a tile's rows i [M] that are live; row 0 is target first.
 
     plain: its columns are all in the vocabulary, and none is a target's. Of tiles of 128 targets and 256 columns of
     151,936 four in five are, and their epilogue compares nothing. Logits are taken to base 2, where exp2 is one
     instruction (ex2.approx.ftz); tl.exp is five, for results below 1.2e-38, which here are 0.
     """
-    i = row + tl.arange(0, BLOCK_M)
-    target = tl.load(target_id + first + i, mask=i < n, other=-1)
-    scale = tl.full((BLOCK_M,), LOG2E, dtype)
+    target = tl.load(target_id + first + i, mask=live, other=-1)
+    scale = tl.full(i.shape, LOG2E, dtype)
     if inv_temperature is not None:
-        scale *= tl.load(inv_temperature + first + i, mask=i < n, other=1.0)
+        scale *= tl.load(inv_temperature + first + i, mask=live, other=1.0)
     here = (target >= column) & (target < column + BLOCK_N)
     return target, scale, (tl.max(here.to(tl.int32), 0) == 0) & (column + BLOCK_N <= vocab)
 

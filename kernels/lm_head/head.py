@@ -8,7 +8,7 @@ and of d loss / d logp = g and d loss / d H = g_H the gradient, on the raw logit
 
     dz_v = g (onehot_v - p_v) - g_H p_v (log p_v + H),   dr_v = dz_v (1 - tanh^2) / temperature
 
-Log-probs and gradient accumulators are fp32 (fp64 when an input is fp64), whatever the inputs are.
+Log-probs and gradient accumulators are fp32 (fp64 for fp64 inputs).
 
 A back-end is a file of plain functions. All have `auto_chunk_targets` and `new_buffer`, the memory of a chunk, and
 
@@ -16,31 +16,39 @@ A back-end is a file of plain functions. All have `auto_chunk_targets` and `new_
     row_kernel.py  Triton, logits in memory            forward, d_logits, token_loss
     exp_gemm.py    Triton, exponentials in memory      token_loss
     logp_gemm.py   Triton, nothing of [n, V] in memory forward
+    vocab_parallel.py, around the first two: columns on several ranks
 
 `forward` gives the log-probs and entropies of a chunk, `d_logits` its gradients, `token_loss` all of that in one go.
 """
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from ..dispatch import implementation
 
 
-def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """fp32, or fp64 when either input is fp64."""
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of log-probs and gradient accumulators: fp32, or fp64 for fp64. The weight's dtype is hidden's."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def on_triton(hidden: Tensor) -> bool:
     return implementation(hidden) == "triton"
 
 
-def logits_back_end(hidden: Tensor) -> ModuleType:
-    """chunked.py or row_kernel.py: `forward` and `d_logits`."""
+def logits_back_end(hidden: Tensor, group: str | None = None) -> ModuleType:
+    """chunked.py or row_kernel.py, or vocab_parallel.py around either: `forward` and `d_logits`."""
+    if group is not None:
+        from . import vocab_parallel
+
+        return vocab_parallel
     if on_triton(hidden):
         from . import row_kernel  # here: only where it runs must triton be installed
 
@@ -48,6 +56,18 @@ def logits_back_end(hidden: Tensor) -> ModuleType:
     from . import chunked
 
     return chunked
+
+
+class VocabShard(NamedTuple):
+    """weight and bias are rows start, start + 1... of those of the whole vocabulary; `group` has the other rows."""
+
+    group: ProcessGroup
+    start: int
+
+
+def shard_arguments(shard: VocabShard | None) -> tuple[str | None, int]:
+    """As an operator of torch takes them: (name of the group, first row)."""
+    return (None, 0) if shard is None else (shard.group.group_name, shard.start)
 
 
 class Head(NamedTuple):
@@ -62,6 +82,7 @@ class Head(NamedTuple):
     inv_temperature: Tensor | None
     softcap: float | None
     dtype: torch.dtype  # of log-probs and gradients
+    group: str | None = None  # of the ranks that have the other columns; then target_id is -1 where it is another's
 
     def gather(self, start: int, end: int) -> Tensor:
         return self.hidden.index_select(0, self.pred_index[start:end]).to(self.weight.dtype)  # [n, H]
@@ -78,10 +99,15 @@ def make_head(
     target_id: Tensor,
     temperature: Tensor | None,
     softcap: float | None,
+    group: str | None = None,
+    vocab_start: int = 0,
 ) -> Head:
     """For torch a bf16 head is upcast once, so its products are those of fp32 operands: exact, accumulated in fp32."""
-    dtype = compute_dtype(hidden, weight)
+    dtype = compute_dtype(hidden)
     t = None if temperature is None else temperature.to(dtype).contiguous()
+    if group is not None:
+        column = target_id - vocab_start
+        target_id = torch.where((column >= 0) & (column < weight.shape[0]), column, -1)
     return Head(
         hidden=hidden,
         weight=(weight if on_triton(hidden) else weight.to(dtype)).contiguous(),
@@ -92,6 +118,7 @@ def make_head(
         inv_temperature=None if t is None else t.reciprocal(),
         softcap=softcap,
         dtype=dtype,
+        group=group,
     )
 
 
@@ -124,9 +151,17 @@ class Gradients:
             gemm(self.d_bias[:, None], dz.T, scale[:, None].to(dz.dtype), beta=1)
 
     def tensors(self) -> list[Tensor]:
-        """Empty where not asked for."""
+        """Empty where not asked for. Of a shard's columns, d(hidden) is added up over the ranks."""
+        if self.head.group is not None and self.d_hidden is not None:
+            reduced(self.d_hidden, self.head.group)
         found = (self.d_hidden, self.d_weight, self.d_bias)
         return [self.head.weight.new_empty(0, dtype=self.head.dtype) if d is None else d for d in found]
+
+
+def reduced(x: Tensor, group: str, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """x, reduced over the ranks of the group, in place. A collective."""
+    dist.all_reduce(x, op, group=_resolve_process_group(GroupName(group)))
+    return x
 
 
 def gemm(out: Tensor, a: Tensor, b: Tensor, beta: float = 0) -> Tensor:

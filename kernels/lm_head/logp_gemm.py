@@ -62,7 +62,8 @@ def logp_gemm_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row, column = tile_origin(tile, n, vocab, BLOCK_M, BLOCK_N, GROUP_M)
         acc = gemm_tile(x, weight, row, column, n, vocab, H, dtype, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
-        target, scale, plain = tile_rows(target_id, inv_temperature, 0, row, column, n, vocab, BLOCK_M, BLOCK_N, dtype)
+        i = row + tl.arange(0, BLOCK_M)
+        target, scale, plain = tile_rows(target_id, inv_temperature, 0, i, i < n, column, vocab, BLOCK_N, dtype)
         a, b, c, d = quarters(acc)
         m = tl.full((BLOCK_M,), 0.1 * LOWEST, dtype)
         s = tl.zeros((BLOCK_M,), dtype)
@@ -79,7 +80,6 @@ def logp_gemm_kernel(
                     m, s, t = _fold(
                         (left, right)[h], row, at, m, s, t, y_target, bias, target, scale, n, vocab, softcap, False
                     )
-        i = row + tl.arange(0, BLOCK_M)
         at = sums + i.to(tl.int64) * parts + column // BLOCK_N
         plane = n.to(tl.int64) * parts
         tl.store(at, m, mask=i < n)
@@ -133,7 +133,7 @@ def new_buffer(head: Head, rows: int) -> Tensor | None:
 
 def forward(head: Head, buffer: Tensor | None, start: int, end: int) -> LogProbs:
     x, n, (vocab, width) = head.gather(start, end), end - start, head.weight.shape
-    plan = launch(x, head.weight)
+    plan = launch("logp_gemm", x, head.weight)
     y_target = torch.full((n,), float("nan"), dtype=head.dtype, device=x.device)
     sums = torch.empty(3, n, plan.column_tiles, dtype=head.dtype, device=x.device)
     inv_temperature = None if head.inv_temperature is None else head.inv_temperature[start:end]

@@ -19,12 +19,14 @@ from ..dispatch import implementation
 from .head import (
     Gradients,
     Head,
+    VocabShard,
     chunk_ranges,
     compute_dtype,
     fake_gradients,
     logits_back_end,
     make_head,
     on_triton,
+    shard_arguments,
 )
 from .inputs import autocast_operands, check_chunk_targets, check_inputs, per_target
 from .logprob import fused_linear_logprob_reference, head_log_probs
@@ -76,6 +78,8 @@ def _linear_cipo_loss(
     options: Sequence[float],
     row_lengths: Sequence[int] | None,
     impl: str,
+    group: str | None = None,
+    vocab_start: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], logp, entropy, ratio, clipped [N], two_pass_rows [], d_hidden, d_weight, d_bias).
 
@@ -84,15 +88,15 @@ def _linear_cipo_loss(
     """
     given = Options.from_floats(options)
     rows = None if row_lengths is None else _to_device(row_lengths, hidden.device)
+    head = make_head(hidden, weight, bias, pred_index, target_id, temperature, softcap, group, vocab_start)
     if not any(needs_grad):
-        logp, entropy = head_log_probs(hidden, weight, bias, pred_index, target_id, temperature, softcap, chunk_targets)
+        logp, entropy = head_log_probs(head, chunk_targets)
         loss, q, clipped = target_loss(logp, entropy, Terms(*terms), given, rows)
         nothing = [torch.empty(0, dtype=logp.dtype, device=logp.device) for _ in range(3)]
         return loss.sum(), logp, entropy, q, clipped, pred_index.new_zeros(()), *nothing  # type: ignore[return-value]
     if rows is not None and given.on_policy and given.is_cap is None:
         terms, given = tokens_of_on_policy_rows(Terms(*terms), given, rows)
         rows = row_lengths = None
-    head = make_head(hidden, weight, bias, pred_index, target_id, temperature, softcap)
     how, grads = _back_end(head, given, impl), Gradients(head, needs_grad)
     most = chunk_targets or how.auto_chunk_targets(weight)
     groups = _token_groups(pred_index.numel(), most) if row_lengths is None else _row_groups(row_lengths, most)
@@ -100,25 +104,30 @@ def _linear_cipo_loss(
     out = TargetOutputs(head.new_vector(), head.new_vector(), head.new_vector(), head.new_vector(), clipped)
     buffer = how.new_buffer(head, min(most, pred_index.numel()))
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        for group in groups:
-            if on_triton(hidden) and rows is None:
-                [(start, end)] = group.chunks
+        for together in groups:
+            if on_triton(hidden) and rows is None and group is None:
+                [(start, end)] = together.chunks
                 grads.add(start, *how.token_loss(head, buffer, start, end, terms, given, out))
             else:
-                _group_loss(how, head, buffer, group, terms, given, rows, out, grads)
-    two_pass_rows = sum(len(group.chunks) > 1 for group in groups)
+                _group_loss(how, head, buffer, together, terms, given, rows, out, grads)
+    two_pass_rows = sum(len(together.chunks) > 1 for together in groups)
     stat = torch.full((), two_pass_rows, dtype=torch.int64, device=hidden.device)  # a fill kernel: no sync
     return out.loss.sum(), *out[1:], stat, *grads.tensors()  # type: ignore[return-value]
 
 
 def _back_end(head: Head, options: Options, impl: str) -> ModuleType:
     """exp_gemm.py where it is asked for and applies: fp32 on a GPU would be slow in Triton's GEMM."""
-    applies = not options.sequence and options.entropy_coef == 0 and head.softcap is None and on_triton(head.hidden)
-    if impl == "exp" and applies and (head.hidden.dtype == torch.bfloat16 or not head.hidden.is_cuda):
+    plain = not options.sequence and options.entropy_coef == 0 and head.softcap is None and head.group is None
+    if (
+        impl == "exp"
+        and plain
+        and on_triton(head.hidden)
+        and (head.hidden.dtype == torch.bfloat16 or not head.hidden.is_cuda)
+    ):
         from . import exp_gemm
 
         return exp_gemm
-    return logits_back_end(head.hidden)
+    return logits_back_end(head.hidden, head.group)
 
 
 def _group_loss(
@@ -260,6 +269,7 @@ def fused_linear_cipo_loss(
     softcap: float | None = None,
     chunk_targets: int | Literal["auto"] = "auto",
     impl: Literal["logits", "exp"] = "logits",
+    shard: VocabShard | None = None,
 ) -> LossOutput:
     """The CIPO loss of N targets, a plain sum: the weights carry every normaliser. Formula: terms.py.
 
@@ -270,7 +280,9 @@ def fused_linear_cipo_loss(
     row_lengths, integers of the host: how many targets each row has, one row after another. clip="cispo" goes with
     neither it nor dual_clip, which is above 1. chunk_targets changes memory and rounding, not results.
     impl, on Triton: "logits", or "exp" (exp_gemm.py) where that applies: bf16 on a GPU, with grad, ratio="token"
-    (or rows whose ratio is 1: no old_logp, no importance weight), no softcap and no entropy_coef; elsewhere "logits".
+    (or rows whose ratio is 1: no old_logp, no importance weight), no softcap, no entropy_coef and no shard; elsewhere
+    "logits".
+    shard: weight and bias are a part of the vocabulary's; see fused_linear_logprob. Loss and statistics are whole.
 
     Differentiable once, in hidden, weight and bias. Without grad no gradient GEMM runs (2NHV FLOPs).
     Raises ValueError for shapes, dtypes and options that do not fit.
@@ -282,7 +294,7 @@ def fused_linear_cipo_loss(
     check_inputs(hidden, weight, pred_index, target_id, bias, temperature, softcap)
     if impl not in ("logits", "exp"):
         raise ValueError(f'impl={impl!r}: expected "logits" or "exp"')
-    n, dtype = pred_index.numel(), compute_dtype(hidden, weight)
+    n, dtype = pred_index.numel(), compute_dtype(hidden)
     terms = stack_terms(
         n,
         dtype,
@@ -309,7 +321,7 @@ def fused_linear_cipo_loss(
         sequence=ratio == "sequence",
     )
     lengths = _checked_row_lengths(row_lengths, n) if options.sequence else None
-    if implementation(hidden) == "reference":
+    if implementation(hidden) == "reference" and shard is None:
         rows = None if lengths is None else _to_device(lengths, hidden.device)
         head: dict[str, Any] = {"temperature": temperature, "bias": bias, "softcap": softcap}
         args = (hidden, weight, pred_index, target_id, Terms(*terms), options, rows)
@@ -329,6 +341,7 @@ def fused_linear_cipo_loss(
         options.to_floats(),
         lengths,
         impl,
+        *shard_arguments(shard),
     )
     return _loss_output(Terms(*terms), options, loss, logp, entropy, q, clipped, two_pass_rows)
 

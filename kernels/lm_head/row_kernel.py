@@ -19,14 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch_configs import launch_config
 from . import chunked
 from .head import Head, gemm
 from .softmax import LOWEST, exp, load_or, logp_entropy_rest, soft_capped
 from .terms import Options, TargetOutputs
 from .token_terms import loss_arguments, target_loss_of_token
 
-BLOCK_V = 4096  # columns a program reads at once
-NUM_WARPS = 8
+
+class Block(NamedTuple):
+    """Columns a program reads at once."""
+
+    columns: int
+    warps: int
+
+
+BLOCK = Block(4096, 8)
 
 
 @triton.jit
@@ -191,6 +199,10 @@ class Chunk(NamedTuple):
     entropy: Tensor  # [n]
     rest: Tensor  # [n] 1 - p[target]
 
+    @property
+    def lse(self) -> Tensor:
+        return self.m + self.log_s
+
 
 class Buffer(NamedTuple):
     """[chunk, V] both, in the same memory: d(logits) lies over the logits, in the first part of each row."""
@@ -237,6 +249,11 @@ def d_logits(head: Head, buffer: Buffer, chunk: Chunk, g_logp: Tensor, g_entropy
     return buffer.d_logits[: len(chunk.x)]
 
 
+def rescaled(chunk: Chunk, mine: Tensor, log_share: Tensor, logp: Tensor, entropy: Tensor, rest: Tensor) -> Chunk:
+    """As one of vocab_parallel.py's, whose columns have the share exp(log_share) [n] of the probability."""
+    return chunk._replace(log_s=chunk.log_s - log_share, logp=logp, entropy=entropy, rest=rest)
+
+
 def token_loss(
     head: Head, buffer: Buffer, start: int, end: int, terms: Tensor, options: Options, out: TargetOutputs
 ) -> tuple[Tensor, Tensor]:
@@ -260,6 +277,7 @@ def _logits_of(head: Head, buffer: Buffer, start: int, end: int) -> Tensor:
 
 def _arguments(head: Head, start: int) -> dict[str, Any]:
     """What every kernel here is launched with."""
+    block = launch_config("row_kernel", BLOCK, head.weight.device)
     return {
         "first": start,
         "bias": head.bias,
@@ -267,6 +285,6 @@ def _arguments(head: Head, start: int) -> dict[str, Any]:
         "inv_temperature": head.inv_temperature,
         "vocab": head.weight.shape[0],
         "softcap": head.softcap,
-        "BLOCK_V": BLOCK_V,
-        "num_warps": NUM_WARPS,
+        "BLOCK_V": block.columns,
+        "num_warps": block.warps,
     }

@@ -4,7 +4,7 @@
     p = exp(s - lse)      delta = sum_d do o      ds = p (<do, v> - delta)
     dq = scale sum_k ds k      dk = scale sum_q ds q      dv = sum_q p do
 
-with fp32 sums. dQ: a program owns a tile of queries of one head. dK/dV: a tile of keys of one key head, whose query
+with fp32 sums. dQ: a program owns a tile of queries of HEADS heads. dK/dV: a tile of keys of one key head, whose query
 heads take turns on each streamed step; tiles that are split (TreeWork.partial) leave fp32 partial results, which a last
 kernel adds up. Nothing is atomic: every sum has a fixed order. After FlashAttention-2 (arXiv 2307.08691).
 """
@@ -17,12 +17,17 @@ from .tiles import (
     dot,
     full_tile,
     into_tile,
+    load_heads,
     load_rows,
     masked_tile,
     store_rows,
+    unseen_steps,
     visible,
     work_item,
 )
+from .worklist import OWN_TILE
+
+SLOT_TOKENS = tl.constexpr(OWN_TILE)  # of a partial result, whose tile may have fewer
 
 
 @triton.jit
@@ -47,48 +52,52 @@ def dq_kernel(
     delta,  # [H, T], written here for dkdv_kernel
     dq,  # [T, H, D]
     scale, scale2,
-    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
-    TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
+    OWN_TILE: tl.constexpr, TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, _, q0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
-        items, H, TILE, MASKED_TILE, OWN, STEP
+    head, tile_first, tile_stop, q0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
+        items, H // HEADS, OWN_TILE, TILE, OWN, STEP
     )
     if q0 >= q_stop:
         return
-    query = q0 + tl.arange(0, OWN)
-    q_tile = load_rows(q, head, q0, T, OWN, D, DP, TMA)
-    do_tile = load_rows(do, head, q0, T, OWN, D, DP, TMA)
-    o_tile = load_rows(o, head, q0, T, OWN, D, DP, TMA)
+    masked_stop -= unseen_steps(tile_first, tile_stop, q_stop, TILE, STEP)
+    head *= HEADS
+    kv_head = head // GROUP
+    row = tl.arange(0, HEADS * OWN)
+    query, head_of_row = q0 + row % OWN, head + row // OWN
+    q_tile = load_heads(q, head, q0, T, HEADS, OWN, D, DP, TMA)
+    do_tile = load_heads(do, head, q0, T, HEADS, OWN, D, DP, TMA)
+    o_tile = load_heads(o, head, q0, T, HEADS, OWN, D, DP, TMA)
     delta_row = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
-    lse += head.to(tl.int64) * T
-    tl.store(delta + head.to(tl.int64) * T + query, delta_row, mask=query < q_stop)
-    lse2 = tl.load(lse + query, mask=query < q_stop, other=0.0) * LOG2_E
-    acc = tl.zeros((OWN, DP), tl.float32)
+    in_lse = head_of_row.to(tl.int64) * T + query
+    tl.store(delta + in_lse, delta_row, mask=query < q_stop)
+    lse2 = tl.load(lse + in_lse, mask=query < q_stop, other=0.0) * LOG2_E
+    acc = tl.zeros((HEADS * OWN, DP), tl.float32)
 
     tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first, full_stop):
         k0 = tile0 + into_tile(i, TILE, STEP)
         next_tile0 = full_tile(full, i + 1, TILE, STEP)
-        k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
-        v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
+        k_tile = load_rows(k, kv_head, k0, T, STEP, D, DP, TMA)
+        v_tile = load_rows(v, kv_head, k0, T, STEP, D, DP, TMA)
         ds = _ds(_p(q_tile, k_tile, lse2[:, None], scale2), do_tile, v_tile, delta_row[:, None])
         acc = dot(ds.to(k_tile.dtype), k_tile, acc)
         tile0 = next_tile0
 
-    tile0, k_stop = masked_tile(masked, masked_first, MASKED_TILE, STEP)
+    tile0, k_stop = masked_tile(masked, masked_first, TILE, STEP)
     for i in range(masked_first, masked_stop):
-        k0 = tile0 + into_tile(i, MASKED_TILE, STEP)
-        next_tile0, next_k_stop = masked_tile(masked, i + 1, MASKED_TILE, STEP)
+        k0 = tile0 + into_tile(i, TILE, STEP)
+        next_tile0, next_k_stop = masked_tile(masked, i + 1, TILE, STEP)
         key = k0 + tl.arange(0, STEP)
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
-        k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
-        v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
+        k_tile = load_rows(k, kv_head, k0, T, STEP, D, DP, TMA)
+        v_tile = load_rows(v, kv_head, k0, T, STEP, D, DP, TMA)
         ds = _ds(_p(q_tile, k_tile, lse2[:, None], scale2), do_tile, v_tile, delta_row[:, None])
         ds = tl.where(visible(query[:, None], key[None, :], key_end[None, :]), ds, 0.0)
         acc = dot(ds.to(k_tile.dtype), k_tile, acc)
         tile0, k_stop = next_tile0, next_k_stop
 
-    store_rows(dq, acc * scale, head, q0, q_stop, H, OWN, D, DP)
+    store_rows(dq, acc * scale, head_of_row[:, None], query, q_stop, H, D, DP)
 
 
 @triton.jit(do_not_specialize=["T", "n_slots"])
@@ -99,14 +108,14 @@ def dkdv_kernel(
     T, H,
     lse, delta,  # [H * GROUP, T]
     dk, dv,  # [T, H, D]
-    partial,  # [2, n_slots, TILE, H, D] fp32
+    partial,  # [2, n_slots, SLOT_TOKENS, H, D] fp32
     n_slots,
     scale, scale2,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
-    TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    OWN_TILE: tl.constexpr, TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    kv_head, part, k0, k_stop, full_first, full_stop, masked_first, masked_stop, slot = work_item(
-        items, H, TILE, MASKED_TILE, OWN, STEP
+    kv_head, tile_first, _, k0, k_stop, full_first, full_stop, masked_first, masked_stop, slot = work_item(
+        items, H, OWN_TILE, TILE, OWN, STEP
     )
     if k0 >= k_stop:
         return
@@ -131,11 +140,11 @@ def dkdv_kernel(
         dk_acc = dot(ds.to(q_tile.dtype), q_tile, dk_acc)
         tile0 = next_tile0
 
-    tile0, q_stop = masked_tile(masked, masked_first, MASKED_TILE, STEP)
+    tile0, q_stop = masked_tile(masked, masked_first, TILE, STEP)
     for i in range(masked_first * GROUP, masked_stop * GROUP):
         head = kv_head * GROUP + i % GROUP
-        q0 = tile0 + into_tile(i // GROUP, MASKED_TILE, STEP)
-        next_tile0, next_q_stop = masked_tile(masked, (i + 1) // GROUP, MASKED_TILE, STEP)
+        q0 = tile0 + into_tile(i // GROUP, TILE, STEP)
+        next_tile0, next_q_stop = masked_tile(masked, (i + 1) // GROUP, TILE, STEP)
         query = q0 + tl.arange(0, STEP)
         row = head * T + query
         q_tile = load_rows(q, head, q0, T, STEP, D, DP, TMA)
@@ -152,23 +161,23 @@ def dkdv_kernel(
 
     dk_acc *= scale
     if slot < 0:
-        store_rows(dk, dk_acc, kv_head, k0, k_stop, H, OWN, D, DP)
-        store_rows(dv, dv_acc, kv_head, k0, k_stop, H, OWN, D, DP)
+        store_rows(dk, dk_acc, kv_head, key, k_stop, H, D, DP)
+        store_rows(dv, dv_acc, kv_head, key, k_stop, H, D, DP)
     else:
-        shift = slot * TILE + part * OWN - k0  # from token to row of partial
-        store_rows(partial, dk_acc, kv_head, k0 + shift, k_stop + shift, H, OWN, D, DP)
-        shift += n_slots * TILE
-        store_rows(partial, dv_acc, kv_head, k0 + shift, k_stop + shift, H, OWN, D, DP)
+        shift = slot * SLOT_TOKENS - tile_first  # from token to row of partial
+        store_rows(partial, dk_acc, kv_head, key + shift, k_stop + shift, H, D, DP)
+        shift += n_slots * SLOT_TOKENS
+        store_rows(partial, dv_acc, kv_head, key + shift, k_stop + shift, H, D, DP)
 
 
 @triton.jit(do_not_specialize=["n_slots"])
 def add_partials_kernel(
-    partial,  # [2, n_slots, TILE, Hkv, D] fp32
+    partial,  # [2, n_slots, SLOT_TOKENS, Hkv, D] fp32
     dk, dv,  # [T, Hkv, D]
     slots,  # [n_slots, 3] TreeWork.partial
     n_slots,
     row_size,  # Hkv * D
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds up BLOCK elements of one tile's partial results, into dk for program_id(2) = 0 and into dv for 1."""
     slot, is_dv = tl.program_id(0), tl.program_id(2)
@@ -177,10 +186,10 @@ def add_partials_kernel(
     if n == 0:
         return
     wanted = element < (k_stop - k0) * row_size
-    partial += (is_dv * n_slots + slot).to(tl.int64) * TILE * row_size
+    partial += (is_dv * n_slots + slot).to(tl.int64) * SLOT_TOKENS * row_size
     acc = tl.zeros((BLOCK,), tl.float32)
     for i in range(n):
-        acc += tl.load(partial + i * TILE * row_size + element, mask=wanted, other=0.0)
+        acc += tl.load(partial + i * SLOT_TOKENS * row_size + element, mask=wanted, other=0.0)
     out = k0.to(tl.int64) * row_size + element
     if is_dv:
         tl.store(dv + out, acc.to(dv.dtype.element_ty), mask=wanted)

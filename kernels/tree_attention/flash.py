@@ -43,7 +43,7 @@ def tree_attention_flash(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, *, s
     A nan in v can reach earlier tokens of its own segment (or merged chain), where flash attention multiplies it by a
     masked 0; it never reaches another branch.
 
-    Under torch.compile(fullgraph=True), `tree.varlen_work` must have been read before the compiled call.
+    Under torch.compile(fullgraph=True), `tree.prepare("flash")` must come before the compiled call.
     """
     return attention_op(q, k, v, tree.varlen_work, q.shape[2] ** -0.5 if scale is None else scale)[0]
 

@@ -4,7 +4,7 @@
     lse = log sum_k exp(s)      o = sum_k exp(s - lse) v
 
 by FlashAttention-2's recurrence (arXiv 2307.08691) with fp32 sums: tiles of keys raise a query's running maximum m,
-and rescale what is summed up so far by exp(m - m_new). A program owns a tile of queries of one head.
+and rescale what is summed up so far by exp(m - m_new). A program owns a tile of queries of HEADS heads.
 """
 
 import triton
@@ -15,9 +15,11 @@ from .tiles import (
     dot,
     full_tile,
     into_tile,
+    load_heads,
     load_rows,
     masked_tile,
     store_rows,
+    unseen_steps,
     visible,
     work_item,
 )
@@ -32,45 +34,49 @@ def forward_kernel(
     o,  # [T, H, D]
     lse,  # [H, T]
     scale2,
-    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
-    TILE: tl.constexpr, MASKED_TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
+    OWN_TILE: tl.constexpr, TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, _, q0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
-        items, H, TILE, MASKED_TILE, OWN, STEP
+    head, tile_first, tile_stop, q0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
+        items, H // HEADS, OWN_TILE, TILE, OWN, STEP
     )
     if q0 >= q_stop:
         return
-    query = q0 + tl.arange(0, OWN)
-    q_tile = load_rows(q, head, q0, T, OWN, D, DP, TMA)
+    masked_stop -= unseen_steps(tile_first, tile_stop, q_stop, TILE, STEP)
+    head *= HEADS
+    kv_head = head // GROUP
+    row = tl.arange(0, HEADS * OWN)
+    query, head_of_row = q0 + row % OWN, head + row // OWN
+    q_tile = load_heads(q, head, q0, T, HEADS, OWN, D, DP, TMA)
     # Finite, so that a row whose first tiles are all masked gets exp2(-inf - m) = 0, not nan.
-    m = tl.full((OWN,), -1e30, tl.float32)
-    total = tl.zeros((OWN,), tl.float32)
-    acc = tl.zeros((OWN, DP), tl.float32)
+    m = tl.full((HEADS * OWN,), -1e30, tl.float32)
+    total = tl.zeros((HEADS * OWN,), tl.float32)
+    acc = tl.zeros((HEADS * OWN, DP), tl.float32)
 
     tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first, full_stop):
         k0 = tile0 + into_tile(i, TILE, STEP)
         next_tile0 = full_tile(full, i + 1, TILE, STEP)
-        k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
-        v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
+        k_tile = load_rows(k, kv_head, k0, T, STEP, D, DP, TMA)
+        v_tile = load_rows(v, kv_head, k0, T, STEP, D, DP, TMA)
         m, total, acc = _softmax_step(dot(q_tile, k_tile.T), v_tile, m, total, acc, scale2)
         tile0 = next_tile0
 
-    tile0, k_stop = masked_tile(masked, masked_first, MASKED_TILE, STEP)
+    tile0, k_stop = masked_tile(masked, masked_first, TILE, STEP)
     for i in range(masked_first, masked_stop):
-        k0 = tile0 + into_tile(i, MASKED_TILE, STEP)
-        next_tile0, next_k_stop = masked_tile(masked, i + 1, MASKED_TILE, STEP)
+        k0 = tile0 + into_tile(i, TILE, STEP)
+        next_tile0, next_k_stop = masked_tile(masked, i + 1, TILE, STEP)
         key = k0 + tl.arange(0, STEP)
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
-        k_tile = load_rows(k, head // GROUP, k0, T, STEP, D, DP, TMA)
-        v_tile = load_rows(v, head // GROUP, k0, T, STEP, D, DP, TMA)
+        k_tile = load_rows(k, kv_head, k0, T, STEP, D, DP, TMA)
+        v_tile = load_rows(v, kv_head, k0, T, STEP, D, DP, TMA)
         seen = visible(query[:, None], key[None, :], key_end[None, :])
         s = tl.where(seen, dot(q_tile, k_tile.T), float("-inf"))
         m, total, acc = _softmax_step(s, v_tile, m, total, acc, scale2)
         tile0, k_stop = next_tile0, next_k_stop
 
-    store_rows(o, acc / total[:, None], head, q0, q_stop, H, OWN, D, DP)
-    tl.store(lse + head.to(tl.int64) * T + query, (m + tl.log2(total)) / LOG2_E, mask=query < q_stop)
+    store_rows(o, acc / total[:, None], head_of_row[:, None], query, q_stop, H, D, DP)
+    tl.store(lse + head_of_row.to(tl.int64) * T + query, (m + tl.log2(total)) / LOG2_E, mask=query < q_stop)
 
 
 @triton.jit

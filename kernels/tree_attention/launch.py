@@ -8,6 +8,7 @@ What a query does not see has no weight in its sums: masked scores are replaced.
 other queries of that tile, as 0 times it is nan; an update with one is dropped whole.
 """
 
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..autograd import refuse_create_graph
+from ..launch_configs import launch_config
 from .backward import add_partials_kernel, dkdv_kernel, dq_kernel
 from .forward import forward_kernel
 from .layout import TreeLayout
 from .tiles import LOG2_E
-from .worklist import MASKED_TILE, TILE, TileWork, TreeWork
+from .worklist import OWN_TILE, TILE, TileWork, TreeWork
 
 MAX_HEAD_DIM = 128
+MAX_HEADS = 4  # a program's: fewer queries a tile gain next to nothing
 ADD_BLOCK = 4096
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
 
@@ -30,7 +33,7 @@ KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
 
 
 class Config(NamedTuple):
-    own: int  # tokens of the own tile
+    own: int  # rows of the own tile: tokens, of each of the program's heads
     step: int  # tokens of a streamed step
     num_warps: int
     num_stages: int  # num_stages - 1 steps' tiles are under way
@@ -61,10 +64,24 @@ def config(kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> C
     return configs[kernel][head_dim > 64]
 
 
-def constants(config: Config, head_dim: int, group: int) -> dict[str, int]:
-    """The compile-time arguments and options of a kernel."""
+def few_keys(config: Config) -> Config:
+    """For items of at most TILE tokens: no larger a tile, and as much work a warp."""
+    own = min(config.own, TILE)
+    return config._replace(own=own, num_warps=config.num_warps * own // config.own)
+
+
+def heads_together(kernel: str, group: int) -> int:
+    """Heads that share a program. dK/dV: each key head has keys of its own."""
+    return 1 if kernel == "dkdv" else gcd(group, MAX_HEADS)
+
+
+def constants(kernel: str, config: Config, head_dim: int, group: int, own_tile: int) -> dict[str, int]:
+    """The compile-time arguments and options of a kernel; own_tile: of the items, at most."""
     shape = {"GROUP": group, "D": head_dim, "DP": _padded(head_dim), "TMA": config.tma}
-    tiles = {"TILE": TILE, "MASKED_TILE": MASKED_TILE, "OWN": config.own, "STEP": config.step}
+    heads = heads_together(kernel, group)
+    if kernel != "dkdv":
+        shape["HEADS"] = heads
+    tiles = {"OWN_TILE": own_tile, "TILE": TILE, "OWN": config.own // heads, "STEP": config.step}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return shape | tiles | options
 
@@ -73,11 +90,23 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def config_name(kernel: str, head_dim: int) -> str:
+    """In launch_configs.json."""
+    return f"tree_attention_{kernel}_d{128 if head_dim > 64 else 64}"
+
+
 def _config(kernel: str, x: Tensor) -> Config:
-    if not x.is_cuda:
-        return INTERPRETER_CONFIG
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return config(kernel, x.dtype, x.shape[2], 10 * major + minor)
+    default = INTERPRETER_CONFIG
+    if x.is_cuda:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        default = config(kernel, x.dtype, x.shape[2], 10 * major + minor)
+    if x.dtype == torch.float32:
+        return default
+    name = config_name(kernel, x.shape[2])
+    found = launch_config(name, default, x.device)
+    if OWN_TILE % found.own or TILE % found.step:
+        raise ValueError(f"{name}: {found}: own has to divide {OWN_TILE}, and step {TILE}")
+    return found
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -88,27 +117,35 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _input(x: Tensor, tokens: int, tma: bool) -> TensorDescriptor | tuple[Tensor, int, int]:
-    """x [T, H, D] as the kernels' `load_rows` takes it."""
+def _input(x: Tensor, tokens: int, tma: bool, heads: int = 1) -> TensorDescriptor | tuple[Tensor, int, int]:
+    """x [T, H, D] as the kernels' `load_rows` and `load_heads` take it."""
     if not tma:
         return x, x.stride(0), x.stride(1)
     x = x.transpose(0, 1)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, _padded(x.shape[2])])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [heads, tokens, _padded(x.shape[2])])
 
 
 def _launch(
-    name: str, own: dict[str, Tensor], streamed: dict[str, Tensor], work: TileWork, group: int, **rest: Any
+    name: str,
+    own: dict[str, Tensor],
+    streamed: dict[str, Tensor],
+    work: TileWork,
+    group: int,
+    own_tile: int,
+    **rest: Any,
 ) -> None:
-    """Runs a kernel of KERNELS with one program an item, part of its tile, and head of the `own` tensors."""
+    """Runs a kernel of KERNELS with one program an item, part of its tile, and HEADS of the `own` tensors."""
     first = next(iter(own.values()))
-    T, heads, D = first.shape
+    T, H, D = first.shape
     cfg = _config(name, first)
-    inputs = {argument: _input(x, cfg.own, cfg.tma) for argument, x in own.items()}
+    cfg = few_keys(cfg) if own_tile == TILE else cfg
+    heads, compiled = heads_together(name, group), constants(name, cfg, D, group, own_tile)
+    inputs = {argument: _input(x, compiled["OWN"], cfg.tma, heads) for argument, x in own.items()}
     inputs |= {argument: _input(x, cfg.step, cfg.tma) for argument, x in streamed.items()}
     lists = {"items": work.item, "full": work.full, "masked": work.masked}
-    grid = (len(work.item) * (TILE // cfg.own) * heads,)
+    grid = (len(work.item) * (own_tile // compiled["OWN"]) * (H // heads),)
     with torch.cuda.device_of(first):
-        KERNELS[name][grid](**inputs, **lists, T=T, H=heads, **rest, **constants(cfg, D, group))
+        KERNELS[name][grid](**inputs, **lists, T=T, H=H, **rest, **compiled)
 
 
 # ---- operators
@@ -125,7 +162,7 @@ def attention_op(
     results = {"o": o, "lse": lse}
     by_query, group = TreeWork.of(work).by_query, Hq // k.shape[1]
     rest = {"subtree_end": subtree_end, "scale2": scale * LOG2_E.value}
-    _launch("forward", {"q": q}, {"k": k, "v": v}, by_query, group, **results, **rest)
+    _launch("forward", {"q": q}, {"k": k, "v": v}, by_query, group, OWN_TILE, **results, **rest)
     return o, lse
 
 
@@ -150,17 +187,20 @@ def attention_backward_op(
     do, q, k, v = map(_aligned, (do, q, k, v))
     Hq, Hkv, D = q.shape[1], k.shape[1], k.shape[2]
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-    by_query, by_key, slots = TreeWork.of(work)
+    by_query, by_key, by_few_keys, slots = TreeWork.of(work)
     n_slots, group = len(slots), Hq // Hkv
-    partial = lse.new_empty(2, n_slots, TILE, Hkv, D)
+    partial = lse.new_empty(2, n_slots, OWN_TILE, Hkv, D)
     rest = {"subtree_end": subtree_end, "lse": lse, "delta": delta, "scale": scale, "scale2": scale * LOG2_E.value}
-    _launch("dq", {"q": q, "o": o, "do": do}, {"k": k, "v": v}, by_query, group, dq=dq, **rest)
+    _launch("dq", {"q": q, "o": o, "do": do}, {"k": k, "v": v}, by_query, group, OWN_TILE, dq=dq, **rest)
     results = {"dk": dk, "dv": dv, "partial": partial, "n_slots": n_slots}
-    _launch("dkdv", {"k": k, "v": v}, {"q": q, "do": do}, by_key, group, **results, **rest)
+    for items, own_tile in ((by_key.item, OWN_TILE), (by_few_keys, TILE)):
+        if len(items):
+            tiles = by_key._replace(item=items)
+            _launch("dkdv", {"k": k, "v": v}, {"q": q, "do": do}, tiles, group, own_tile, **results, **rest)
     if n_slots:
-        grid = (n_slots, triton.cdiv(TILE * Hkv * D, ADD_BLOCK), 2)
+        grid = (n_slots, triton.cdiv(OWN_TILE * Hkv * D, ADD_BLOCK), 2)
         with torch.cuda.device_of(q):
-            add_partials_kernel[grid](**results, slots=slots, row_size=Hkv * D, TILE=TILE, BLOCK=ADD_BLOCK)
+            add_partials_kernel[grid](**results, slots=slots, row_size=Hkv * D, BLOCK=ADD_BLOCK)
     return dq, dk, dv
 
 
@@ -187,7 +227,7 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 def tree_attention_triton(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, *, scale: float | None = None) -> Tensor:
     """Arguments as `tree_attention`. Raises ValueError for what the kernels do not take.
 
-    Under torch.compile(fullgraph=True), `tree.attention_work` must exist before the compiled call.
+    Under torch.compile(fullgraph=True), `tree.prepare("triton")` must come before the compiled call.
     """
     D = q.shape[2]
     scale = D**-0.5 if scale is None else scale

@@ -1,11 +1,14 @@
 """Where each token of a packed stream of trees stands, and which tokens it sees."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
 
+from ..dispatch import attention_implementation
+from .lists import WorkLists
 from .rectangles import varlen_work
 from .worklist import tree_work
 
@@ -43,8 +46,8 @@ class TreeLayout:
     Preorder makes a segment's subtree one range of tokens, so visibility needs one integer a key:
     `visible(q, k) <=> k <= q < subtree_end[k]`. Ours.
 
-    The segment tensors (int64 [S]) stay on the CPU, where work lists are built without a device synchronisation;
-    the token tensors (int64 [T]) move with `to`.
+    The segment tensors (int64 [S]) stay on the CPU, where work lists are built without a device synchronisation; the
+    token tensors (int64 [T]) move with `to`, and so do the lists that `prepare`, or their first use, has built.
     """
 
     start: torch.Tensor  # [S] first token
@@ -103,14 +106,36 @@ class TreeLayout:
         return self.position_ids.device
 
     def to(self, device: torch.device | str) -> Self:
-        """The same layout with its token tensors on `device`."""
-        if torch.device(device) == self.device:
+        """The same layout with its token tensors, and the work lists built so far, on `device`. From pinned memory to
+        CUDA nothing waits."""
+        device = torch.device(device)
+        if device == self.device:
             return self
-        return replace(
-            self,
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            subtree_end_of_token=self.subtree_end_of_token.to(device, non_blocking=True),
-        )
+        return self._map(lambda x: x.to(device, non_blocking=device.type == "cuda"))
+
+    def pin_memory(self) -> Self:
+        """The same layout in pinned memory; needs CUDA."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        tokens = {name: move(getattr(self, name)) for name in ("position_ids", "subtree_end_of_token")}
+        moved = replace(self, **tokens)
+        for name in vars(self).keys() & {"_attention_lists", "_varlen_lists"}:
+            vars(moved)[name] = vars(self)[name].map(move)
+        return moved
+
+    def prepare(self, impl: str = "auto") -> Self:
+        """Builds what `tree_attention(..., impl=impl)` loops over on a GPU, so that no forward pass does; returns self.
+
+        auto: what bf16 runs on this machine. Where that is a back-end without such lists, nothing is built."""
+        if impl == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            impl = attention_implementation(torch.empty(0, dtype=torch.bfloat16, device=device))
+        if impl == "triton":
+            _ = self._attention_lists
+        elif impl == "flash":
+            _ = self._varlen_lists
+        return self
 
     def dense_mask(self) -> torch.Tensor:
         """Bool [T, T], query by key: the definition of who sees whom."""
@@ -151,17 +176,25 @@ class TreeLayout:
         # The first slot of each token: later ones are padding.
         return slot.new_empty(self.num_tokens).scatter_reduce_(0, query, slot, "amin", include_self=False)
 
-    @cached_property
+    @property
     def attention_work(self) -> list[torch.Tensor]:
         """`TreeWork.tensors()`, what the Triton kernels loop over, on `device`. Built once a pack."""
-        work = tree_work(self.start, self.end, self.subtree_end, self.parent)
-        return [x.to(self.device, non_blocking=True) for x in work.tensors()]
+        return self._attention_lists.tensors
 
-    @cached_property
+    @property
     def varlen_work(self) -> list[torch.Tensor]:
         """`varlen_work` of the layout, on `device` but for its last tensor, which the host reads. Built once a pack."""
-        *tensors, longest = varlen_work(self.start, self.end, self.subtree_end, self.parent)
-        return [*(x.to(self.device, non_blocking=True) for x in tensors), longest]
+        return self._varlen_lists.tensors
+
+    @cached_property
+    def _attention_lists(self) -> WorkLists:
+        work = tree_work(self.start, self.end, self.subtree_end, self.parent)
+        return WorkLists.of(work.tensors()).map(lambda x: x.to(self.device))
+
+    @cached_property
+    def _varlen_lists(self) -> WorkLists:
+        *tensors, numbers = varlen_work(self.start, self.end, self.subtree_end, self.parent)
+        return WorkLists.of(tensors, on_host=(numbers,)).map(lambda x: x.to(self.device))
 
     @property
     def _subtree_end_cpu(self) -> torch.Tensor:

@@ -3,11 +3,14 @@
 The stream is cut into tiles of at most TILE tokens. Segments shorter than that share them with neighbours. Others
 start a tile, unless they can go on in their parent's last one with no more to mask: for tiles of queries, first
 children, who see all that the parent's tokens see before the tile; for tiles of keys, only children, seen by the same
-later queries. A program owns one tile and streams the tokens on the other side of the score matrix: first full tiles,
-where every pair is visible and no mask is computed, then masked ones, which test each pair. Ours.
+later queries. A program owns one tile, or a part of one, and streams the tokens on the other side of the score matrix:
+first full tiles, where every pair is visible and no mask is computed, then masked ones, which test each pair. Ours.
 
     forward, dQ: the tile's queries meet the root path of its first one, then the tile itself
     dK, dV: the tile's keys meet the tile itself, then all queries up to the last `subtree_end`
+
+A tile of queries meets itself in masked tiles that start at its first token, so that a program that owns a part of it
+can leave out the keys past its last query.
 """
 
 from collections.abc import Sequence
@@ -18,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 128  # tokens at most of a program's own tile; tokens of a full tile
-MASKED_TILE = 64  # tokens at most of a masked tile; ranges to mask are merged across smaller gaps
+OWN_TILE = 128  # tokens at most of an item's own tile
+TILE = 64  # tokens of a full tile, and of a masked one at most; ranges to mask are merged across smaller gaps
 # dK/dV of a prompt meets the queries of its whole tree: no program takes more than this share of all the work, and
-# none is split below MIN_SPLIT masked tiles.
+# none is split below MIN_SPLIT tiles.
 MAX_SHARE, MIN_SPLIT = 1 / 64, 16
 
 
@@ -58,18 +61,19 @@ class TreeWork(NamedTuple):
     number of partial results to add up from this slot on, 0 in all but a tile's first slot."""
 
     by_query: TileWork
-    by_key: TileWork
+    by_key: TileWork  # items of more than TILE tokens
+    by_few_keys: Tensor  # the other items, which name tiles of `by_key`
     partial: Tensor  # int32 [n_slots, 3]
 
     def tensors(self) -> list[Tensor]:
         """What an operator takes of it."""
-        return [*self.by_query, *self.by_key, self.partial]
+        return [*self.by_query, *self.by_key, self.by_few_keys, self.partial]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Self:
         """`tensors` undone."""
         n = len(TileWork._fields)
-        return cls(TileWork(*tensors[:n]), TileWork(*tensors[n : 2 * n]), tensors[2 * n])
+        return cls(TileWork(*tensors[:n]), TileWork(*tensors[n : 2 * n]), *tensors[2 * n :])
 
 
 def tree_work(start: Tensor, end: Tensor, subtree_end: Tensor, parent: Tensor) -> TreeWork:
@@ -79,20 +83,21 @@ def tree_work(start: Tensor, end: Tensor, subtree_end: Tensor, parent: Tensor) -
     by_key, partial = _split(_work(first, stop, *_query_ranges(first, stop, start, end, subtree_end)))
     first, stop = _tiles(start, end, first_child)
     by_query = _longest_first(_work(first, stop, *_key_ranges(first, stop, start, end, subtree_end, parent)))
-    return TreeWork(by_query, by_key, partial)
+    is_short = by_key.item[:, Item.STOP] - by_key.item[:, Item.FIRST] <= TILE
+    return TreeWork(by_query, by_key._replace(item=by_key.item[~is_short]), by_key.item[is_short], partial)
 
 
 def _tiles(start: Tensor, end: Tensor, goes_on: Tensor) -> tuple[Tensor, Tensor]:
     """First and past the last token of each tile; goes_on: bool [S], may the segment share one with that before it.
     Short neighbours always may."""
-    short = end - start < TILE
+    short = end - start < OWN_TILE
     opens = torch.ones_like(short)
     opens[1:] = ~(short[1:] & short[:-1] | goes_on[1:])
     run_start = start[opens]
     run_end = torch.cat((run_start[1:], end[-1:]))
-    n = _ceil_div(run_end - run_start, TILE)
-    first = _arange_each(run_start, n, TILE)
-    return first, (first + TILE).minimum(run_end.repeat_interleave(n))
+    n = _ceil_div(run_end - run_start, OWN_TILE)
+    first = _arange_each(run_start, n, OWN_TILE)
+    return first, (first + OWN_TILE).minimum(run_end.repeat_interleave(n))
 
 
 def _key_ranges(
@@ -107,9 +112,10 @@ def _key_ranges(
     is_full = torch.cat((is_full, torch.zeros_like(first, dtype=torch.bool)))[order]
 
     # What lies between two ranges of a path are finished branches: a mask hides them.
-    gap = torch.where(is_full, 0, MASKED_TILE - 1)
+    gap = torch.where(is_full, 0, TILE - 1)
     opens = torch.ones_like(is_full)
     opens[1:] = (tile[1:] != tile[:-1]) | (is_full[1:] != is_full[:-1]) | (lo[1:] - hi[:-1] > gap[1:])
+    opens |= lo == first[tile]  # the tile itself
     closes = torch.cat((opens[1:], opens[:1]))
     return tile[opens], lo[opens], hi[closes], is_full[opens]
 
@@ -154,13 +160,13 @@ def _work(first: Tensor, stop: Tensor, tile: Tensor, lo: Tensor, hi: Tensor, is_
     """One item a tile, in stream order. What is left of a full range after its full tiles is masked."""
     n_full = torch.where(is_full, (hi - lo) // TILE, 0)
     lo_masked = lo + n_full * TILE
-    n_masked = _ceil_div(hi - lo_masked, MASKED_TILE)
-    masked = _arange_each(lo_masked, n_masked, MASKED_TILE)
+    n_masked = _ceil_div(hi - lo_masked, TILE)
+    masked = _arange_each(lo_masked, n_masked, TILE)
     columns = [first, stop]
     for n in (n_full, n_masked):
         stop = torch.zeros_like(first).index_add(0, tile, n).cumsum(0)
         columns += [torch.cat((torch.zeros_like(stop[:1]), stop[:-1])), stop]
-    masked = torch.stack((masked, (masked + MASKED_TILE).minimum(hi.repeat_interleave(n_masked))), 1)
+    masked = torch.stack((masked, (masked + TILE).minimum(hi.repeat_interleave(n_masked))), 1)
     return TileWork(
         item=torch.stack((*columns, torch.full_like(first, -1)), 1).int(),
         full=F.pad(_arange_each(lo, n_full, TILE), (0, 1)).int(),
@@ -169,8 +175,8 @@ def _work(first: Tensor, stop: Tensor, tile: Tensor, lo: Tensor, hi: Tensor, is_
 
 
 def _cost(work: TileWork) -> Tensor:
-    """Of each item, in masked tiles."""
-    return work.n_full() * (TILE // MASKED_TILE) + work.n_masked()
+    """Tiles of each item."""
+    return work.n_full() + work.n_masked()
 
 
 def _longest_first(work: TileWork) -> TileWork:
