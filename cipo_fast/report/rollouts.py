@@ -30,7 +30,7 @@ def sample_rollouts(files: Files, room: int) -> list[dict[str, Any]]:
         problems = read_problems(files, name)
         kept: list[Problem] = []
         for problem in in_turns(problems):
-            size = lighten(problem, share // 3)  # tokens of the first ones, texts of many
+            size = lighten(problem, share // (3 if kept else 2))  # tokens of the first ones, texts of many
             if not kept and size > share:  # else the step would show nothing
                 cut(problem, share)
                 size = size_of(problem)
