@@ -102,6 +102,7 @@ TERMS = {
     "cispo": {"clip": "cispo"},
     "all cispo": {"clip": "cispo", "beta": 0.3125, "entropy_coef": 0.1875, "is_cap": 1.125},
 }
+WHOLE = (None, 0)  # an operator's shard: all of the vocabulary
 EVERY_TERM = [
     (name, ratio) for name in TERMS for ratio in ("token", "sequence") if ratio == "token" or "cispo" not in name
 ]
@@ -225,7 +226,7 @@ def test_the_host_reads_nothing_from_the_device_and_no_sum_of_a_row_is_atomic(ra
             given[0].sum().item()
         rows = [20, 21] if options.sequence else None
         body = _linear_cipo_loss._init_fn
-        body(*given, None, None, CHUNK, [needs_grad] * 3, fake, options.to_floats(), rows, "logits")
+        body(*given, None, None, CHUNK, [needs_grad] * 3, fake, options.to_floats(), rows, "logits", *WHOLE)
     atomic = [shape for name, shape in ops.seen if name.startswith(("index_add", "scatter_add", "index_put"))]
     assert {len(shape) for shape in atomic} <= {2}  # d(hidden) and d(logits); a target has one id, a token may repeat
     assert ("segment_reduce" in {name for name, _ in ops.seen}) == (ratio != "token")

@@ -21,7 +21,7 @@ from cipo_kernels.lm_head.logprob import (
 from cipo_kernels.lm_head.loss import _linear_cipo_loss
 from cipo_kernels.lm_head.terms import Terms, target_loss, target_loss_gradient
 from loss_accuracy import EPS_HIGH, EPS_LOW, clipped_loss, eager, errors, exact, make_case, step, within
-from test_fused_loss import EVERY_TERM, HEADS, TERMS, extreme_head, make_inputs, make_terms, terms_and_options
+from test_fused_loss import EVERY_TERM, HEADS, TERMS, WHOLE, extreme_head, make_inputs, make_terms, terms_and_options
 
 if torch.cuda.is_available():
     DEVICE, DTYPE, RTOL, ATOL = "cuda", torch.float32, 1e-4, 1e-5
@@ -747,12 +747,12 @@ def test_opcheck(impl, monkeypatch):
     options = {"beta": 0.1, "entropy_coef": 0.1, "is_cap": 2.0, "dual_clip": 3.0}
     for ratio, rows in (("token", None), ("sequence", [3, 1])):
         stacked, given = terms_and_options(4, **terms, **options, ratio=ratio)
-        loss = (to_device(stacked), given.to_floats(), rows, "logits")
+        loss = (to_device(stacked), given.to_floats(), rows, "logits", *WHOLE)
         torch.library.opcheck(_linear_cipo_loss, (*head, [True] * 3, *loss))
-    torch.library.opcheck(_linear_logprob, head)
+    torch.library.opcheck(_linear_logprob, (*head, *WHOLE))
     torch.library.opcheck(
         _linear_logprob_backward,
-        (terms["old_logp"], None, *(x.detach() for x in leaves), *head[3:], [True, True, False]),
+        (terms["old_logp"], None, *(x.detach() for x in leaves), *head[3:], *WHOLE, [True, True, False]),
     )
 
 

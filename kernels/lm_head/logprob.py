@@ -54,8 +54,8 @@ def _linear_logprob(
     temperature: Tensor | None,
     softcap: float | None,
     chunk_targets: int | None,
-    group: str | None = None,
-    vocab_start: int = 0,
+    group: str | None,
+    vocab_start: int,
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy) [N]: 2NHV FLOPs, nothing [N, V] is kept."""
     head = make_head(hidden, weight, bias, pred_index, target_id, temperature, softcap, group, vocab_start)

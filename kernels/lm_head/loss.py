@@ -78,8 +78,8 @@ def _linear_cipo_loss(
     options: Sequence[float],
     row_lengths: Sequence[int] | None,
     impl: str,
-    group: str | None = None,
-    vocab_start: int = 0,
+    group: str | None,
+    vocab_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], logp, entropy, ratio, clipped [N], two_pass_rows [], d_hidden, d_weight, d_bias).
 
