@@ -15,7 +15,7 @@ class CorrectionConfig(Section):
     anchors_per_prompt: Annotated[float, Field(gt=0)] = 1.0
     """phi: a step has round(phi * B) anchors [f2f]."""
     max_anchors_per_prompt: Positive = 2
-    """Most anchors from one prompt [f2f]."""
+    """Most anchors from one prompt [ours; f2f has no bound]."""
     samples_per_anchor: Annotated[int, Field(ge=2)] | None = None
     """Gc; None means G [f2f]."""
     preference: Literal["tier", "soft", "uniform"] = "tier"

@@ -20,8 +20,9 @@ Every setting: its default, what it may be, what it does. Written by `python -m 
 `cipo_fast/config/`; a test fails when it is stale. On the command line `section.key=value`; in a file, YAML sections.
 Files come first, in order, then settings; the last one counts. `--help` prints how, and where files are looked for.
 
-Sources: [paper], what CIPO's authors state (arXiv 2605.14539); [f2f], the follow-up that gives formulas and values the
-paper leaves out; [ours], what we chose; other papers by name. [algorithm.md](algorithm.md) has the formulas."""
+Sources: [paper], what is known of CIPO's (arXiv 2605.14539) from its abstract and summaries; [f2f], forms and values of
+the third-party project Fail2Fix-RL; [ours], what we chose; other papers by name. [algorithm.md](algorithm.md) has the
+formulas, [running.md](running.md#settings) how settings are given, and the recipes."""
 
 
 def reference() -> str:
