@@ -1,4 +1,4 @@
-"""README's GPU table: from the files of bench/results/ where there are any, else predicted, and headed so."""
+"""The GPU table of docs/performance.md: from the files of bench/results/ where there are any, else predicted, and headed so."""
 
 import json
 import subprocess
@@ -10,12 +10,12 @@ import table
 ROOT = Path(__file__).parents[1]
 
 
-def test_readme_is_not_stale() -> None:
+def test_the_page_is_not_stale() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench/gpu/table.py")], capture_output=True, text=True, timeout=100, check=True
     )
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{table.BEGIN}\n{done.stdout}{table.END}" in readme, "python bench/gpu/table.py --write"
+    page = table.PAGE.read_text(encoding="utf-8")
+    assert f"{table.BEGIN}\n{done.stdout}{table.END}" in page, "python bench/gpu/table.py --write"
     is_measured = any((ROOT / "bench/results").glob("*.json"))
     assert done.stdout.startswith("**Measured**" if is_measured else "**Predicted** for an H100; no GPU has run")
 

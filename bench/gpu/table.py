@@ -1,8 +1,8 @@
-"""The GPU table of README.md, from what the scripts here left in bench/results/: `python bench/gpu/table.py`.
+"""The GPU table of docs/performance.md, from what the scripts here left in bench/results/: `python bench/gpu/table.py`.
 
 A row is what a reader asks first: how near to its floor, and how much faster than what else trains. Of each device the
 newest file of a script counts. Where no GPU has run anything, the same rows as predicted for an H100, and headed so.
-`--write` puts it between README's two marks; a test fails when it is stale.
+`--write` puts it between that page's two marks; a test fails when it is stale.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench/gpu/table.py -->", "<!-- end -->"
 LOSS = {"logits": "loss, V0", "exp": "loss, V1", "log_probs": "log-probs"}
@@ -100,10 +101,9 @@ def main() -> None:
     if "--write" not in sys.argv[1:]:
         print(text)
         return
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

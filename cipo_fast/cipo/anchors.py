@@ -34,8 +34,8 @@ def select_anchors(
 ) -> tuple[list[Anchor], AnchorCounts]:
     """Choose `n_anchors` anchors, round(rho * n) of them right; a shortage on one side is filled from the other.
 
-    The choice by rho and tiers is [f2f]; the rest [ours]: within a tier every prompt gives one anchor before any gives
-    a second, none gives more than `max_anchors_per_prompt`, and truncated, empty and duplicate attempts are passed over.
+    The choice by rho and tiers is [f2f], the rest [ours]: within a tier every prompt gives one anchor before any gives
+    a second, none gives more than `max_anchors_per_prompt`; truncated, empty and duplicate attempts are passed over.
     """
     pool = _Pool(groups, config, prompt_of, rng)
     right_wanted = round(rho * n_anchors)

@@ -32,8 +32,8 @@ class ServerConfig(Section):
     start: bool = False
     """Start `vllm serve` on this node, restart it when it dies, end it with the run [ours]."""
     url: str | None = None
-    """... or the address of one, such as http://node7:8100, started as docs/running.md says; its key is the environment's
-    VLLM_API_KEY [ours]."""
+    """... or the address of one, such as http://node7:8100, started as docs/running.md says; its key is the
+    environment's VLLM_API_KEY [ours]."""
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Port of a started server; None takes a free one (cipo_fast.serve: 8100) [ours]."""
     devices: str | None = None

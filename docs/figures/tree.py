@@ -142,7 +142,8 @@ def figure() -> str:
     names, start, end, subtree_end, rows = built()
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {TALL}" width="{WIDTH}" height="{TALL}">',
-        "<style>text{font:12px sans-serif;fill:#222}.head{font-weight:bold;font-size:13px}.small{font-size:10px}</style>",
+        "<style>text{font:12px sans-serif;fill:#222}.head{font-weight:bold;font-size:13px}.small{font-size:10px}",
+        "</style>",
         f'<rect width="{WIDTH}" height="{TALL}" fill="#fff"/>',
         *tree_panel(28),
         *stream_panel(206, names, start, subtree_end),
