@@ -39,7 +39,7 @@ from cipo_fast.cipo.nudge import draw_hints
 from cipo_fast.cipo.objective import lambda_corr_at, right_weight
 from cipo_fast.cipo.prompts import CorrectionPrompts
 from cipo_fast.cipo.replay import ReplayState, retention_target, retry_rate, update_replay
-from cipo_fast.config import Config, cautions, comparison, parse_args
+from cipo_fast.config import Config, cautions, comparison, configs_dir, parse_args
 from cipo_fast.distributed import gather, is_main, leave_after, on_main, prepared_group, starts_first
 from cipo_fast.embedded.model import embedded_config
 from cipo_fast.embedded.prepare import prepare
@@ -66,6 +66,10 @@ from cipo_fast.try_out import prepare_judges, refuse_exploits, with_good_golds
 from cipo_fast.updates import learn, update_metrics
 from cipo_fast.view import View, evaluation_line, summary_table
 
+FILES = """\
+Files are merged in their order, settings over them; the last one counts. docs/configuration.md lists all settings.
+
+x.yaml is the file of this folder or, where there is none, the recipe of that name in """
 MAX_SKIPS = 3  # non-finite updates in a row that stop a run
 NO_SYNC: Metrics = dict.fromkeys(
     ("sync/parity_max_abs", "sync/parity_mean_abs", "sync/changed", "sync/gb", "time/sync_s", "time/probe_s")
@@ -120,6 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return config
 
     def body() -> None:
+        if {"-h", "--help"} & set(args):
+            if starts_first():
+                put(f"{(__doc__ or '').strip()}\n{FILES}{configs_dir()}.")
+            return
         if "--dry-run" in args:
             from cipo_fast.dry_run import dry_run
 

@@ -60,7 +60,7 @@ ELSEWHERE = {
 # Appended to a training command, less the keys that it gives itself: a small model that starts within a second.
 SMALL = [
     "model.embedded.hidden=64", "model.embedded.mlp=96", "model.embedded.warm_steps=10", "rollout.prompts_per_step=8",
-    "rollout.samples_per_prompt=4", "rollout.max_tokens=8", "eval.problems=8", "eval.samples=2", "eval.max_tokens=8",
+    "rollout.samples_per_prompt=4", "eval.problems=8", "eval.samples=2",
     "train.steps=1", "run.view=plain", "sync.probe_every=1",
 ]  # fmt: skip
 MOST_STEPS = 8
@@ -75,7 +75,7 @@ FILES = {  # a reader's own
     "math.jsonl": "".join(json.dumps({"prompt": f"{i} + 4?", "answer": str(i + 4)}) + "\n" for i in range(40)),
     "math-test.jsonl": json.dumps({"prompt": "100 + 4?", "answer": "104"}) + "\n",
     "code.jsonl": '{"prompt": "Add.", "tests": [{"args": [1, 2], "expected": 3}]}\n' * 4,
-    "answers.jsonl": '{"response": "7", "answer": "7", "verifier": "exact"}\n{"response": "8", "answer": "7"}\n',
+    "answers.jsonl": '{"response": "7", "answer": "7", "verifier": "exact"}\n',
     "programs.jsonl": json.dumps({
         "response": "```python\ndef add(a, b):\n    return a + b\n```", "verifier": "code", "prompt": "Add.",
         "tests": [{"args": [1, 2], "expected": 3}], "solution": "def add(a, b):\n    return b + a\n",
@@ -217,7 +217,7 @@ class Reader:
             args += [more for more in SMALL if more.partition("=")[0] not in given]
         config = load_config([arg for arg in args if "=" not in arg], [arg for arg in args if "=" in arg])
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        if not (config.run_dir / "warm_start").exists():
+        if not (config.run_dir / "warm_start").exists() and settings.get("train.steps") != "0":  # made to be looked at
             (config.run_dir / "warm_start").symlink_to(self.warm / "warm_start")
         run_module("cipo_fast.train", args)
 

@@ -373,6 +373,13 @@ def test_an_engine_that_cannot_be_had_back_stops_the_run_with_a_checkpoint(
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
+def test_help_says_how_and_where_files_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grpo.yaml", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "torchrun cipo_fast/train.py [configs/x.yaml ...] [key.path=value ...]" in printed
+    assert f"the recipe of that name in {configs_dir()}.\n" in printed
+
+
 def test_dry_run_prints_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "none"
     assert main(["--dry-run", f"run.dir={folder}"]) == 0
