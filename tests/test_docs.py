@@ -202,7 +202,8 @@ class Reader:
             if option.startswith(("--nproc-per-node=", "--nnodes=")):
                 ranks *= int(option.partition("=")[2])
         args = words[launched + 1 :]
-        settings = dict(arg.split("=", 1) for arg in args if "=" in arg and not arg.startswith("-"))
+        settings = self.model_in_files(args)
+        settings |= dict(arg.split("=", 1) for arg in args if "=" in arg and not arg.startswith("-"))
         if {"--help", "--dry-run"} & set(args) or ranks > 1 or needs_more(args, settings):
             args += self.model_of(args, settings)
             if "--help" not in args and "--dry-run" not in args:
@@ -220,6 +221,15 @@ class Reader:
         if not (config.run_dir / "warm_start").exists() and settings.get("train.steps") != "0":  # made to be looked at
             (config.run_dir / "warm_start").symlink_to(self.warm / "warm_start")
         run_module("cipo_fast.train", args)
+
+    def model_in_files(self, args: list[str]) -> dict[str, str]:
+        """model.path and the engine of the reader's own files."""
+        found = {}
+        for arg in args:
+            if arg.endswith(".yaml") and (self.here / arg).is_file():
+                own = yaml.safe_load((self.here / arg).read_text(encoding="utf-8"))
+                found |= {"model.path": own["model"]["path"], "rollout.engine": own["rollout"]["engine"]}
+        return found
 
     def model_of(self, args: list[str], settings: dict[str, str]) -> list[str]:
         """The shape of a model that is not here, as an override."""
@@ -347,6 +357,7 @@ def reader(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "document", [d for d in WITH_COMMANDS if commands(d) and d.name != "quickstart.md"], ids=name_of
 )
@@ -355,6 +366,7 @@ def test_every_command_works(document: Path, reader: Reader) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_quick_start_word_for_word(reader: Reader) -> None:
     """From the clone to the export, in one folder. What is of the own verifier's run is not shortened in anything."""
     reader.here = reader.folder.parent
@@ -519,6 +531,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_slurm_script_trains_ends_and_is_queued_again(tmp_path: Path, warm: Path) -> None:
     """With stand-ins for srun and scontrol: two ranks of one run; USR1 ends it with 75 and puts it into the queue; the
     same command goes on."""
