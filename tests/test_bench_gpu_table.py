@@ -1,4 +1,4 @@
-"""The GPU table of docs/performance.md: from the files of bench/results/ where there are any, else predicted, and headed so."""
+"""The GPU table of docs/performance.md: from the files of bench/results/ where there are any, else "predicted"."""
 
 import json
 import subprocess

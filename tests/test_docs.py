@@ -32,6 +32,7 @@ from test_train import environment, wait_for_lines
 from transformers import Qwen3Config
 
 from cipo_fast.config import load_config
+from cipo_fast.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 WITH_COMMANDS = [
@@ -404,14 +405,17 @@ def test_a_command_of_no_class_fails(reader: Reader) -> None:
     for command in ("python -m cipo_fast.nobody_knows", "rm -rf runs", "python cipo_fast/learner.py", "pytest tests/"):
         with pytest.raises(AssertionError, match="no test knows how to run"):
             reader.follow(command)
-    with pytest.raises(AssertionError):
-        reader.follow("python cipo_fast/train.py no_such_recipe.yaml")
-    with pytest.raises(AssertionError):
-        reader.follow("torchrun --nproc-per-node=8 cipo_fast/train.py qwen3_4b_math.yaml rollout.engin=vllm")
-    with pytest.raises(AssertionError):
-        reader.follow("pytest bench/ --benchmark-only -k no_such_benchmark")
-    with pytest.raises(AssertionError):
-        reader.follow("make no-such-target")
+    for command in (
+        "python cipo_fast/train.py no_such_recipe.yaml",
+        "torchrun --nproc-per-node=8 cipo_fast/train.py qwen3_4b_math.yaml rollout.engin=vllm",
+        "torchrun cipo_fast/train.py qwen3_4b_math.yaml",  # does not fit
+        "pytest bench/ --benchmark-only -k no_such_benchmark",
+        "make no-such-target",
+        "pip install 'cipo-fast[no-such-extra]'",
+        "python -m cipo_fast.judge no_such_file.jsonl",
+    ):
+        with pytest.raises((AssertionError, UserError)):
+            reader.follow(command)
 
 
 def test_what_is_run_elsewhere_is_run_there() -> None:
