@@ -180,51 +180,56 @@ In metrics.jsonl `time/*` adds up to `time/step_s` ([metrics.md](metrics.md#work
 
 On a CPU, no second run beside it. What a step would take on another machine, `--dry-run` estimates."""
 
-# name -> (what it is, what to do)
-ALARMS: dict[str, tuple[str, str]] = {
+# name -> (words of its line, what it is, what to do)
+ALARMS: dict[str, tuple[str, str, str]] = {
     "no_variance": (
-        "Every prompt's answers have equal rewards, and every anchor's corrections: no answer has an advantage.",
-        "Read the answer that the line shows. Mend prompt, rows or verifier first; then take problems of which the "
-        "model solves some (`python -m cipo_fast.evaluate MODEL --tasks FILE` tells how many), or begin with a model "
-        "that can.",
+        "every prompt's rewards are equal",
+        "No answer of the step has an advantage, and no correction: nothing was learned.",
+        "Read the answer in the line, and mend prompt, rows or verifier first. Then take problems of which the model "
+        "solves some (`python -m cipo_fast.evaluate MODEL --tasks FILE` tells), or begin with a model that does.",
     ),
     "truncated": (
-        "Every answer is cut off at `rollout.max_tokens`, and what is cut off is wrong.",
-        "Compare `an answer ends with ...`, said at the start, with how the model ends a turn. If that is right, "
-        "raise `rollout.max_tokens`, or ask for shorter answers in the prompt (`data.system_prompt`).",
+        "answers are cut off at rollout.max_tokens",
+        "What is cut off is wrong, so no answer could be right.",
+        "Compare `an answer ends with ...`, said at the start, with how this model ends a turn. If that is right, "
+        "raise `rollout.max_tokens`, or ask for shorter answers (`data.system_prompt`).",
     ),
     "no_anchors": (
-        "Corrections were wanted, and no attempt could be shown back: the step is GRPO's.",
-        "`anchors/dropped` above 0: raise `correction.max_prompt_tokens` (and `train.pack_tokens` with it). Otherwise "
-        "see which kind is missing, `anchors/right` or `anchors/wrong`.",
+        "anchors found",
+        "No attempt could be shown back: the step was GRPO's.",
+        "`anchors/dropped` above 0: raise `correction.max_prompt_tokens`, and `train.pack_tokens` with it. Otherwise "
+        "see which kind was wanted and is missing, `anchors/right` or `anchors/wrong`.",
     ),
     "no_change": (
-        "Syncs bring the weights that the engine has already.",
-        "Look at `alarm/no_variance`, then at `optim/lr` and `grad/norm`. With bfloat16 a small `optim.lr` changes "
-        "fp32 weights and not what is sent; a step or two of that is no harm.",
+        "the updates change nothing",
+        "The engine gets the weights that it has already.",
+        "See `alarm/no_variance` first, then `optim/lr` and `grad/norm`. In bfloat16 a small `optim.lr` moves the "
+        "trainer's fp32 weights and not yet what is sent: raise it, or raise `run.alarm_after`.",
     ),
     "mismatch": (
-        "The trainer's probability of many sampled tokens is not within 10% of the engine's: the policy learns from "
-        "answers of another distribution. It is said in the first such step.",
-        "`rollout.top_p=1`; `rollout.vllm.fp32_head=true`; no quantised KV cache in `rollout.vllm.args`; "
-        "`sync.probe_every=1`, which stops the run where weights are at fault. What gap is left `loss.is_cap` "
-        "corrects.",
+        "the trainer's probability of",
+        "The policy learns from answers of another distribution than its own.",
+        "`rollout.top_p=1`, `rollout.vllm.fp32_head=true`, no quantised KV cache in `rollout.vllm.args`. With "
+        "`sync.probe_every=1` the run stops where weights are at fault. What gap remains `loss.is_cap` corrects.",
     ),
     "length_reward": (
-        "Within a prompt's answers, or an anchor's corrections, reward goes with length: |correlation| above 0.5.",
-        "Read a long right answer and a short wrong one. If long ones list candidates: `python -m cipo_fast.audit`, "
-        "and mend the verifier. If short ones are right since long ones are cut off: raise `rollout.max_tokens`. On a "
-        "task whose right answers are long by nature it is no fault.",
+        "reward goes with length",
+        "The correlation is above 0.5 or below -0.5: what is learned may be length.",
+        "Read a long right answer and a short wrong one. Long ones that list candidates: mend the verifier (`python -m "
+        "cipo_fast.audit` tries it). Long ones that are cut off: raise `rollout.max_tokens`. Where right answers "
+        "are long by nature it is no fault.",
     ),
     "copies": (
-        "More than half of the corrections repeat their attempt.",
-        "See `correction/wrong_to_right`: where it is near 0, checks are not learned. Mend the follow-up turn "
-        "(`correction.followup`), lower `replay.rho_max`, take `correction.loss=rl`.",
+        "of corrections repeat their attempt",
+        "More than half: being shown an attempt teaches to say it again.",
+        "Where `correction/wrong_to_right` is near 0 too, nothing is corrected: mend `correction.followup`, lower "
+        "`replay.rho_max`, take `correction.loss=rl`.",
     ),
     "breaks_right": (
-        "Checks break more right attempts than half, and more than fresh answers are wrong.",
-        "Expected in the first steps; it falls as `replay/rho` rises. If it stays: mend the follow-up turn, raise "
-        "`replay.rho_min` or `correction.lambda_risk`, and judge the run anew to see whether verdicts are stable.",
+        "of corrections of right attempts are wrong",
+        "More than half, and more than fresh answers are wrong: a check does harm.",
+        "In the first steps it is expected, and falls as `replay/rho` rises. If it stays, mend `correction.followup`, "
+        "raise `replay.rho_min` or `correction.lambda_risk`.",
     ),
 }
 
@@ -233,23 +238,24 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
     (
         "Settings",
         ("cipo_fast/config/", "cipo_fast/serve.py"),
-        "A setting, a YAML file or a combination that cannot be meant. Change the key that is named; of a file the "
-        "line is named, too. [configuration.md](configuration.md) has every key with what it may be.",
+        "A key, a value, a YAML file or a combination of settings that cannot be meant. Change the key that is named; "
+        "in a file its line is named, too. [configuration.md](configuration.md) has every key and what it may be. "
+        "Lines without `error:` are cautions: the run goes on, and may not do what you think.",
     ),
     (
         "Data",
         ("cipo_fast/tasks/",),
-        "A row or a file that cannot be trained on, named as `file:line`. Correct or remove the row; what is missing "
-        "may have another name (`data.format`). `python -m cipo_fast.tasks check FILE` goes through a file "
-        "beforehand. Lines without `error:` are reasons for which rows are dropped, and what else is said of them. "
-        "[data.md](data.md) has all forms.",
+        "A row or a file that cannot be trained on, named as `file:line`. Correct or remove the row. A field that is "
+        "missing may have another name in your file, for which there is `data.format`. Lines without `error:` say why "
+        "rows are dropped, and what else is worth a look in them. `python -m cipo_fast.tasks check FILE` goes through "
+        "a file beforehand; [data.md](data.md) has all forms.",
     ),
     (
         "Prompts, template and tokens",
         ("cipo_fast/chat.py", "cipo_fast/sampling.py"),
-        "What the model's chat template makes of a row, or cannot. Change the row, `data.system_prompt`, "
-        "`data.chat_template_kwargs` or a length; a template that cannot be used at all needs another model, or a "
-        "mended `chat_template.jinja` beside it.",
+        "What the model's chat template makes of a row, or refuses to. Change the row, `data.system_prompt`, "
+        "`data.chat_template_kwargs` or a length. A template that cannot be used at all: take an instruct model, or "
+        "mend the `chat_template.jinja` in its folder.",
     ),
     (
         "Model and weights",
@@ -262,9 +268,9 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
             "cipo_fast/long_act.py",
             "cipo_fast/engines.py",
         ),
-        "A model that is not whole, or that trees would compute otherwise than transformers does. Files that are "
-        "broken or missing: copy them anew from where they came. An architecture that is refused cannot be trained "
-        "here: its message says why, and another model is the way out.",
+        "Files that are broken or missing: copy them anew from where they came. An architecture that tree attention "
+        "would not compute as transformers does is refused, and nothing makes it fit but another model; where a "
+        "setting is named, change that.",
     ),
     (
         "Verifiers and golds",
@@ -277,41 +283,43 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
             "cipo_fast/marking.py",
             "cipo_fast/try_out.py",
         ),
-        "A function of yours that cannot be called or that answers neither true nor false, a row that its verifier "
-        "cannot judge, a worker that was lost. Without `error:` they stand behind `could not be judged` or `do not "
-        "verify`, or are an answer's `why`. [own-task.md](own-task.md) has a function that works.",
+        "A function of yours that cannot be called or that returns neither true nor false, a row that its verifier "
+        "cannot judge, a worker that was lost, and plain verdicts (`no verdict within 10 s`). Without `error:` it "
+        "stands behind `could not be judged` or `do not verify`, or in an answer's `why`. [own-task.md](own-task.md) "
+        "has a function that works; [Answers that nobody can judge](#answers-that-nobody-can-judge).",
     ),
     (
         "Mathematics",
         ("cipo_fast/verify/math/",),
-        "Why an answer or a gold cannot be read, or why they are not equal: an answer's `why`, and the reason for "
-        "which a row is dropped. Of an answer it is the policy's fault; a gold needs another notation, or another "
-        "verifier. [verifiers.md](verifiers.md#math-what-equal-means) defines what is equal.",
+        "Why an answer cannot be read or is not the gold, in its `why`; why a gold does not verify, for which its row "
+        "is dropped. An answer that cannot be read is the policy's fault, and it learns better; a gold needs another "
+        "notation, or another verifier. [verifiers.md](verifiers.md#math-what-equal-means) defines what is equal.",
     ),
     (
         "Programs",
         ("cipo_fast/verify/code/",),
-        "Why an answer holds no program (`unparsable`), what a test found, and what is wrong with a row's tests: an "
-        "answer's `why`, or the reason for which a row is dropped. Mend the prompt, or the tests. "
-        "[verifiers.md](verifiers.md#code).",
+        "What an answer's program lacks (`unparsable`) or what a test found, in its `why`; what is wrong with a row's "
+        "tests, for which the row is dropped or refused. Mend the prompt where answers hold no program, and the row "
+        "where its tests are named. [verifiers.md](verifiers.md#code) has the forms of tests.",
     ),
     (
         "Sandbox",
         ("cipo_fast/verify/sandbox/",),
-        "Isolation that does not work here, or that was lost: see [Programs cannot be run](#programs-cannot-be-run). "
-        "Lines without `error:` are the reason within another line.",
+        "Isolation that does not work on this machine, or that was lost: see [Programs cannot be "
+        "run](#programs-cannot-be-run). Lines without `error:` are a reason within another line; only `sandbox: NONE` "
+        "is said by itself.",
     ),
     (
         "Engine and sync",
         ("cipo_fast/rollout/", "cipo_fast/sync.py"),
-        "See [The engine](#the-engine) and [The engine is not the policy](#the-engine-is-not-the-policy). Lines "
-        "without a first word are quoted by `engine lost`, `rollout.engine=vllm_server:` and `the engine failed`. A "
-        "`RuntimeError` of this part is a fault of the program, not of your settings: please report it.",
+        "See [The engine does not start, hangs or is lost](#the-engine-does-not-start-hangs-or-is-lost) and [The "
+        "engine is not the policy](#the-engine-is-not-the-policy). Lines without a first word are quoted by `engine "
+        "lost`, by `rollout.engine=vllm_server:` at the start and by `the engine failed` at the end.",
     ),
     (
         "Ranks and signals",
         ("cipo_fast/distributed.py", "cipo_fast/preemption.py", "cipo_fast/errors.py", "cipo_fast/view.py"),
-        "See [Ranks](#ranks) and [Exit codes](#exit-codes).",
+        "See [A rank hangs or dies](#a-rank-hangs-or-dies) and [Exit codes](#exit-codes).",
     ),
     (
         "The run, its folder and its checkpoints",
@@ -322,26 +330,27 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
             "cipo_fast/updates.py",
             "cipo_fast/cipo/",
         ),
-        "A folder that cannot be used, a run that cannot be gone on with, and what stops a run or is left out of it: "
-        "see [It does not go on](#it-does-not-go-on) and [NaN](#nan). Where something cannot be written: room, "
-        "rights, a network disk. A `RuntimeError` is a fault of the program: please report it.",
+        "See [A run does not go on](#a-run-does-not-go-on) and [NaN](#nan). Where something cannot be written or "
+        "saved, look for room, rights and the network disk; the same command goes on afterwards.",
     ),
     (
         "Evaluation, export and report",
         ("cipo_fast/evaluate.py", "cipo_fast/evaluation/", "cipo_fast/export.py", "cipo_fast/report/"),
-        "What the commands were given. `--help` of each says what they take; [evaluation.md](evaluation.md), "
-        "[report.md](report.md).",
+        "What these commands were given, or a folder that is not what they need. `--help` of each says what it takes; "
+        "[evaluation.md](evaluation.md), [report.md](report.md).",
     ),
     (
         "Judge and audit",
         ("cipo_fast/judge", "cipo_fast/answers.py", "cipo_fast/recorded_rows.py", "cipo_fast/audit/"),
-        "What the commands were given, and lines of a file that cannot be judged. A canary that is paid is a fault of "
-        "its verifier: please report one of a built-in verifier. [audit.md](audit.md).",
+        "What these commands were given, and lines of a file that cannot be judged, whose reason is in the output's "
+        "`why`. A canary that a built-in verifier pays is a fault of the verifier: please report it. "
+        "[audit.md](audit.md).",
     ),
     (
         "Experiments, plans and dry runs",
         ("cipo_fast/experiment/", "cipo_fast/plan.py", "cipo_fast/dry_run.py"),
-        "What the commands were given, and runs that cannot be compared. [experiments.md](experiments.md).",
+        "What these commands were given, and runs that cannot be compared. `DOES NOT FIT` names the setting to "
+        "change. [experiments.md](experiments.md).",
     ),
     (
         "The embedded model and the small real one",
@@ -351,8 +360,8 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
     (
         "Kernels",
         ("kernels/",),
-        "Of who calls `cipo_kernels` from a program of one's own. A run raises them only for `CIPO_KERNELS`, for a "
-        "table of launches that was changed by hand, and for a head size that its back-end has not: "
+        "Told to whoever calls `cipo_kernels` in a program of their own. A run meets them through `CIPO_KERNELS`, a "
+        "table of launches that was changed by hand, or a head size that a back-end does not have: "
         "`model.attention=torch`. [kernels/README.md](../kernels/README.md).",
     ),
 ]
@@ -360,8 +369,9 @@ INDEX = """\
 ## Every message
 
 `<name>` is what differs from run to run, `[...]` what is not always there, `a | b` one of them. `error: ` ends the
-command with exit code 2, `stopped: ` with 1; without either the command goes on, or another line quotes it. Of a file
-each text stands once."""
+command with exit code 2, `stopped: ` and `failed: ` with 1. `RuntimeError: ` and `ValueError: ` end a traceback, or
+stand behind `stopped: `: a fault of the program, please report it. What begins with none of these is a line with which
+the command goes on, or is quoted within another line."""
 
 
 def page() -> str:
@@ -386,7 +396,7 @@ def _about_alarms() -> str:
 
 
 def _alarm(name: str) -> str:
-    what, todo = ALARMS[name]
+    said, what, todo = ALARMS[name]
     if name == "no_variance":
         verifiers = {"exact": "`exact`", "math": "`math`", "code": "`code`", "user": "a function of yours"}
         cases = [(f"All wrong, judged by {verifiers[verifier]}", ALL_WRONG[verifier]) for verifier in ALL_WRONG]
@@ -394,7 +404,9 @@ def _alarm(name: str) -> str:
         listed = "\n".join(f"- {case}:\n{_numbered(causes, 2)}" for case, causes in cases)
     else:
         listed = f"Likely causes, in order:\n\n{_numbered(CAUSES[name])}"
-    return "\n\n".join((f"### {name}", _wrapped(what), listed, _wrapped(f"**What to do.** {todo}")))
+    return "\n\n".join(
+        (f"### {name}", _wrapped(f"`{name}: ... {said} ...`: {what}"), listed, _wrapped(f"**What to do.** {todo}"))
+    )
 
 
 def _numbered(causes: Sequence[str], indent: int = 0) -> str:
@@ -402,8 +414,8 @@ def _numbered(causes: Sequence[str], indent: int = 0) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A terminal's text as Markdown shows it: no mark of it is one of Markdown."""
-    return "".join(f"\\{char}" if char in "\\`*_{}[]<>#|" else char for char in text)
+    """A terminal's text where Markdown would see marks in it."""
+    return "".join(f"\\{char}" if char in "`*<" else char for char in text)
 
 
 def _listed(messages: Sequence[Message]) -> Iterator[str]:

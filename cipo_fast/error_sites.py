@@ -91,7 +91,10 @@ NEWS = (
     *("<what>: <done> golds checked", "<what>: <n> golds checked", "<source>: <rows> rows read", "sandbox: <kind>"),
     *("an answer ends with", "starting <engine>", "<num_parameters> parameters", "attention on", "resumed after"),
     *("before training", "at step", "after training", "<step> steps in", "to look at", "warm start", "going on after"),
-    *("liger-kernel: ", "passed",),
+    *(
+        "liger-kernel: ",
+        "passed",
+    ),
 )
 # (file, expression) -> what it says, where the source does not tell, or tells only a part of it ("...").
 WRITTEN: dict[tuple[str, str], tuple[str, ...]] = {

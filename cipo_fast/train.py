@@ -187,7 +187,7 @@ def loop(run: Run, recorder: Recorder, progress: Progress) -> Progress:
             if progress.most_in_a_row >= MAX_SKIPS:
                 raise TrainingStopped(
                     f"{MAX_SKIPS} updates in a row were not finite; they are in no weight, {config.run_dir / 'failed'} "
-                    "holds their packs"
+                    "holds their packs; a lower optim.lr may help"
                 )
         if due(progress.step, config.checkpoint.every) or progress.step == steps:
             save(run, progress)

@@ -1,6 +1,7 @@
 """docs/troubleshooting.md has every message and every alarm of the source, and is what the source says now."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ FILE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 
 def test_it_is_not_stale() -> None:
     assert FILE.read_text(encoding="utf-8") == page(), f"python -m cipo_fast.error_docs > {FILE}"
+
+
+def test_its_links_lead_somewhere() -> None:
+    text = page()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    own = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text)
+    assert [anchor for file, anchor in links if not file and anchor not in own] == []
+    assert [file for file, _ in links if file and not (FILE.parent / file).exists()] == []
 
 
 def test_every_message_is_read_and_has_its_place() -> None:
@@ -36,7 +46,9 @@ def test_no_table_has_a_row_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_alarm_says_what_to_do() -> None:
     assert set(ALARMS) == set(NAMES)
-    assert all(what and todo for what, todo in ALARMS.values())
+    assert all(what and todo for _, what, todo in ALARMS.values())
+    source = (SOURCE / "cipo_fast" / "alarms.py").read_text(encoding="utf-8")
+    assert [said for said, _, _ in ALARMS.values() if said not in source] == []
     assert [name for name in NAMES if f"### {name}\n" not in page()] == []
 
 

@@ -406,7 +406,8 @@ GOOD = "".join(f'{{"prompt": "q{i}", "answer": "{i}"}}\n' for i in range(20))
         (lambda d: [f"data.train={write(d / 'a.jsonl', GOOD)}", "data.max_prompt_tokens=3"], "every prompt is longer"),
         (
             lambda d: [f"data.train={write(d / 'a.jsonl', GOOD + SPELLED * 2)}"],
-            "a.jsonl:21: the text spells the control token <|end|>, which would end or forge a turn (and 1 more row)",
+            "a.jsonl:21: the text spells the control token <|end|>, which would end or forge a turn: take it out "
+            "(and 1 more row)",
         ),
         (lambda d: [f"data.eval={write(d / 'a.jsonl', GOOD)}"], "data.eval is given without data.train"),
         (lambda d: ["model.path=/no/such/model"], "data.train is not given"),
