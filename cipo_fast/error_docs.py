@@ -36,7 +36,8 @@ cipo_fast.report RUN` shows curves, alarms and answers on one page; RUN is the r
   KeyError: ...`, with the rank where there are several.
 - **1** of other commands: the audit found a verifier that pays for an exploit (`failed: ...`), the judge could not
   judge some answers, `tasks check` found something.
-- **75**, `stopped by SIGTERM; ...`. A signal; all is saved, and the same command goes on.
+- **75**, `stopped by SIGTERM; ...`. A signal. `asked to stop: the step ends, then all is saved` was said when it came;
+  the same command goes on.
 - **130**, `interrupted: ...`. A second Ctrl-C, which does not wait for the step: the same command goes on from the
   newest checkpoint.
 - **137** or -9 and no line. Killed from outside, mostly by the kernel for [want of memory](#out-of-memory).
@@ -298,9 +299,10 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
     (
         "Programs",
         ("cipo_fast/verify/code/",),
-        "What an answer's program lacks (`unparsable`) or what a test found, in its `why`; what is wrong with a row's "
-        "tests, for which the row is dropped or refused. Mend the prompt where answers hold no program, and the row "
-        "where its tests are named. [verifiers.md](verifiers.md#code) has the forms of tests.",
+        "What an answer's program lacks (`unparsable`) or what a test found, in its `why`: a value, an `error` of the "
+        "program, or a limit that it met (`timeout`, `memory`, `output`, `processes`: `sandbox.*`). And what is wrong "
+        "with a row's tests, for which the row is dropped or refused. Mend the prompt where answers hold no program, "
+        "and the row where its tests are named. [verifiers.md](verifiers.md#code) has the forms of tests.",
     ),
     (
         "Sandbox",
@@ -374,9 +376,9 @@ stand behind `stopped: `: a fault of the program, please report it. What begins 
 the command goes on, or is quoted within another line."""
 
 
-def page() -> str:
+def page(messages: Sequence[Message]) -> str:
+    """The document, with the messages that error_sites.find has found."""
     parts = [HEAD, "## Alarms", _about_alarms(), *map(_alarm, ALARMS), INDEX]
-    messages = find().messages
     for heading, files, words in GROUPS:
         parts += [f"### {heading}", _wrapped(words)]
         parts += _listed([message for message in messages if group_of(message.file) == files])
@@ -405,7 +407,7 @@ def _alarm(name: str) -> str:
     else:
         listed = f"Likely causes, in order:\n\n{_numbered(CAUSES[name])}"
     return "\n\n".join(
-        (f"### {name}", _wrapped(f"`{name}: ... {said} ...`: {what}"), listed, _wrapped(f"**What to do.** {todo}"))
+        (f"### {name}", _wrapped(f"`{name}: ... {said} ...`. {what}"), listed, _wrapped(f"**What to do.** {todo}"))
     )
 
 
@@ -434,4 +436,4 @@ def _wrapped(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(page(find().messages), end="")

@@ -74,8 +74,10 @@ SAYS = ("say", "_say", "note", "_note", "warn")
 # Functions that return or collect lines which others say.
 LINES = {
     "cipo_fast/config/loading.py": ("cautions", "_rho_that_stays"),
+    "cipo_fast/checkpoint.py": ("_damage", "_manifest"),
     "cipo_fast/dry_run.py": ("describe",),
     "cipo_fast/liger.py": ("use_liger",),
+    "cipo_fast/run_dir.py": ("decide",),
     "cipo_fast/verify/code/__init__.py": ("_calls", "_stdin", "_suite", "_failed"),
     "cipo_fast/verify/code/program.py": ("_blocks", "_tree"),
     "cipo_fast/verify/code/tests.py": ("_facts", "_asserts_nothing", "_no_check"),
@@ -91,15 +93,13 @@ NEWS = (
     *("<what>: <done> golds checked", "<what>: <n> golds checked", "<source>: <rows> rows read", "sandbox: <kind>"),
     *("an answer ends with", "starting <engine>", "<num_parameters> parameters", "attention on", "resumed after"),
     *("before training", "at step", "after training", "<step> steps in", "to look at", "warm start", "going on after"),
-    *(
-        "liger-kernel: ",
-        "passed",
-    ),
+    *("liger-kernel: ", "passed"),
 )
 # (file, expression) -> what it says, where the source does not tell, or tells only a part of it ("...").
 WRITTEN: dict[tuple[str, str], tuple[str, ...]] = {
     ("cipo_fast/answers.py", "wrong"): ("...",),  # the rest is said by verify/
     ("cipo_fast/audit/__main__.py", "f\"  {t.answer.where}: {'; '.join(parts)}\""): (),  # a finding
+    ("cipo_fast/checkpoint.py", "f'{self.folder / name} is passed over: {wrong}'"): ("...",),
     ("cipo_fast/config/loading.py", "_explain(error, places)"): (
         "unknown key '<key>'[: did you mean '<near>'?]",
         "<key>=<value>: input should be <what it may be>[ (and <n> more)]",
@@ -120,7 +120,6 @@ WRITTEN: dict[tuple[str, str], tuple[str, ...]] = {
     ("cipo_fast/judge_view.py", "text"): (),
     ("cipo_fast/preemption.py", "signal.Signals(int(received)).name"): ("<signal>; the same command goes on",),
     ("cipo_fast/rollout/connection.py", "f'{self.url}/{path}: {_reason(error)}'"): ("...",),
-    ("cipo_fast/rollout/supervised.py", "failure.error"): (),  # again
     ("cipo_fast/rollout/vllm_server.py", "str(taken)"): (),  # that of server_process.refuse_taken
     ("cipo_fast/sampling.py", "errors[0] + (f\" (and {more} more row{'s' * (more > 1)})\" if more else '')"): (
         "<error of the first row>[ (and <n> more rows)]",
@@ -136,11 +135,11 @@ WRITTEN: dict[tuple[str, str], tuple[str, ...]] = {
     ("cipo_fast/verify/math/__init__.py", "f'{_short(answer)}: {refused}'"): (),
     ("cipo_fast/verify/math/__init__.py", "judged.why"): (),
     ("cipo_fast/verify/math/compare.py", "str(told)"): ("too long a computation",),
-    ("cipo_fast/verify/sandbox/execution.py", "self._nest.close()"): ("<last line of the zygote>", "exit code <n>"),
-    ("cipo_fast/verify/sandbox/nest.py", "self.close()"): ("<last line of the zygote>", "exit code <n>"),
+    ("cipo_fast/verify/sandbox/execution.py", "self._nest.close()"): (),  # the zygote's own last line
+    ("cipo_fast/verify/sandbox/nest.py", "self.close()"): (),
     ("cipo_fast/verify/workers/dispatcher.py", "reason"): ("...",),
     ("cipo_fast/verify/workers/dispatcher.py", "message['why']"): (),  # again
-    ("cipo_fast/verify/workers/pool.py", "_described(error)"): ("<type>: <message>",),
+    ("cipo_fast/verify/workers/pool.py", "_described(error)"): (),  # any exception's
     ("cipo_fast/verify/workers/pool.py", "str(failure)"): (),
     ("cipo_fast/verify/workers/pool.py", "tier.describe()"): (),
 }
@@ -154,16 +153,13 @@ WRITTEN |= {
     ("cipo_fast/verify/code/program.py", f"reason or {words!r}"): _PROGRAM
     for words in ("no program: values, names or comments alone", "no program defines a function")
 }
+# Methods of a text, whose name is that of the text.
 OF_TEXT = ("strip", "split", "rstrip", "splitlines", "replace", "removeprefix", "lower", "partition", "get", "decode")
-NAMES = {"_at": "where", "_kind": "kind", "_described": "error", "_reason": "error", "one_line": "error", "len": "n"}
-NAMES |= {
-    "b": "folder",
-    "final": "checkpoint",
-    "sum": "n",
-    "strerror": "error",
-    "msg": "error",
-    "problem": "error",
-    "__name__": "type",
+# Names for what the source calls otherwise: a variable, an attribute, a function.
+NAMES = {
+    **{"_at": "where", "_kind": "kind", "_described": "error", "_reason": "error", "one_line": "error", "len": "n"},
+    **{"sum": "n", "strerror": "error", "msg": "error", "problem": "error", "__name__": "type"},
+    **{"b": "folder", "final": "checkpoint", "idle": "settings"},
 }
 
 
@@ -237,11 +233,9 @@ class _File:
         """(what stands in front of what is said here, what is said), None where nothing new is."""
         if isinstance(node, ast.Raise):
             raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            if isinstance(raised, ast.Name) and (raised is node.exc or raised.id in self.functions):
-                known = raised.id.islower() or self._row(raised.id, found)  # made elsewhere, by a call that is seen
-            else:
-                known = raised is None or self._row(ast.unparse(raised), found)
-            return "", None if known else node.exc
+            name = "" if raised is None else ast.unparse(raised)
+            again = raised is node.exc and name.islower()  # what was made before, by a call
+            return "", None if again or self._row(name, found) or self._makes(name, found) else node.exc
         key = self._row(ast.unparse(node.func), found)
         if key in SEEN:
             place = 1 if key[0] in ("PydanticCustomError", "Judgement") else 0
@@ -252,11 +246,16 @@ class _File:
     def _row(self, name: str, found: Found) -> tuple[str, str] | None:
         """The key of SEEN or UNSEEN that an exception class falls under."""
         keys = [key for key in (*SEEN, *UNSEEN) if key[0] in ("", name) and self.name.startswith(key[1])]
-        if not keys or not re.match("_?[A-Z]", name):
+        if not keys:
             return None
         key = max(keys, key=lambda key: len(key[1]))
         found.used.add(key)
         return key
+
+    def _makes(self, name: str, found: Found) -> bool:
+        """Whether a function of this file makes an exception of the tables, for its caller to raise."""
+        calls = [n for n in ast.walk(self.functions[name]) if isinstance(n, ast.Call)] if name in self.functions else []
+        return any(self._row(ast.unparse(call.func), found) for call in calls)
 
     def _written(self, said: ast.expr, found: Found) -> list[str] | None:
         key = (self.name, ast.unparse(said))
@@ -316,6 +315,8 @@ class _File:
         scope: ast.AST = name
         while not isinstance(scope, ast.FunctionDef | ast.Module):
             scope = self.parents[scope]
+            if any(name.id in map(ast.unparse, ast.walk(part.target)) for part in getattr(scope, "generators", ())):
+                return  # a comprehension's own
         for node in ast.walk(scope):
             if isinstance(node, ast.Assign):
                 yield from (value for target, value in _pairs(node.targets[0], node.value) if target == name.id)
@@ -413,12 +414,12 @@ def _lines(function: ast.FunctionDef) -> Iterator[ast.expr]:
             yield from node.args
 
 
-def _outermost(node: ast.expr) -> Iterator[ast.expr]:
+def _outermost(node: ast.expr | ast.keyword) -> Iterator[ast.expr]:
     if isinstance(node, ast.Constant | ast.JoinedStr | ast.IfExp | ast.BinOp | ast.Name):
         yield node
     else:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.expr):
+            if isinstance(child, ast.expr | ast.keyword):
                 yield from _outermost(child)
 
 
@@ -440,10 +441,14 @@ def _name(node: ast.AST) -> str:
             return NAMES.get(name) or name.lower()
         case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in NAMES:
             return NAMES[name]
-        case ast.Call(func=ast.Attribute(value=value, attr=name)) if name in OF_TEXT and _is_named(value):
+        case ast.Call(func=ast.Attribute(value=value, attr=name)) if name in OF_TEXT and not isinstance(
+            value, ast.Constant
+        ):
             return _name(value)
         case ast.Call(func=ast.Attribute(attr=name)) if name not in (*OF_TEXT, "join", "dumps", "repr"):
             return name.strip("_").lower()
+        case ast.Call(func=ast.Name(id=name), args=[]):
+            return name.lower()
         case ast.Call(args=[first, *_]):
             return _name(node.args[-1] if isinstance(node.func, ast.Name) else first)
         case ast.GeneratorExp(generators=[first, *_]) | ast.ListComp(generators=[first, *_]):
@@ -453,7 +458,3 @@ def _name(node: ast.AST) -> str:
         case ast.BinOp(left=inner) | ast.IfExp(body=inner) | ast.BoolOp(values=[inner, *_]) | ast.List([inner, *_]):
             return _name(inner)
     return "value"
-
-
-def _is_named(node: ast.AST) -> bool:
-    return not isinstance(node, ast.Constant)
