@@ -30,8 +30,8 @@ cipo_fast.report RUN` shows curves, alarms and answers on one page; RUN is the r
 ### Exit codes
 
 - **2**, `error: ...`. Bad input: the line says where and what to change. Nothing was trained.
-- **1**, `stopped: ...`. A run could not go on. With `saved as ...` in the line all that was done is saved; else the
-  newest checkpoint has it. Remove the cause, and the same command goes on.
+- **1**, `stopped: ...`. A run could not go on. With `saved as ...` in the line all that was done is saved; else
+  the newest checkpoint is the state to go on from. Remove the cause, and the same command goes on.
 - **1**, a traceback. A fault of this program or of a library; please report it. In a run a line follows, `stopped:
   KeyError: ...`, with the rank where there are several.
 - **1** of other commands: the audit found a verifier that pays for an exploit (`failed: ...`), the judge could not
@@ -147,7 +147,10 @@ worker or sandbox that was lost, a machine too busy. It is listed under [Verifie
 ### A run does not go on
 
 - `holds an unfinished run of other settings, which is set aside`. The line names what differs from the first command.
-  The old run is whole, in `RUN/previous/`; `checkpoint.resume=true` refuses instead of setting it aside.
+  The old run is whole, in `RUN/previous/`; `checkpoint.resume=true` refuses instead of setting it aside. What is of the
+  machine may differ (`train.pack_tokens`, `model.activation_checkpointing`, the ranks, `sync.*`, `run.*`,
+  `checkpoint.*`); with anything else, such as `optim.lr` or `model.dtype`, it goes on by `checkpoint.allow_changes=true`
+  alone.
 - It begins at step 1 without a word. The run in the folder had finished (it is in `RUN/previous/`), or was killed
   before its first checkpoint: they are written every `checkpoint.every` steps, at a signal and at the end.
 - `in use by pid N on HOST`. Another run is in the folder, or has not quite ended; its lock goes with it.

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -187,17 +188,28 @@ def find(root: Path = SOURCE) -> Found:
         for folder in FOLDERS
         for path in sorted((root / folder).rglob("*.py"))
     }
+
+    @cache
+    def file(name: str, partly: bool = False) -> _File:
+        return _File(name, trees, partly, file)
+
     for name in trees:
-        _File(name, trees).read(found)
+        file(name).read(found)
     return found
 
 
 class _File:
-    def __init__(self, name: str, trees: dict[str, ast.Module], partly: bool = False):
-        self.name, self.trees = name, trees
-        self.partly = partly  # of several, some may be unread
+    """A source file; `file` gives the others. `partly`: where a text is one of several, some may be unread."""
+
+    def __init__(self, name: str, trees: dict[str, ast.Module], partly: bool, file: Callable[..., _File]):
+        self.name, self.trees, self.partly, self.file = name, trees, partly, file
         self.nodes = list(ast.walk(trees[name]))
         self.parents = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
+        self.calls: dict[str, list[ast.Call]] = {}  # function or method -> its calls here
+        for node in self.nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+                called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+                self.calls.setdefault(called, []).append(node)
         self.functions = {node.name: node for node in self.nodes if isinstance(node, ast.FunctionDef)}
         self.imported = {
             alias.asname or alias.name: (str(node.module).replace(".", "/"), alias.name)
@@ -262,7 +274,7 @@ class _File:
         if key not in WRITTEN:
             return None
         found.used.add(key)
-        read = _File(self.name, self.trees, True).texts(said) if "..." in WRITTEN[key] else []
+        read = self.file(self.name, True).texts(said) if "..." in WRITTEN[key] else []
         return [*(text for text in WRITTEN[key] if text != "..."), *(read or [])]
 
     # ------------------------------------------------------------------------------------------------ what it says
@@ -308,7 +320,7 @@ class _File:
         module, name = self.imported[name]
         module = module.replace("cipo_kernels", "kernels")
         file = next((file for file in (f"{module}.py", f"{module}/__init__.py") if file in self.trees), None)
-        return _File(file, self.trees, self.partly)._home(name) if file else (None, name)
+        return self.file(file, self.partly)._home(name) if file else (None, name)
 
     def _values(self, name: ast.Name) -> Iterator[ast.expr]:
         """What a name is set to in the function around it: assigned, by a loop over rows, or by a call in this file."""
@@ -352,10 +364,9 @@ class _File:
         if parameter not in names:
             return
         place = names.index(parameter)
-        for call in self.nodes:
-            if isinstance(call, ast.Call) and ast.unparse(call.func).removeprefix("self.") == function.name:
-                yield from call.args[place : place + 1]
-                yield from (keyword.value for keyword in call.keywords if keyword.arg == parameter)
+        for call in self.calls.get(function.name, []):
+            yield from call.args[place : place + 1]
+            yield from (keyword.value for keyword in call.keywords if keyword.arg == parameter)
 
     def _part(self, part: ast.expr, depth: int) -> list[str]:
         """A piece of an f-string: its text, a constant's value, the words that a field stands for, or its <name>."""
