@@ -149,8 +149,8 @@ worker or sandbox that was lost, a machine too busy. It is listed under [Verifie
 - `holds an unfinished run of other settings, which is set aside`. The line names what differs from the first command.
   The old run is whole, in `RUN/previous/`; `checkpoint.resume=true` refuses instead of setting it aside. What is of the
   machine may differ (`train.pack_tokens`, `model.activation_checkpointing`, the ranks, `sync.*`, `run.*`,
-  `checkpoint.*`); with anything else, such as `optim.lr` or `model.dtype`, it goes on by `checkpoint.allow_changes=true`
-  alone.
+  `checkpoint.*`); with anything else, such as `optim.lr` or `model.dtype`, it goes on only by
+  `checkpoint.allow_changes=true`.
 - It begins at step 1 without a word. The run in the folder had finished (it is in `RUN/previous/`), or was killed
   before its first checkpoint: they are written every `checkpoint.every` steps, at a signal and at the end.
 - `in use by pid N on HOST`. Another run is in the folder, or has not quite ended; its lock goes with it.
