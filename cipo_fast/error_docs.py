@@ -360,7 +360,8 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
     (
         "The embedded model and the small real one",
         ("cipo_fast/embedded/", "cipo_fast/fetch_smollm.py", "cipo_fast/word_problems.py"),
-        "What `model.path=embedded`, `make smollm` and the word problems were given.",
+        "The embedded model imitates answers before it is trained, so some rows need one. `make smollm` downloads 93 MB "
+        "once and writes 540: for a machine without a network its line says what to give instead.",
     ),
     (
         "Kernels",
@@ -375,8 +376,8 @@ INDEX = """\
 
 `<name>` is what differs from run to run, `[...]` what is not always there, `a | b` one of them. `error: ` ends the
 command with exit code 2, `stopped: ` and `failed: ` with 1. `RuntimeError: ` and `ValueError: ` end a traceback, or
-stand behind `stopped: `: a fault of the program, please report it. What begins with none of these is a line with which
-the command goes on, or is quoted within another line."""
+stand behind `stopped: `: a fault of the program, please report it (but see [Kernels](#kernels)). What begins with none
+of these is a line with which the command goes on, or is quoted within another line."""
 
 
 def page(messages: Sequence[Message]) -> str:
