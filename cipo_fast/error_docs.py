@@ -360,8 +360,8 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
     (
         "The embedded model and the small real one",
         ("cipo_fast/embedded/", "cipo_fast/fetch_smollm.py", "cipo_fast/word_problems.py"),
-        "The embedded model imitates answers before it is trained, so some rows need one. `make smollm` downloads 93 MB "
-        "once and writes 540: for a machine without a network its line says what to give instead.",
+        "The embedded model imitates answers before it is trained, so some rows need one. `make smollm` downloads 93 "
+        "MB once and writes 540; without a network its line says what to give instead.",
     ),
     (
         "Kernels",
