@@ -43,6 +43,7 @@ SEEN: dict[tuple[str, str], str] = {
     ("SystemExit", "cipo_fast/verify/sandbox/inside/zygote.py"): "",  # the same
     ("Unusable", ""): "",  # "rows dropped"
     ("Refused", ""): "",  # why an answer cannot be read, or a gold does not verify
+    ("TooMuch", ""): "",  # the same
     ("Unparsable", ""): "",  # why an answer cannot be read
     ("Judgement", ""): "",  # why an answer is not right
     ("PydanticCustomError", ""): "",  # behind "key=value: "
@@ -54,7 +55,6 @@ SEEN: dict[tuple[str, str], str] = {
 UNSEEN: dict[tuple[str, str], str] = {
     ("", "cipo_fast/verify/sandbox/inside/"): "inside the sandbox: an outcome of the program, told in a verdict",
     ("Undefined", "cipo_fast/verify/math/"): "no value at a point: the comparator goes on",
-    ("TooMuch", "cipo_fast/verify/math/"): "becomes a Refused",
     ("_OutOfTime", "cipo_fast/verify/code/"): "becomes a verdict",
     ("_Repeated", "cipo_fast/tasks/jsonl.py"): "becomes a UserError",
     ("_GatheringFailed", "cipo_fast/rollout/supervised.py"): "carries another exception, which is raised again",
@@ -74,8 +74,8 @@ UNSEEN: dict[tuple[str, str], str] = {
 SAYS = ("say", "_say", "note", "_note", "warn")
 # Functions that return or collect lines which others say.
 LINES = {
-    "cipo_fast/config/loading.py": ("cautions", "_rho_that_stays"),
     "cipo_fast/checkpoint.py": ("_damage", "_manifest"),
+    "cipo_fast/config/loading.py": ("cautions", "_rho_that_stays"),
     "cipo_fast/dry_run.py": ("describe",),
     "cipo_fast/liger.py": ("use_liger",),
     "cipo_fast/run_dir.py": ("decide",),
@@ -135,7 +135,7 @@ WRITTEN: dict[tuple[str, str], tuple[str, ...]] = {
     ("cipo_fast/verify/math/__init__.py", "str(error)"): (),  # a Refused
     ("cipo_fast/verify/math/__init__.py", "f'{_short(answer)}: {refused}'"): (),
     ("cipo_fast/verify/math/__init__.py", "judged.why"): (),
-    ("cipo_fast/verify/math/compare.py", "str(told)"): ("too long a computation",),
+    ("cipo_fast/verify/math/compare.py", "str(told)"): (),  # a TooMuch
     ("cipo_fast/verify/sandbox/execution.py", "self._nest.close()"): (),  # the zygote's own last line
     ("cipo_fast/verify/sandbox/nest.py", "self.close()"): (),
     ("cipo_fast/verify/workers/dispatcher.py", "reason"): ("...",),
@@ -144,14 +144,13 @@ WRITTEN: dict[tuple[str, str], tuple[str, ...]] = {
     ("cipo_fast/verify/workers/pool.py", "str(failure)"): (),
     ("cipo_fast/verify/workers/pool.py", "tier.describe()"): (),
 }
-WRITTEN |= {  # a title, blank lines
+WRITTEN |= {  # what a run shows anyway
     ("cipo_fast/view.py", "self.title"): (),
     ("cipo_fast/view.py", "step_line(metrics, int(self.progress.tasks[0].total or 0))"): (),
     ("cipo_fast/train.py", "''"): (),
 }
-_PROGRAM = ("...",)  # why not, _tree says
-WRITTEN |= {
-    ("cipo_fast/verify/code/program.py", f"reason or {words!r}"): _PROGRAM
+WRITTEN |= {  # `reason` is of _blocks
+    ("cipo_fast/verify/code/program.py", f"reason or {words!r}"): ("...",)
     for words in ("no program: values, names or comments alone", "no program defines a function")
 }
 # Methods of a text, whose name is that of the text.
@@ -270,8 +269,8 @@ class _File:
         return any(self._row(ast.unparse(call.func), found) for call in calls)
 
     def _written(self, said: ast.expr, found: Found) -> list[str] | None:
-        key = (self.name, ast.unparse(said))
-        if key not in WRITTEN:
+        key = next((key for key in WRITTEN if key[0] == self.name and _same(key[1], said)), None)
+        if key is None:
             return None
         found.used.add(key)
         read = self.file(self.name, True).texts(said) if "..." in WRITTEN[key] else []
@@ -400,6 +399,11 @@ class _File:
                 with suppress(ValueError):  # no literal
                     return ast.literal_eval(value)
         return None
+
+
+def _same(source: str, node: ast.expr) -> bool:
+    """Whether a node is that expression, however this Python would write it."""
+    return ast.dump(ast.parse(source, mode="eval").body) == ast.dump(node)
 
 
 def _tells(text: str) -> bool:
