@@ -34,7 +34,7 @@ from cipo_fast.tasks.sources import Role
 OUTPUTS = (
     "checkpoints", "config.yaml", "config-from-step-*.yaml", "inputs.json", "inputs-from-step-*.json", "held_out.jsonl",
     "eval.jsonl", "metrics.jsonl", "rollouts", "rollouts.judged.jsonl", "rollouts.judged.jsonl.part", "tensorboard",
-    "summary.json", "summary-until-step-*.json", "model", "model.part", "failed", "shape", "shape.part", "evaluations",
+    "wandb", "wandb_run", "profile-step-*.json.gz", "summary.json", "summary-until-step-*.json", "model", "model.part", "failed", "shape", "shape.part", "evaluations",
     "exported", "started.jsonl", "report.html",
 )  # fmt: skip
 LOCK_WAIT_S = 5.0  # for a process of this run that torchrun has killed and restarted

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from test_train import SMALL
 
-from cipo_fast import run_dir
+from cipo_fast import provenance, run_dir
 from cipo_fast.config import configs_dir
-from cipo_fast.experiment import provenance
 from cipo_fast.experiment.__main__ import main
 from cipo_fast.experiment.grid import changed_settings, read_grid
 

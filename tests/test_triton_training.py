@@ -13,7 +13,7 @@ from cipo_fast.train import main
 SMALL = [
     "model.embedded.hidden=32", "model.embedded.mlp=48", "model.embedded.warm_accuracy=0.01", "data.task=add",
     "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_tokens=4", "eval.problems=2",
-    "eval.samples=2", "loss.entropy_coef=0.01", "run.tensorboard=false", "run.view=plain", "train.steps=2",
+    "eval.samples=2", "loss.entropy_coef=0.01", "run.trackers=[]", "run.view=plain", "train.steps=2",
 ]  # fmt: skip
 
 

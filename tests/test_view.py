@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from cipo_fast.evaluation.figures import Figure
-from cipo_fast.view import View, figures_table
+from cipo_fast.view import View, figures_table, step_line
 
 FOREIGN = "a[/b]c [/usr/lib/x.py] [bold]x[/] :smile: \x1b[31mred\x1b[0m \u202e"
 SHOWN = "a[/b]c [/usr/lib/x.py] [bold]x[/] :smile: \\x1b[31mred\\x1b[0m \\u202e"
@@ -33,6 +33,53 @@ def test_foreign_text_is_shown_as_it_is(mode: str, monkeypatch: pytest.MonkeyPat
     for word in ("", "said ", "noted ", "busy "):
         assert word + SHOWN in printed, word
     assert "\x1b[31m" not in printed
+
+
+def test_what_is_left_counts_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    view = View("plain", 4, "t", quiet=False, evaluations=2)
+    view.evaluated("before training", {"t1": 0.25, "pass_at_8": 0.5}, 30.0)
+    assert view.left_s() is None
+    view.step(METRICS)
+    assert view.left_s() == 3 * 1.0 + 2 * 30.0
+    view.evaluated("at step 1", {"t1": 0.5, "pass_at_8": 0.75}, 10.0)
+    assert view.left_s() == 3 * 1.0 + 1 * 10.0
+    view.step(METRICS | {"step": 2, "time/step_s": 3.0})
+    assert view.left_s() == 2 * 2.0 + 1 * 10.0
+
+
+def test_the_live_view_shows_evaluation_alarms_rates_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "160")
+    view = View("plain", 4, "t", quiet=False, evaluations=1)
+    view.evaluated("at step 1", {"t1": 0.5, "pass_at_8": 0.75}, 10.0)
+    more = {"alarm/copies": 1, "alarm/mismatch": 0, "tokens/sampled": 1000, "memory/peak_gb": 1.234}
+    view.step(METRICS | more | {"time/generate_s": 0.5})
+    out.seek(0)
+    out.truncate()
+    view.console.print(view._render())
+    shown = out.getvalue()
+    for text in ("at step 1: T=1 0.500, pass@8 0.750", "alarm: copies", "2,000", "1.23 GB", "left 0:00:13"):
+        assert text in shown, text
+    assert "mismatch" not in shown
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_plain_line_fits_160_columns_and_is_aligned(large: bool) -> None:
+    rates = dict.fromkeys(("correction/wrong_to_right", "correction/right_to_wrong", "correction/gap"), 0.5)
+    small = METRICS | rates | {"correction/retention": 0.5, "replay/rho": 0.3}
+    big = small | {
+        "step": 9999,
+        "loss/total": -0.9,
+        "time/step_s": 999.5,
+        "time/train_s": 444.0,
+        "correction/gap": -0.5,
+    }
+    line = step_line(big if large else small, 9999)
+    assert len(line) <= 160
+    assert line.index("generate") == step_line(small, 9999).index("generate")
 
 
 def test_a_table_takes_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
