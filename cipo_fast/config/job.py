@@ -133,7 +133,7 @@ class RunConfig(Section):
     """Where everything is written; None means `runs/<name>`."""
     view: Literal["auto", "live", "plain"] = "auto"
     """`live` redraws one terminal view, `plain` prints a line a step; auto asks the terminal."""
-    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where numbers go besides metrics.jsonl; Weights & Biases as its own environment variables say (WANDB_MODE...)."""
     save_rollouts_every: NonNegative = 1
     """Write rollouts and corrections as JSONL every so many steps; 0 never."""
