@@ -142,11 +142,8 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
-    evaluations = 1 + len([step for step in range(1, config.train.steps) if due(step, config.eval.every)])
-    with (
-        View(config.run.view, config.train.steps, title, not is_main(), evaluations) as view,
-        ExitStack() as open_files,
-    ):
+    shown = View(config.run.view, config.train.steps, title, not is_main(), config.eval.every)
+    with shown as view, ExitStack() as open_files:
         folder = open_files.enter_context(opened(config, mesh.size()))
         for line in (*folder.lines, *comparison(config), *cautions(config)):
             view.say(line)

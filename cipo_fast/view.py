@@ -61,19 +61,20 @@ class Terminal(Console):
 
 
 class View:
-    """`mode` is live, plain or auto (live in a terminal). Quiet on every rank but the first. `evaluations`: how many
-    follow the one before training, for the time that is left."""
+    """`mode` is live, plain or auto (live in a terminal). Quiet on every rank but the first. `evaluate_every`: steps
+    from one evaluation to the next (0: only the last), which the time that is left counts."""
 
-    def __init__(self, mode: str, steps: int, title: str, quiet: bool, evaluations: int = 0):
+    def __init__(self, mode: str, steps: int, title: str, quiet: bool, evaluate_every: int = 0):
         self.console = Terminal(quiet)
         self.title = visible(title)
         self.history: list[float] = []
         self.latest: Metrics = {}
         self.message = ""
         self.evaluation = ""  # the newest one
-        self.steps, self.evaluations = steps, evaluations
+        self.steps, self.evaluate_every = steps, evaluate_every
         self.step_seconds: deque[float] = deque(maxlen=20)
         self.evaluation_seconds = 0.0
+        self.evaluated_at = 0
         self.progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
@@ -119,18 +120,19 @@ class View:
     def evaluated(self, when: str, figures: dict[str, float | None], seconds: float) -> None:
         line = f"{when}: {evaluation_line(figures)}"
         self.say(f"{line} ({seconds:.1f}s)")
-        if self.latest:  # not the one before training
-            self.evaluations -= 1
         self.evaluation, self.evaluation_seconds = visible(line), seconds
+        self.evaluated_at = int(self.latest.get("step") or 0)
         self._show_left()
 
     def left_s(self) -> float | None:
         """Seconds of the steps and evaluations to come, as long as those of late; None before the first step."""
         if not self.step_seconds:
             return None
-        steps = self.steps - float(self.latest["step"] or 0)
+        done, every = int(self.latest["step"] or 0), self.evaluate_every or self.steps
+        past = done if self.evaluated_at == done else done - 1  # this step's own evaluation is still to come, or not
+        evaluations = len(range(past // every + 1, (self.steps - 1) // every + 1)) + (past < self.steps)
         a_step = sum(self.step_seconds) / len(self.step_seconds)
-        return steps * a_step + self.evaluations * self.evaluation_seconds
+        return (self.steps - done) * a_step + evaluations * self.evaluation_seconds
 
     def _show_left(self) -> None:
         if (seconds := self.left_s()) is not None:

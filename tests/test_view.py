@@ -35,25 +35,27 @@ def test_foreign_text_is_shown_as_it_is(mode: str, monkeypatch: pytest.MonkeyPat
     assert "\x1b[31m" not in printed
 
 
-def test_what_is_left_counts_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    view = View("plain", 4, "t", quiet=False, evaluations=2)
-    view.evaluated("before training", {"t1": 0.25, "pass_at_8": 0.5}, 30.0)
+@pytest.mark.parametrize(("steps", "every"), [(4, 0), (4, 1), (6, 2), (7, 3), (1, 1)])
+def test_what_is_left_counts_evaluations(monkeypatch: pytest.MonkeyPatch, steps: int, every: int) -> None:
+    """A step takes 1 s, an evaluation 10; one follows every `every`th step, and the last."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    view = View("plain", steps, "t", quiet=False, evaluate_every=every)
+    view.evaluated("before training", {"t1": 0.25, "pass_at_8": 0.5}, 10.0)
     assert view.left_s() is None
-    view.step(METRICS)
-    assert view.left_s() == 3 * 1.0 + 2 * 30.0
-    view.evaluated("at step 1", {"t1": 0.5, "pass_at_8": 0.75}, 10.0)
-    assert view.left_s() == 3 * 1.0 + 1 * 10.0
-    view.step(METRICS | {"step": 2, "time/step_s": 3.0})
-    assert view.left_s() == 2 * 2.0 + 1 * 10.0
+    evaluated = {step for step in range(1, steps) if every and step % every == 0} | {steps}
+    for step in range(1, steps + 1):
+        view.step(METRICS | {"step": step})
+        assert view.left_s() == steps - step + 10.0 * len([at for at in evaluated if at >= step])
+        if step in evaluated:
+            view.evaluated("", {"t1": 0.5, "pass_at_8": 0.75}, 10.0)
+            assert view.left_s() == steps - step + 10.0 * len([at for at in evaluated if at > step])
 
 
 def test_the_live_view_shows_evaluation_alarms_rates_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setenv("COLUMNS", "160")
-    view = View("plain", 4, "t", quiet=False, evaluations=1)
+    view = View("plain", 4, "t", quiet=False)
     view.evaluated("at step 1", {"t1": 0.5, "pass_at_8": 0.75}, 10.0)
     more = {"alarm/copies": 1, "alarm/mismatch": 0, "tokens/sampled": 1000, "memory/peak_gb": 1.234}
     view.step(METRICS | more | {"time/generate_s": 0.5})
