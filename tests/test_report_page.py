@@ -162,6 +162,17 @@ def test_tokens_are_coloured(browser: Any, plain: Path) -> None:
             coloured = page.locator(".tree > li > .text span[style*=background]")
             assert coloured.count() > 0
         assert coloured.first.get_attribute("title") == "log-prob 0, gap 0.01, entropy 0.3"
+        box, said = page.locator(".tree > li > .text").first, page.locator(".tree [role=status]").first
+        coloured.first.click()  # a tap
+        assert said.inner_text().endswith(": log-prob 0, gap 0.01, entropy 0.3")
+        box.focus()
+        first = said.inner_text()
+        page.keyboard.press("ArrowRight")
+        assert said.inner_text() != first
+        assert box.locator(".chosen").count() == 1
+        for _ in range(2):
+            page.keyboard.press("ArrowLeft")  # stays at the first
+        assert said.inner_text() == first
 
 
 def test_the_keyboard_is_enough(browser: Any, plain: Path) -> None:
