@@ -57,7 +57,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def timeless(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
