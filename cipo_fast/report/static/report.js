@@ -122,6 +122,7 @@ function overview() {
   if (RUNS.length === 1) about.append(tiles(RUNS[0]));
   const figures = figuresTable();
   if (figures) about.append(el("h3", {}, "Held-out problems, before and after"), ...figures);
+  about.append(...otherEvaluations());
   if (RUNS.length === 1) { about.append(runAbout(RUNS[0])); return; }
   about.append(...differing());
   for (const run of RUNS) about.append(el("details", {}, el("summary", {}, visible(run.name),
@@ -159,13 +160,23 @@ function tiles(run) {
   return el("div", {class: "tiles"}, ...found);
 }
 
+const cell = (figure) => (figure ? [share(figure[0]), el("span", {class: "range"}, range(figure[1], figure[2]))] : "–");
+const namesIn = (evaluations) => [...new Set(evaluations.flatMap((e) => Object.keys(e.figures)))];
+const firstOf = (all) => FIRST.map((n) => (n === "pass" ? largestPass(all) : n)).filter((n) => all.includes(n));
+
+// What `python -m cipo_fast.evaluate` has left in the runs' folders.
+function otherEvaluations() {
+  const found = RUNS.flatMap((run) => run.others.map((e) => ({...e, name: RUNS.length > 1 ? `${run.name}: ${e.name}` : e.name})));
+  if (!found.length) return [];
+  const names = firstOf(namesIn(found));
+  return [el("h3", {}, "Evaluated since"), table(["", ...names.map(nameOf)], found.map((e) => [visible(e.name), ...names.map((n) => cell(e.figures[n]))]))];
+}
+
 function figuresTable() {
   const shown = RUNS.filter((run) => run.evaluations.length);
   if (!shown.length) return null;
-  const all = [...new Set(shown.flatMap((run) => run.evaluations.flatMap((e) => Object.keys(e.figures))))];
-  const pass = largestPass(all);
-  const first = FIRST.map((n) => (n === "pass" ? pass : n)).filter((n) => all.includes(n));
-  const cell = (figure) => (figure ? [share(figure[0]), el("span", {class: "range"}, range(figure[1], figure[2]))] : "–");
+  const all = namesIn(shown.flatMap((run) => run.evaluations));
+  const first = firstOf(all);
   const change = (f) => (f ? [signed(f[0]), el("span", {class: "range"}, range(f[1], f[2], signed))] : "–");
   const several = shown.length > 1;
   const head = ["", ...shown.flatMap((run) => {
