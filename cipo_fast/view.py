@@ -341,7 +341,7 @@ def _columns(m: Metrics, history: list[float]) -> Table:
         left.add_row("right > wrong", _share(m["correction/right_to_wrong"]), f"rho {_share(m['replay/rho'])}")
     left.add_row("loss", _number(m["loss/total"], "+.4f"), f"grad norm {_number(m['grad/norm'], '.3f')}")
     left.add_row("tokens", f"{m['tokens/forwarded']:,}", f"one row each: {m['tokens/rows']:,}")
-    left.add_row("a second", _rate(m, "tokens/forwarded", "time/train_s"), "trained")
+    left.add_row("tokens/s", _rate(m, "tokens/forwarded", "time/train_s"), "trained")
     left.add_row("", _rate(m, "tokens/sampled", "time/generate_s"), "sampled")
     if m.get("memory/peak_gb") is not None:
         left.add_row("memory", f"{m['memory/peak_gb']:.2f} GB", "peak")

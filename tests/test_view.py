@@ -1,6 +1,7 @@
 """What a run shows: foreign text as it is, in every place, live and plain."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -66,6 +67,22 @@ def test_the_live_view_shows_evaluation_alarms_rates_and_memory(monkeypatch: pyt
     for text in ("at step 1: T=1 0.500, pass@8 0.750", "alarm: copies", "2,000", "1.23 GB", "left 0:00:13"):
         assert text in shown, text
     assert "mismatch" not in shown
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_no_color_is_honoured(no_color: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    view = View("plain", 4, "t", quiet=False)
+    view.step(METRICS | {"alarm/copies": 1})
+    view.console.print(view._render())
+    colours = re.findall(r"\x1b\[[0-9;]*m", out.getvalue())
+    assert any(re.search(r"[\[;](3[0-8]|9[0-7])", code) for code in colours) != no_color
 
 
 @pytest.mark.parametrize("large", [False, True])
