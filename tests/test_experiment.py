@@ -32,7 +32,7 @@ arms:
 
 def write(path: Path, text: str = FILE, **more: str) -> str:
     given = dict(setting.split("=") for setting in SMALL) | more
-    path.write_text(text.format(settings=", ".join(f"{key}: {value}" for key, value in given.items())))
+    path.write_text(text.format(settings=", ".join(f"{key}: {value!r}" for key, value in given.items())))
     return str(path)
 
 
