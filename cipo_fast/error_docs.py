@@ -333,6 +333,7 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
             "cipo_fast/run_dir.py",
             "cipo_fast/checkpoint.py",
             "cipo_fast/updates.py",
+            "cipo_fast/trackers.py",
             "cipo_fast/cipo/",
         ),
         "See [A run does not go on](#a-run-does-not-go-on) and [NaN](#nan). Where something cannot be written or "
@@ -353,7 +354,7 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
     ),
     (
         "Experiments, plans and dry runs",
-        ("cipo_fast/experiment/", "cipo_fast/plan.py", "cipo_fast/dry_run.py"),
+        ("cipo_fast/experiment/", "cipo_fast/provenance.py", "cipo_fast/plan.py", "cipo_fast/dry_run.py"),
         "What these commands were given, and runs that cannot be compared. `DOES NOT FIT` names the setting to "
         "change. [experiments.md](experiments.md).",
     ),

@@ -93,7 +93,7 @@ NEWS = (
     *("<most> of <n> answers, spread", "<n> answers to <problems> problems", "<answers> answers judged"),
     *("<what>: <done> golds checked", "<what>: <n> golds checked", "<source>: <rows> rows read", "sandbox: <kind>"),
     *("an answer ends with", "starting <engine>", "<num_parameters> parameters", "attention on", "resumed after"),
-    *("before training", "at step", "after training", "<step> steps in", "to look at", "warm start", "going on after"),
+    *("<step> steps in", "to look at", "warm start", "going on after"),
     *("liger-kernel: ", "passed"),
 )
 # (file, expression) -> what it says, where the source does not tell, or tells only a part of it ("...").
@@ -146,6 +146,7 @@ WRITTEN: dict[tuple[str, str], tuple[str, ...]] = {
 }
 WRITTEN |= {  # what a run shows anyway
     ("cipo_fast/view.py", "self.title"): (),
+    ("cipo_fast/view.py", "f'{line} ({seconds:.1f}s)'"): (),
     ("cipo_fast/view.py", "step_line(metrics, int(self.progress.tasks[0].total or 0))"): (),
     ("cipo_fast/train.py", "''"): (),
 }
