@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from cipo_fast.audit import own
 from cipo_fast.cipo.metrics import Metrics
-from cipo_fast.records import Anchor, Group, Rollout
+from cipo_fast.records import STREAMS, Anchor, Group, Rollout
 
-STREAMS = ("rollout", "correction")
 NAMES = ("no_variance", "truncated", "no_anchors", "no_change", "mismatch", *own.CAUSES)
 
 TOO_HARD = ("answers are longer than rollout.max_tokens", "the task is too hard for this model")

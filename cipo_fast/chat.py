@@ -203,7 +203,7 @@ class Chat:
         text = self._render(messages, where)
         for i, role in enumerate(roles):
             if _PLACE.format(i) not in text:
-                raise UserError(f"{where}: the chat template leaves out the {role} turn (message {i + 1})")
+                raise UserError(f"{where}: the chat template leaves out the {role} turn (message {i + 1}): remove it")
         return self._count(self._encode(text, where))
 
     def _count(self, ids: Sequence[int]) -> Counter[int]:
@@ -213,7 +213,9 @@ class Chat:
         spelled = self._count(ids) - own
         if spelled:
             token = self.tokenizer.convert_ids_to_tokens(next(iter(spelled)))
-            raise UserError(f"{where}: the text spells the control token {token}, which would end or forge a turn")
+            raise UserError(
+                f"{where}: the text spells the control token {token}, which would end or forge a turn: take it out"
+            )
 
     def _control_tokens(self) -> set[int]:
         """Those flagged as special, and the added ones that the template sets around turns (DeepSeek's roles are not
@@ -249,7 +251,8 @@ class Chat:
         for name in self.arguments:
             if name in taken:
                 raise UserError(
-                    f"data.chat_template_kwargs.{name}: not an argument of the template, this program's own"
+                    f"data.chat_template_kwargs.{name}: not an argument of the template, this program's own; leave it "
+                    "out"
                 )
             if name not in read:
                 near = difflib.get_close_matches(name, sorted(read), n=1)

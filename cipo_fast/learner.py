@@ -19,9 +19,8 @@ from cipo_fast.long_act import LongAct
 from cipo_fast.n_step import with_n_step
 from cipo_fast.packing import Pack, make_pack
 from cipo_fast.policy import Policy
-from cipo_fast.records import TokenStats
+from cipo_fast.records import STREAMS, TokenStats
 
-STREAMS = ("rollout", "correction")
 STATS = (
     "entropy",
     "clip_fraction",
@@ -168,10 +167,6 @@ class _Stats:
         self.maxima = torch.zeros(len(STREAMS), 2, dtype=torch.float64, device=device)
 
     def add(self, logp: Tensor, entropy: Tensor, ratio: Tensor, clipped: Tensor, pack: Pack) -> None:
-        if not pack.conversations:
-            return
-        of_conversation = torch.tensor([STREAMS.index(c.stream) for c in pack.conversations], device=logp.device)
-        stream = of_conversation[pack.conversation]
         old = logp if pack.old_logp is None else pack.old_logp
         sampled = ~pack.sampler_logp.isnan()
         sampler = torch.where(sampled, pack.sampler_logp, old)
@@ -179,9 +174,9 @@ class _Stats:
         outside = ((old - sampler).exp() - 1).abs() > 0.1
         ones = torch.ones_like(logp)
         columns = [ones, entropy, clipped, k3(logp, old), sampled, gap, k3(old, sampler), outside]
-        self.sums.index_add_(0, stream, torch.stack([c.double() for c in columns], dim=1))
+        self.sums.index_add_(0, pack.stream, torch.stack([c.double() for c in columns], dim=1))
         peaks = torch.stack([ratio, gap], dim=1).double()
-        self.maxima = self.maxima.scatter_reduce(0, stream[:, None].expand_as(peaks), peaks, "amax")
+        self.maxima = self.maxima.scatter_reduce(0, pack.stream[:, None].expand_as(peaks), peaks, "amax")
 
     def result(self) -> dict[str, dict[str, float]]:
         sums, maxima = _reduce(self.sums, dist.ReduceOp.SUM).tolist(), _reduce(self.maxima, dist.ReduceOp.MAX).tolist()
@@ -205,39 +200,39 @@ class _Stats:
 
 
 class _SampledStats:
-    """Sums over all tokens that an engine sampled, learned from or not, a stream each, over packs and ranks."""
+    """Sums over all tokens that an engine sampled, learned from or not, a stream each, over packs and ranks, without a
+    sync; and the values of `watched` answers' tokens, which wait on the device for the result."""
 
     def __init__(self, device: torch.device, watched: Watched):
         self.sums = torch.zeros(len(STREAMS), 1 + len(ALL_STATS), dtype=torch.float64, device=device)
         self.watched = watched
+        self.seen: list[tuple[Tensor, list[TokenStats | None], list[int]]] = []
 
     def add(self, logp: Tensor, entropy: Tensor, pack: Pack) -> None:
         """logp and entropy [N] by the weights of now."""
-        self._watch(logp if pack.old_logp is None else pack.old_logp, entropy, pack)
-        of_conversation = torch.tensor(
-            [STREAMS.index(c.stream) for c in pack.conversations], dtype=torch.int64, device=logp.device
-        )
-        sampled = ~pack.sampler_logp.isnan()
-        stream, logp, entropy = of_conversation[pack.conversation][sampled], logp[sampled], entropy[sampled]
-        old = logp if pack.old_logp is None else pack.old_logp[sampled]
-        gap = old - pack.sampler_logp[sampled]
-        outside = (gap.exp() - 1).abs() > 0.1
-        columns = [torch.ones_like(logp), entropy, k3(logp, old), k3(old, old - gap), outside]
-        self.sums.index_add_(0, stream, torch.stack([c.double() for c in columns], dim=1))
-
-    def _watch(self, logp: Tensor, entropy: Tensor, pack: Pack) -> None:
-        """The first look counts: with several updates a step, old_logp stays but entropies move."""
+        old = logp if pack.old_logp is None else pack.old_logp
         found = [self.watched.get(id(c.sampler_logps)) for c in pack.conversations]
-        if not any(found):
-            return
-        logps, entropies = logp.detach().tolist(), entropy.detach().tolist()  # at once: each waits for the device
-        start = 0
-        for tokens, n in zip(found, pack.target_counts, strict=True):
-            if tokens is not None and not tokens.logps:
-                tokens.logps, tokens.entropies = logps[start : start + n], entropies[start : start + n]
-            start += n
+        if any(tokens is not None for tokens in found):
+            self.seen.append((torch.stack([old, entropy]).detach(), found, pack.target_counts))
+        sampled = ~pack.sampler_logp.isnan()
+        gap = old - pack.sampler_logp
+        outside = (gap.exp() - 1).abs() > 0.1
+        columns = [torch.ones_like(logp), entropy, k3(logp, old), k3(old, pack.sampler_logp), outside]
+        values = torch.stack([c.double() for c in columns], dim=1)
+        self.sums.index_add_(0, pack.stream, torch.where(sampled[:, None], values, 0.0))
+
+    def _watch(self) -> None:
+        """The first look counts: with several updates a step, old_logp stays but entropies move."""
+        for values, found, counts in self.seen:
+            logps, entropies = values.tolist()
+            start = 0
+            for tokens, n in zip(found, counts, strict=True):
+                if tokens is not None and not tokens.logps:
+                    tokens.logps, tokens.entropies = logps[start : start + n], entropies[start : start + n]
+                start += n
 
     def result(self) -> Sampled:
+        self._watch()
         return dict(zip(STREAMS, _reduce(self.sums, dist.ReduceOp.SUM).tolist(), strict=True))
 
 

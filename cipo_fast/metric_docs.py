@@ -125,6 +125,10 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
         "time/probe_s": ("Seconds of the comparison after it.", ""),
         "time/idle_s": ("The rest of the step.", "small"),
         "time/step_s": ("Seconds of the step.", ""),
+        "memory/peak_gb": (
+            "GB of its GPU's memory that the first rank's tensors took so far; without a GPU, of RAM.",
+            "",
+        ),
     },
 }
 

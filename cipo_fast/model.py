@@ -40,11 +40,15 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     load_shape(config)
     tokenizer = _load(config, "tokenizer", AutoTokenizer.from_pretrained)
     if len(tokenizer) < 2:  # what transformers makes of a folder without a tokenizer's files
-        raise UserError(f"model.path={config.model.path}: cannot load its tokenizer: its files are missing")
+        raise UserError(
+            f"model.path={config.model.path}: cannot load its tokenizer: its files are missing; copy them there"
+        )
     if not tokenizer.chat_template:
         raise UserError(f"model.path={config.model.path}: its tokenizer has no chat template; use an instruct model")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path={config.model.path}: its tokenizer has no end-of-sequence token")
+        raise UserError(
+            f"model.path={config.model.path}: its tokenizer has no end-of-sequence token; name its eos_token"
+        )
     return tokenizer
 
 
@@ -64,7 +68,9 @@ def load_model(config: Config, attention: str) -> PreTrainedModel:
     except UserError as error:
         _refuse_files(config)  # says more, where a file is at fault
         if attention in str(error):
-            raise UserError(f"model.path={config.model.path}: its attention cannot be replaced by trees'") from None
+            raise UserError(
+                f"model.path={config.model.path}: its attention cannot be replaced by trees'; use another model"
+            ) from None
         raise
     integers = _refuse_files(config)
     _refuse_weights(config, model, found)
@@ -253,7 +259,7 @@ def _refuse_files(config: Config) -> dict[str, str]:
                 raise UserError(f"{where}: {name} is of integers ({kind}); use the unquantised model")
         found |= types
     if missing := _missing_experts(set(found)):
-        raise UserError(f"model.path={path}: its weights lack {', '.join(missing[:3])}")
+        raise UserError(f"model.path={path}: its weights lack {', '.join(missing[:3])}; are all files there?")
     return {name: kind for name, kind in found.items() if kind in INTEGERS}
 
 
@@ -299,7 +305,9 @@ def _weight_files(path: str) -> list[Path]:
             try:
                 shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"model.path={path}: {index.name} is not an index of weight files") from None
+                raise UserError(
+                    f"model.path={path}: {index.name} is not an index of weight files; copy it anew"
+                ) from None
             return sorted(folder / shard for shard in shards if (folder / shard).is_file())
     return []
 
@@ -332,4 +340,6 @@ def _refuse_weights(config: Config, model: PreTrainedModel, found: dict[str, Any
             )
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
-            raise UserError(f"model.path={path}: {key} holds numbers that are not finite (NaN or infinity)")
+            raise UserError(
+                f"model.path={path}: {key} holds numbers that are not finite (NaN or infinity); use another copy"
+            )

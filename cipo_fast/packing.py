@@ -15,7 +15,7 @@ from cipo_kernels import TreeLayout
 from torch import Tensor
 
 from cipo_fast.errors import UserError
-from cipo_fast.records import Conversation, Segment
+from cipo_fast.records import STREAMS, Conversation, Segment
 
 
 @dataclass(eq=False)
@@ -71,6 +71,7 @@ class Pack:
     pred_index: Tensor  # [N] int64, the token whose hidden state predicts the target
     target_id: Tensor  # [N] int64
     conversation: Tensor  # [N] int64, index into `conversations`
+    stream: Tensor  # [N] int64, index into STREAMS
     advantage: Tensor  # [N] fp32
     rl_weight: Tensor  # [N] fp32
     ce_weight: Tensor  # [N] fp32
@@ -233,6 +234,7 @@ def make_pack(trees: list[Node], attention: str = "auto") -> Pack:
         pred_index=torch.tensor(pred_index, dtype=torch.int64),
         target_id=torch.tensor(target_id, dtype=torch.int64),
         conversation=torch.arange(len(found)).repeat_interleave(counts),
+        stream=torch.tensor([STREAMS.index(c.stream) for c in found], dtype=torch.int64).repeat_interleave(counts),
         advantage=torch.tensor([c.advantage for c in found], dtype=torch.float32).repeat_interleave(counts),
         rl_weight=torch.tensor([c.rl_weight for c in found], dtype=torch.float32).repeat_interleave(counts),
         ce_weight=torch.tensor([c.ce_weight for c in found], dtype=torch.float32).repeat_interleave(counts),

@@ -1,4 +1,4 @@
-"""What a run writes to its directory: config, metrics, TensorBoard, rollouts, the summary."""
+"""What a run writes to its directory: config, metrics, rollouts, the summary."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any, TextIO
 
 from cipo_fast.checkpoint import Progress
 from cipo_fast.config import Config
-from cipo_fast.experiment.provenance import commit, machine, software
+from cipo_fast.provenance import commit, machine, software
 from cipo_fast.recorded_rows import RowWriter
 from cipo_fast.records import Anchor, Group, Problem, Rollout
 from cipo_fast.run_dir import Opened, enter
 from cipo_fast.tasks.own import ORIGINAL
+from cipo_fast.trackers import Tracker, open_trackers
 
 STARTED = "started.jsonl"  # a line each time that the run is begun or gone on with: when, by what, on what
 
@@ -32,7 +33,7 @@ class Recorder:
         self.save_rollouts_every = config.run.save_rollouts_every
         self.rows = RowWriter(self.dir / "rollouts")
         self.metrics: TextIO | None = None
-        self.tensorboard: Any = None
+        self.trackers: list[Tracker] = []
 
     def open(self, opened: Opened, resume_step: int | None, held_out: Sequence[Problem]) -> None:
         """A new run moves an earlier one's files to `previous/`; a resumed one goes on in them, without what they hold
@@ -45,20 +46,13 @@ class Recorder:
         with (self.dir / STARTED).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"date": time.strftime("%Y-%m-%d %H:%M"), **started, **machine()}) + "\n")
         self.metrics = (self.dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        if self.config.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            purge = None if resume_step is None else resume_step + 1
-            self.tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=purge)
+        self.trackers = open_trackers(self.config, resume_step)
 
     def step(self, metrics: dict[str, Any], groups: list[Group], anchors: list[Anchor]) -> None:
         assert self.metrics is not None
         self.metrics.write(json.dumps(metrics) + "\n")
         step = metrics["step"]
-        if self.tensorboard is not None:
-            for key, value in metrics.items():
-                if isinstance(value, int | float) and key not in ("step", "seed"):
-                    self.tensorboard.add_scalar(key, value, step)
+        self._track({key: value for key, value in metrics.items() if key not in ("step", "seed")}, step)
         if self.save_rollouts_every and step % self.save_rollouts_every == 0:
             self._rollouts(step, groups, anchors)
 
@@ -76,10 +70,7 @@ class Recorder:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         others = [line for line in lines if json.loads(line)["step"] != step]
         _write_whole(path, "".join(f"{line}\n" for line in [*others, json.dumps(row)]))
-        if self.tensorboard is not None:
-            for key, value in result.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(f"eval/{key}", value, step)
+        self._track({f"eval/{key}": value for key, value in result.items()}, step)
 
     def summary(self, summary: dict[str, Any]) -> None:
         _write_whole(self.dir / "summary.json", json.dumps(summary, indent=1))
@@ -94,8 +85,12 @@ class Recorder:
         if self.metrics is not None:
             with suppress(OSError):  # a full disk: what it holds back has been reported
                 self.metrics.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _track(self, values: dict[str, Any], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step)
 
     def _rollouts(self, step: int, groups: list[Group], anchors: list[Anchor]) -> None:
         """rollouts/step-N.jsonl: one object a rollout, its corrections (if it was an anchor) inside it. The row that it

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
+STREAMS = ("rollout", "correction")  # of answers, each with its own normaliser
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Conversation:
 
     segments: tuple[Segment, ...]
     sampler_logps: list[float] | None  # None: not sampled by an engine (supervised)
-    stream: str  # "rollout" or "correction"
+    stream: str  # of STREAMS
     advantage: float
     rl_weight: float
     ce_weight: float

@@ -34,8 +34,8 @@ from cipo_fast.tasks.sources import Role
 OUTPUTS = (
     "checkpoints", "config.yaml", "config-from-step-*.yaml", "inputs.json", "inputs-from-step-*.json", "held_out.jsonl",
     "eval.jsonl", "metrics.jsonl", "rollouts", "rollouts.judged.jsonl", "rollouts.judged.jsonl.part", "tensorboard",
-    "summary.json", "summary-until-step-*.json", "model", "model.part", "failed", "shape", "shape.part", "evaluations",
-    "exported", "started.jsonl", "report.html",
+    "wandb", "wandb_run", "profile-step-*.json.gz", "summary.json", "summary-until-step-*.json", "model", "model.part",
+    "failed", "shape", "shape.part", "evaluations", "exported", "started.jsonl", "report.html",
 )  # fmt: skip
 LOCK_WAIT_S = 5.0  # for a process of this run that torchrun has killed and restarted
 # A run that goes on may change these: where and how it is computed and shown, not what. Resources and the number of

@@ -86,7 +86,7 @@ def fitting(prompts: list[Prompt], limit: int, what: str, say: Say) -> list[Prom
     if not kept:
         shortest = min(len(p.token_ids) for p in prompts)
         raise UserError(
-            f"{what}: every prompt is longer than data.max_prompt_tokens={limit}; the shortest has {shortest}"
+            f"{what}: every prompt is longer than data.max_prompt_tokens={limit}, the shortest has {shortest}; raise it"
         )
     if len(kept) < len(prompts):
         dropped = len(prompts) - len(kept)
@@ -106,7 +106,9 @@ def count_unreachable(prompts: Sequence[Prompt], chat: Chat, what: str, limit: t
     longer = [p.problem for p, ids in zip(prompts, answers, strict=True) if len(ids) > most]
     if len(longer) == len(answers):
         shortest = min(map(len, answers))
-        raise UserError(f"{what}: every answer is longer than {setting}={most}; the shortest has {shortest} tokens")
+        raise UserError(
+            f"{what}: every answer is longer than {setting}={most}, the shortest has {shortest} tokens; raise it"
+        )
     changed = [p.problem for p, ids in zip(prompts, answers, strict=True) if not _gives(p.problem, chat.text(ids))]
     for found, why in ((longer, f"longer than {setting}={most}"), (changed, "changed by the tokenizer")):
         if found:

@@ -122,7 +122,10 @@ class WeightSync:
         ours = self.policy.log_probs(self.pack, temperature=1.0)  # [N]; every rank forwards the same pack
         if not ours.isfinite().all():
             version = self.engine.policy_version
-            raise PolicyBroken(f"policy version {version} gives probabilities that are not finite")
+            raise PolicyBroken(
+                f"policy version {version} gives probabilities that are not finite; the newest checkpoint is the state "
+                "to go on from"
+            )
         scored = self.engine.score(self.sequences)
         theirs = torch.tensor([logp for sequence in scored for logp in sequence], device=self.device)
         difference = (ours - theirs).abs().nan_to_num(torch.inf)

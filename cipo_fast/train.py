@@ -15,6 +15,7 @@ if __package__ in (None, ""):
 os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
 
 import copy
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,9 +63,10 @@ from cipo_fast.sampling import Prompt, Sampler, encode_dataset, fitting, fitting
 from cipo_fast.stock import check_on_one_rank
 from cipo_fast.sync import WeightSync
 from cipo_fast.tasks import check_data, load_dataset
+from cipo_fast.trackers import check_trackers
 from cipo_fast.try_out import prepare_judges, refuse_exploits, with_good_golds
 from cipo_fast.updates import learn, update_metrics
-from cipo_fast.view import View, evaluation_line, summary_table
+from cipo_fast.view import View, summary_table
 
 FILES = """\
 Files are merged in their order, settings over them; the last one counts. docs/configuration.md lists all settings.
@@ -144,10 +146,12 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
     """The whole job: open the folder, build, warm up, evaluate, loop, evaluate, export."""
     check_data(config)
     check_engine(config, mesh.device_type)  # before a warm start, not after it
+    check_trackers(config)
     title = (
         f"cipo_fast · {config.run.name} · {config.model.path} · seed {config.seed} · {mesh.device_type} x {mesh.size()}"
     )
-    with View(config.run.view, config.train.steps, title, quiet=not is_main()) as view, ExitStack() as open_files:
+    shown = View(config.run.view, config.train.steps, title, not is_main(), config.eval.every)
+    with shown as view, ExitStack() as open_files:
         folder = open_files.enter_context(opened(config, mesh.size()))
         for line in (*folder.lines, *comparison(config), *cautions(config)):
             view.say(line)
@@ -186,7 +190,8 @@ def loop(run: Run, recorder: Recorder, progress: Progress) -> Progress:
             progress = replace(progress, evaluated=progress.step)
         if progress.step >= steps:
             return progress
-        metrics, batch, progress, stop = cipo_step(run, progress)
+        with profiled(config, progress.step + 1):
+            metrics, batch, progress, stop = cipo_step(run, progress)
         run.view.step(metrics)
         with saved_if_stopped(run, progress):
             written(config, partial(recorder.step, metrics, batch.groups, batch.anchors))
@@ -195,12 +200,25 @@ def loop(run: Run, recorder: Recorder, progress: Progress) -> Progress:
             if progress.most_in_a_row >= MAX_SKIPS:
                 raise TrainingStopped(
                     f"{MAX_SKIPS} updates in a row were not finite; they are in no weight, {config.run_dir / 'failed'} "
-                    "holds their packs"
+                    "holds their packs; a lower optim.lr may help"
                 )
         if due(progress.step, config.checkpoint.every) or progress.step == steps:
             save(run, progress)
         with saved_if_stopped(run, progress):
             run.signals.check()
+
+
+@contextmanager
+def profiled(config: Config, step: int) -> Iterator[None]:
+    """Of `run.profile_step` the first rank writes a Chrome trace."""
+    if step != config.run.profile_step:
+        yield
+        return
+    from torch.profiler import profile
+
+    with profile() as found:
+        yield
+    written(config, lambda: found.export_chrome_trace(str(config.run_dir / f"profile-step-{step}.json.gz")))
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -287,6 +305,7 @@ def cipo_step(run: Run, progress: Progress) -> tuple[Metrics, Batch, Progress, T
     }
     metrics["time/idle_s"] = step_s - sum(v for k, v in metrics.items() if k.startswith("time/") and v)
     metrics["time/step_s"] = step_s
+    metrics["memory/peak_gb"] = peak_gb()
     if batch.failures:
         many = f"{len(batch.failures)} answers could not be judged and are left out"
         run.view.say(f"step {step}: {many}; the first: {batch.failures[0]}")
@@ -439,7 +458,7 @@ def timed_evaluation(run: Run, progress: Progress, when: str) -> Evaluation:
 
     with saved_if_stopped(run, progress):
         results = evaluate(run.sampler, run.held_out, run.correct, run.config, folder, about, run.signals.check, shown)
-    run.view.say(f"{when}: {evaluation_line(results.values)} ({time.perf_counter() - started:.1f}s)")
+    run.view.evaluated(when, results.values, time.perf_counter() - started)
     return results.values
 
 
@@ -502,6 +521,13 @@ def write_report(config: Config, view: View) -> None:
         view.say(f"warning: {path} could not be written ({type(error).__name__}: {error}); the run is whole without it")
     else:
         view.say(f"to look at: {path}")
+
+
+def peak_gb() -> float:
+    """The first rank's: of its GPU's memory that tensors took, or of the process where it has none; so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def due(step: int, every: int) -> bool:

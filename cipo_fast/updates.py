@@ -14,9 +14,9 @@ from cipo_fast.cipo.metrics import Metrics
 from cipo_fast.cipo.objective import as_sampled, conversations, left_out
 from cipo_fast.config.job import RunConfig
 from cipo_fast.errors import note
-from cipo_fast.learner import ALL_STATS, STATS, STREAMS, Sampled, Update
+from cipo_fast.learner import ALL_STATS, STATS, Sampled, Update
 from cipo_fast.packing import CostModel, Pack, build_trees, make_pack, pack_trees, row_tokens
-from cipo_fast.records import Anchor, Conversation, Group, Rollout, TokenStats
+from cipo_fast.records import STREAMS, Anchor, Conversation, Group, Rollout, TokenStats
 
 if TYPE_CHECKING:
     from cipo_fast.train import Run

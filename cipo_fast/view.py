@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -59,24 +61,29 @@ class Terminal(Console):
 
 
 class View:
-    """`mode` is live, plain or auto (live in a terminal). Quiet on every rank but the first."""
+    """`mode` is live, plain or auto (live in a terminal). Quiet on every rank but the first. `evaluate_every`: steps
+    from one evaluation to the next (0: only the last), which the time that is left counts."""
 
-    def __init__(self, mode: str, steps: int, title: str, quiet: bool):
+    def __init__(self, mode: str, steps: int, title: str, quiet: bool, evaluate_every: int = 0):
         self.console = Terminal(quiet)
         self.title = visible(title)
         self.history: list[float] = []
         self.latest: Metrics = {}
         self.message = ""
+        self.evaluation = ""  # the newest one
+        self.steps, self.evaluate_every = steps, evaluate_every
+        self.step_seconds: deque[float] = deque(maxlen=20)
+        self.evaluation_seconds = 0.0
+        self.evaluated_at = 0
         self.progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left", markup=False),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
             expand=True,
         )
-        self.task = self.progress.add_task("steps", total=steps, start=False)
+        self.task = self.progress.add_task("steps", total=steps, start=False, left="")
         live = mode == "live" or (mode == "auto" and self.console.is_terminal)
         self.live = (
             Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
@@ -110,6 +117,27 @@ class View:
         if not self.live:
             self.say(text)
 
+    def evaluated(self, when: str, figures: dict[str, float | None], seconds: float) -> None:
+        line = f"{when}: {evaluation_line(figures)}"
+        self.say(f"{line} ({seconds:.1f}s)")
+        self.evaluation, self.evaluation_seconds = visible(line), seconds
+        self.evaluated_at = int(self.latest.get("step") or 0)
+        self._show_left()
+
+    def left_s(self) -> float | None:
+        """Seconds of the steps and evaluations to come, as long as those of late; None before the first step."""
+        if not self.step_seconds:
+            return None
+        done, every = int(self.latest["step"] or 0), self.evaluate_every or self.steps
+        past = done if self.evaluated_at == done else done - 1  # this step's own evaluation is still to come, or not
+        evaluations = len(range(past // every + 1, (self.steps - 1) // every + 1)) + (past < self.steps)
+        a_step = sum(self.step_seconds) / len(self.step_seconds)
+        return (self.steps - done) * a_step + evaluations * self.evaluation_seconds
+
+    def _show_left(self) -> None:
+        if (seconds := self.left_s()) is not None:
+            self.progress.update(self.task, left=f"left {timedelta(seconds=round(seconds))}")
+
     def step(self, metrics: Metrics) -> None:
         if not self.latest:
             self.progress.start_task(self.task)
@@ -117,6 +145,8 @@ class View:
         self.message = ""
         self.history.append(float(metrics["rollout/accuracy"] or 0))
         self.progress.update(self.task, completed=metrics["step"])
+        self.step_seconds.append(float(metrics["time/step_s"] or 0))
+        self._show_left()
         if not self.live:
             self.say(step_line(metrics, int(self.progress.tasks[0].total or 0)))
 
@@ -124,6 +154,10 @@ class View:
         parts: list[Any] = [self.progress]
         if self.latest:
             parts += [Text(), _columns(self.latest, self.history)]
+            if on := alarms_of(self.latest):
+                parts.append(Text(f"alarm: {', '.join(on)}", style="bold red"))
+        if self.evaluation:
+            parts.append(Text(self.evaluation))
         if self.message:
             parts.append(Text(self.message, style="dim"))
         return Panel(Group(*parts), title=Text(self.title), title_align="left", border_style="blue")
@@ -147,9 +181,16 @@ def step_line(m: Metrics, total: int) -> str:
         parts.append(f"skipped {m['train/skipped']}")
     parts += [
         f"loss {_number(m['loss/total'], '+.4f')}",
-        f"{m['time/step_s']:.2f}s (generate {m['time/generate_s']:.2f} train {m['time/train_s']:.2f})",
+        f"{m['time/step_s']:6.2f}s (generate {m['time/generate_s']:6.2f} train {m['time/train_s']:6.2f})",
     ]
+    if on := alarms_of(m):
+        parts.append(f"alarm {','.join(on)}")
     return "  ".join(parts)
+
+
+def alarms_of(m: Metrics) -> list[str]:
+    """The alarms that are on."""
+    return [key.removeprefix("alarm/") for key, value in m.items() if key.startswith("alarm/") and value]
 
 
 def sparkline(values: list[float], width: int) -> str:
@@ -300,6 +341,10 @@ def _columns(m: Metrics, history: list[float]) -> Table:
         left.add_row("right > wrong", _share(m["correction/right_to_wrong"]), f"rho {_share(m['replay/rho'])}")
     left.add_row("loss", _number(m["loss/total"], "+.4f"), f"grad norm {_number(m['grad/norm'], '.3f')}")
     left.add_row("tokens", f"{m['tokens/forwarded']:,}", f"one row each: {m['tokens/rows']:,}")
+    left.add_row("tokens/s", _rate(m, "tokens/forwarded", "time/train_s"), "trained")
+    left.add_row("", _rate(m, "tokens/sampled", "time/generate_s"), "sampled")
+    if m.get("memory/peak_gb") is not None:
+        left.add_row("memory", f"{m['memory/peak_gb']:.2f} GB", "peak")
     right = Table.grid(padding=(0, 1))
     total = float(m["time/step_s"] or 1)
     for phase in PHASES:
@@ -309,6 +354,12 @@ def _columns(m: Metrics, history: list[float]) -> Table:
     columns = Table.grid(padding=(0, 6))
     columns.add_row(left, right)
     return columns
+
+
+def _rate(m: Metrics, tokens: str, seconds: str) -> str:
+    """Tokens a second."""
+    number, time_s = m.get(tokens), m.get(seconds)
+    return f"{number / time_s:,.0f}" if number and time_s else "-"
 
 
 def _share(value: Any, sign: bool = False) -> str:

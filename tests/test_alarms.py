@@ -151,7 +151,7 @@ def test_mismatch_is_said_at_once() -> None:
 TINY = [
     "model.embedded.hidden=32", "model.embedded.mlp=48", "model.embedded.layers=1", "model.embedded.warm_accuracy=0.02",
     "data.task=add", "rollout.prompts_per_step=6", "rollout.samples_per_prompt=3", "rollout.max_tokens=4",
-    "eval.problems=4", "eval.samples=2", "run.tensorboard=false", "checkpoint.export=false", "run.view=plain", "seed=3",
+    "eval.problems=4", "eval.samples=2", "run.trackers=[]", "checkpoint.export=false", "run.view=plain", "seed=3",
 ]  # fmt: skip
 
 

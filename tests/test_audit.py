@@ -28,7 +28,7 @@ from cipo_fast.verify.workers.pool import Judges
 TINY = [
     "model.embedded.hidden=64", "model.embedded.mlp=96", "model.embedded.warm_accuracy=0.05", "data.task=add",
     "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "rollout.max_tokens=6", "eval.problems=4",
-    "eval.samples=4", "run.tensorboard=false", "run.view=plain", "train.steps=2",
+    "eval.samples=4", "run.trackers=[]", "run.view=plain", "train.steps=2",
 ]  # fmt: skip
 
 

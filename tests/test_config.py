@@ -40,7 +40,7 @@ from cipo_fast.errors import UserError
         ("train.steps=[", "train.steps='[': input should be a valid integer"),
         ("train.steps=true", "train.steps='true': input should be a valid integer"),
         ("seed=0x10", "seed=0x10: input should be a valid integer"),
-        ("run.tensorboard=maybe", "input should be a valid boolean"),
+        ("run.report=maybe", "input should be a valid boolean"),
         ("rollout.overlap=2", "rollout.overlap=2: input should be 0 or 1"),
         ("rollout.vllm.args={a: [", "not valid YAML"),
         ("rollout.vllm.args={a: 1, a: 2}", "key 'a' is given twice"),
@@ -209,10 +209,10 @@ def test_a_text_in_a_file_is_its_scalar(yaml_text: str, value: str, tmp_path: Pa
 
 
 def test_numbers_and_truth_values_are_read_by_their_field(tmp_path: Path) -> None:
-    text = "optim: {lr: 1e-6}\nseed: 010\ntrain: {steps: 1_000}\nrun: {tensorboard: off, name: 1.0}\nrollout:\n"
+    text = "optim: {lr: 1e-6}\nseed: 010\ntrain: {steps: 1_000}\nrun: {report: off, name: 1.0}\nrollout:\n"
     (tmp_path / "x.yaml").write_text(text)
     config = load_config([str(tmp_path / "x.yaml")], ["loss.is_cap=null", "rollout.overlap=0", "sync.probe_every=3.0"])
-    assert (config.optim.lr, config.seed, config.train.steps, config.run.tensorboard) == (1e-6, 10, 1000, False)
+    assert (config.optim.lr, config.seed, config.train.steps, config.run.report) == (1e-6, 10, 1000, False)
     assert (config.run.name, config.loss.is_cap, config.sync.probe_every) == ("1.0", None, 3)
 
 

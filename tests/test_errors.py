@@ -22,7 +22,7 @@ TRAIN_PY = ROOT / "cipo_fast" / "train.py"
 TINY = [
     "model.embedded.hidden=32", "model.embedded.mlp=48", "model.embedded.layers=1", "model.embedded.warm_steps=0",
     "data.task=add", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=2", "rollout.max_tokens=4",
-    "eval.problems=4", "eval.samples=2", "run.tensorboard=false", "train.steps=1", "checkpoint.export=false",
+    "eval.problems=4", "eval.samples=2", "run.trackers=[]", "train.steps=1", "checkpoint.export=false",
 ]  # fmt: skip
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from test_train import SMALL
 
-from cipo_fast import run_dir
+from cipo_fast import provenance, run_dir
 from cipo_fast.config import configs_dir
-from cipo_fast.experiment import provenance
 from cipo_fast.experiment.__main__ import main
 from cipo_fast.experiment.grid import changed_settings, read_grid
 
@@ -33,7 +32,7 @@ arms:
 
 def write(path: Path, text: str = FILE, **more: str) -> str:
     given = dict(setting.split("=") for setting in SMALL) | more
-    path.write_text(text.format(settings=", ".join(f"{key}: {value}" for key, value in given.items())))
+    path.write_text(text.format(settings=", ".join(f"{key}: {value!r}" for key, value in given.items())))
     return str(path)
 
 

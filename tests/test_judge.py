@@ -29,7 +29,7 @@ def raises(response, row):
 TINY = [  # warm enough that some answers come to an end
     "model.embedded.hidden=64", "model.embedded.mlp=96", "model.embedded.warm_accuracy=0.05", "data.task=add",
     "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "rollout.max_tokens=6", "eval.problems=4",
-    "eval.samples=2", "run.tensorboard=false", "run.view=plain", "train.steps=2", "checkpoint.export=false",
+    "eval.samples=2", "run.trackers=[]", "run.view=plain", "train.steps=2", "checkpoint.export=false",
 ]  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def group(asked: Problem, *texts: str) -> Group:
 def config_of(folder: Path) -> Config:
     (folder.parent / "a.jsonl").write_text('{"prompt": "a", "answer": 1}\n')
     data = f"data.train={folder.parent / 'a.jsonl'}"
-    return load_config([], [f"run.dir={folder}", data, "model.path=hub/model", "run.tensorboard=false"])
+    return load_config([], [f"run.dir={folder}", data, "model.path=hub/model", "run.trackers=[]"])
 
 
 def record(folder: Path, steps: dict[int, list[Group]], resume: int | None = None, held_out: Any = ()) -> None:

@@ -47,6 +47,22 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_evaluations_made_since_are_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    evaluations = folder / "evaluations"
+    for name in ("model-n64", "torn", "old"):
+        (evaluations / name).mkdir()
+    text = (evaluations / "step-00006" / "results.json").read_text()
+    (evaluations / "model-n64" / "results.json").write_text(text)
+    (evaluations / "torn" / "results.json").write_text(text[:40])
+    (evaluations / "old" / "results.json").write_text('{"figures": {"t1": 0.5}}')
+    (run,) = document([folder])["runs"]
+    assert [other["name"] for other in run["others"]] == ["model-n64", "old"]
+    assert run["others"][0]["figures"]["t1"] == run["evaluations"][-1]["figures"]["t1"]
+    assert run["others"][1]["figures"] == {}
+    assert run["skipped"] == ["evaluations/torn/results.json: torn, no whole JSON"]
+
+
 def test_problems_are_compared(tmp_path: Path) -> None:
     found = document([write_run(tmp_path / "a"), write_run(tmp_path / "b", "seed=1")])["compare"]
     assert [(c["run"], c["when"]) for c in found["columns"]] == [

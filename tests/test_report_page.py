@@ -41,6 +41,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of one run."""
     lines = problem("one") + problem("two", "1 7", source="b")
     folder = write_run(tmp_path_factory.mktemp("runs") / "run", rollouts={1: lines, 6: problem("last")})
+    shutil.copytree(folder / "evaluations/step-00006", folder / "evaluations/model-n64")
     return page_of(tmp_path_factory.mktemp("plain"), folder)
 
 
@@ -108,6 +109,8 @@ def test_all_sections_are_drawn(browser: Any, plain: Path) -> None:
     with Opened(browser, plain) as page:
         assert page.title() == "run · cipo_fast"
         assert page.locator("main h1, main h2").all_inner_texts() == ["run", "Curves", "Rollouts", "Compare"]
+        since = page.locator("h3", has_text="Evaluated since").locator("+ .scroll")
+        assert re.match(r"model-n64\s+0\.\d{3}", since.locator("tbody tr").inner_text())
         drawn = page.locator("figure canvas")
         assert drawn.count() >= 10
         assert "no_variance" in page.locator(".alarm").inner_text()
@@ -162,6 +165,17 @@ def test_tokens_are_coloured(browser: Any, plain: Path) -> None:
             coloured = page.locator(".tree > li > .text span[style*=background]")
             assert coloured.count() > 0
         assert coloured.first.get_attribute("title") == "log-prob 0, gap 0.01, entropy 0.3"
+        box, said = page.locator(".tree > li > .text").first, page.locator(".tree [role=status]").first
+        coloured.first.click()  # a tap
+        assert said.inner_text().endswith(": log-prob 0, gap 0.01, entropy 0.3")
+        box.focus()
+        first = said.inner_text()
+        page.keyboard.press("ArrowRight")
+        assert said.inner_text() != first
+        assert box.locator(".chosen").count() == 1
+        for _ in range(2):
+            page.keyboard.press("ArrowLeft")  # stays at the first
+        assert said.inner_text() == first
 
 
 def test_the_keyboard_is_enough(browser: Any, plain: Path) -> None:

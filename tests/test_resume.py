@@ -323,7 +323,7 @@ def test_what_changes_the_run_is_named_and_not_gone_on_with(setting: str, named:
 
 @pytest.mark.parametrize("resume", ["auto", "true"])
 def test_what_does_not_change_the_run_is_named_and_accepted(resume: str, unfinished: Path) -> None:
-    settings = ["run.view=live", "run.tensorboard=false", "checkpoint.every=7", "eval.every=3", "train.steps=900",
+    settings = ["run.view=live", "run.trackers=[]", "checkpoint.every=7", "eval.every=3", "train.steps=900",
                 "rollout.server.port=8200", "rollout.server.timeout_s=60", "train.pack_tokens=32768",
                 "sync.tolerance=0.1", "checkpoint.keep=3"]  # fmt: skip
     found = opened(unfinished, *settings, f"checkpoint.resume={resume}", ranks=4)

@@ -29,7 +29,7 @@ TRAIN_PY = Path(__file__).parents[1] / "cipo_fast" / "train.py"
 SMALL = [
     "model.embedded.hidden=64", "model.embedded.mlp=96", "model.embedded.warm_accuracy=0.05", "data.task=add",
     "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "rollout.max_tokens=6", "eval.problems=16",
-    "eval.samples=2", "run.tensorboard=false", "run.view=plain", "train.steps=2",
+    "eval.samples=2", "run.trackers=[]", "run.view=plain", "train.steps=2",
     "sync.probe_every=1",
 ]  # fmt: skip
 
@@ -57,7 +57,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def timeless(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ KEYS = [
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path, warm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_dir(tmp_path, warm)
-    assert train(folder, "train.steps=3", "checkpoint.every=2", "run.tensorboard=true", "eval.every=2") == 0
+    assert train(folder, "train.steps=3", "checkpoint.every=2", "run.trackers=[tensorboard]", "eval.every=2") == 0
     rows = metrics(folder)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [key for key in KEYS if key not in rows[0]] == []
@@ -228,7 +228,7 @@ def test_lambda_corr_0_is_grpo_bit_for_bit(tmp_path: Path, warm: Path) -> None:
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, warm: Path) -> None:
     """10 steps straight, against 5, a SIGKILL somewhere after them, and the rest."""
-    args = ["train.steps=10", "checkpoint.every=5", "run.tensorboard=true"]
+    args = ["train.steps=10", "checkpoint.every=5", "run.trackers=[tensorboard]"]
     straight, killed = run_dir(tmp_path, warm, "straight"), run_dir(tmp_path, warm, "killed")
     assert run_command(straight, *args).returncode == 0
     with subprocess.Popen(
@@ -413,7 +413,8 @@ GOOD = "".join(f'{{"prompt": "q{i}", "answer": "{i}"}}\n' for i in range(20))
         (lambda d: [f"data.train={write(d / 'a.jsonl', GOOD)}", "data.max_prompt_tokens=3"], "every prompt is longer"),
         (
             lambda d: [f"data.train={write(d / 'a.jsonl', GOOD + SPELLED * 2)}"],
-            "a.jsonl:21: the text spells the control token <|end|>, which would end or forge a turn (and 1 more row)",
+            "a.jsonl:21: the text spells the control token <|end|>, which would end or forge a turn: take it out "
+            "(and 1 more row)",
         ),
         (lambda d: [f"data.eval={write(d / 'a.jsonl', GOOD)}"], "data.eval is given without data.train"),
         (lambda d: ["model.path=/no/such/model"], "data.train is not given"),

@@ -1,12 +1,13 @@
 """What a run shows: foreign text as it is, in every place, live and plain."""
 
 import io
+import re
 import sys
 
 import pytest
 
 from cipo_fast.evaluation.figures import Figure
-from cipo_fast.view import View, figures_table
+from cipo_fast.view import View, figures_table, step_line
 
 FOREIGN = "a[/b]c [/usr/lib/x.py] [bold]x[/] :smile: \x1b[31mred\x1b[0m \u202e"
 SHOWN = "a[/b]c [/usr/lib/x.py] [bold]x[/] :smile: \\x1b[31mred\\x1b[0m \\u202e"
@@ -33,6 +34,71 @@ def test_foreign_text_is_shown_as_it_is(mode: str, monkeypatch: pytest.MonkeyPat
     for word in ("", "said ", "noted ", "busy "):
         assert word + SHOWN in printed, word
     assert "\x1b[31m" not in printed
+
+
+@pytest.mark.parametrize(("steps", "every"), [(4, 0), (4, 1), (6, 2), (7, 3), (1, 1)])
+def test_what_is_left_counts_evaluations(monkeypatch: pytest.MonkeyPatch, steps: int, every: int) -> None:
+    """A step takes 1 s, an evaluation 10; one follows every `every`th step, and the last."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    view = View("plain", steps, "t", quiet=False, evaluate_every=every)
+    view.evaluated("before training", {"t1": 0.25, "pass_at_8": 0.5}, 10.0)
+    assert view.left_s() is None
+    evaluated = {step for step in range(1, steps) if every and step % every == 0} | {steps}
+    for step in range(1, steps + 1):
+        view.step(METRICS | {"step": step})
+        assert view.left_s() == steps - step + 10.0 * len([at for at in evaluated if at >= step])
+        if step in evaluated:
+            view.evaluated("", {"t1": 0.5, "pass_at_8": 0.75}, 10.0)
+            assert view.left_s() == steps - step + 10.0 * len([at for at in evaluated if at > step])
+
+
+def test_the_live_view_shows_evaluation_alarms_rates_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "160")
+    view = View("plain", 4, "t", quiet=False)
+    view.evaluated("at step 1", {"t1": 0.5, "pass_at_8": 0.75}, 10.0)
+    more = {"alarm/copies": 1, "alarm/mismatch": 0, "tokens/sampled": 1000, "memory/peak_gb": 1.234}
+    view.step(METRICS | more | {"time/generate_s": 0.5})
+    out.seek(0)
+    out.truncate()
+    view.console.print(view._render())
+    shown = out.getvalue()
+    for text in ("at step 1: T=1 0.500, pass@8 0.750", "alarm: copies", "2,000", "1.23 GB", "left 0:00:13"):
+        assert text in shown, text
+    assert "mismatch" not in shown
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_no_color_is_honoured(no_color: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    view = View("plain", 4, "t", quiet=False)
+    view.step(METRICS | {"alarm/copies": 1})
+    view.console.print(view._render())
+    colours = re.findall(r"\x1b\[[0-9;]*m", out.getvalue())
+    assert any(re.search(r"[\[;](3[0-8]|9[0-7])", code) for code in colours) != no_color
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_plain_line_fits_160_columns_and_is_aligned(large: bool) -> None:
+    rates = dict.fromkeys(("correction/wrong_to_right", "correction/right_to_wrong", "correction/gap"), 0.5)
+    small = METRICS | rates | {"correction/retention": 0.5, "replay/rho": 0.3}
+    big = small | {
+        "step": 9999,
+        "loss/total": -0.9,
+        "time/step_s": 999.5,
+        "time/train_s": 444.0,
+        "correction/gap": -0.5,
+    }
+    line = step_line(big if large else small, 9999)
+    assert len(line) <= 160
+    assert line.index("generate") == step_line(small, 9999).index("generate")
 
 
 def test_a_table_takes_any_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,8 +133,8 @@ class RunConfig(Section):
     """Where everything is written; None means `runs/<name>`."""
     view: Literal["auto", "live", "plain"] = "auto"
     """`live` redraws one terminal view, `plain` prints a line a step; auto asks the terminal."""
-    tensorboard: bool = True
-    """Write TensorBoard scalars too."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where numbers go besides metrics.jsonl; Weights & Biases as its own environment variables say (WANDB_MODE...)."""
     save_rollouts_every: NonNegative = 1
     """Write rollouts and corrections as JSONL every so many steps; 0 never."""
     save_tokens: NonNegative = 16384
@@ -142,6 +142,8 @@ class RunConfig(Section):
     their rollouts, for the report's colours; 0 none [ours]."""
     report: bool = True
     """At the end write `report.html` too, one page that opens from the disk: `python -m cipo_fast.report` [ours]."""
+    profile_step: NonNegative = 0
+    """Of this step the first rank writes a Chrome trace, `profile-step-N.json.gz`; 0 of none [torch.profiler]."""
     rank_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """Longest wait of a rank for another one, whose rollouts may be longer, in seconds [torch]."""
     alarm_after: Positive = 10

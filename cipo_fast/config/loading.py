@@ -116,7 +116,8 @@ def _check(config: Config) -> None:
         )
     if c.start_steps and c.lambda_corr == 0:
         raise UserError(
-            f"correction.start_steps={c.start_steps} learns from corrections, and correction.lambda_corr=0 samples none"
+            f"correction.start_steps={c.start_steps} learns from corrections, and correction.lambda_corr=0 samples "
+            "none: raise lambda_corr, or set start_steps=0"
         )
     longest = (
         max(config.data.max_prompt_tokens, c.max_prompt_tokens if c.lambda_corr > 0 else 0) + config.rollout.max_tokens
@@ -124,7 +125,7 @@ def _check(config: Config) -> None:
     if longest > config.train.pack_tokens:
         raise UserError(
             f"train.pack_tokens={config.train.pack_tokens} cannot hold one conversation: the longest prompt plus "
-            f"rollout.max_tokens is {longest} tokens"
+            f"rollout.max_tokens is {longest} tokens; raise it, or lower their limits"
         )
     _check_engine(config)
     _check_loss(config.loss)
@@ -141,7 +142,9 @@ def _check_loss(loss: LossConfig) -> None:
     if loss.clip == "cispo" and loss.ratio == "sequence":
         raise UserError("loss.clip=cispo holds the ratios of tokens, loss.ratio=sequence has none: choose one of them")
     if loss.clip == "cispo" and loss.dual_clip is not None:
-        raise UserError("loss.dual_clip bounds the loss of loss.clip=ppo; cispo bounds every token's itself")
+        raise UserError(
+            "loss.dual_clip bounds the loss of loss.clip=ppo; cispo bounds every token's itself: set it to null"
+        )
     if loss.n_step > 1 and (loss.clip == "cispo" or loss.ratio == "sequence"):
         raise UserError("loss.n_step multiplies the ratios of tokens under PPO's clip: it needs clip=ppo, ratio=token")
 
@@ -217,7 +220,8 @@ def _check_data(data: DataConfig) -> None:
                     f"data.{key}={source}: expected hub:OWNER/NAME, hub:OWNER/NAME:CONFIG or ...:CONFIG:SPLIT"
                 )
     if data.weights is not None and len(data.weights) != len(data.sources("train")):
-        raise UserError(f"data.weights has {len(data.weights)} weights for {len(data.sources('train'))} of data.train")
+        sources = len(data.sources("train"))
+        raise UserError(f"data.weights has {len(data.weights)} weights for {sources} of data.train: give one for each")
     function = FUNCTION.fullmatch(data.verifier or "exact")
     if function is None and data.verifier not in (None, "exact", "math", "code"):
         raise UserError(f"data.verifier={data.verifier}: expected exact, math, code or path/to/file.py:function")
@@ -241,12 +245,13 @@ def _check_engine(config: Config) -> None:
     most = max(r.samples_per_prompt, config.samples_per_anchor, config.eval.samples)
     if r.engine == "vllm_server" and most > r.vllm.max_sequences:  # vLLM's server refuses such a request
         raise UserError(
-            f"rollout.vllm.max_sequences={r.vllm.max_sequences} is below the {most} answers asked of one prompt"
+            f"rollout.vllm.max_sequences={r.vllm.max_sequences} is below the {most} answers asked of one prompt: raise "
+            "it"
         )
     if r.vllm.max_model_len is not None and r.vllm.max_model_len <= r.max_tokens:
         raise UserError(
             f"rollout.vllm.max_model_len={r.vllm.max_model_len} leaves no token for a prompt: rollout.max_tokens is "
-            f"{r.max_tokens}"
+            f"{r.max_tokens}; raise the one or lower the other"
         )
 
 

@@ -109,7 +109,10 @@ def imitable(problems: list[Problem]) -> list[Problem]:
     answers = [(p, p.answer or p.fields.get("answer")) for p in problems]  # a user's function has all of its row there
     found = [replace(p, answer=a, verifier="exact", fields={}) for p, a in answers if a and isinstance(a, str)]
     if not found:
-        raise UserError("model.path=embedded: its first steps imitate answers, and no row of data.train has one")
+        raise UserError(
+            "model.path=embedded: its first steps imitate answers, and no row of data.train has one: give some rows an "
+            "answer, or name a model"
+        )
     return found
 
 

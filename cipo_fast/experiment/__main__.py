@@ -20,8 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cipo_fast import provenance
 from cipo_fast.errors import TrainingStopped, UserError, command, put
-from cipo_fast.experiment import provenance
 from cipo_fast.experiment.grid import Grid, GridRun, changed_settings, common_settings, read_grid, said
 from cipo_fast.experiment.report import MARKDOWN, make_report, publish, write_report
 from cipo_fast.experiment.runner import cores, refuse_other_settings, run_grid

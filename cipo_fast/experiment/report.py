@@ -12,8 +12,8 @@ from typing import Any
 
 from cipo_fast.errors import UserError
 from cipo_fast.experiment.grid import Grid, GridRun, changed_settings, common_settings, said
-from cipo_fast.experiment.provenance import recorded
 from cipo_fast.experiment.results import RESAMPLES, Estimate, Point, RunResult, differences, estimates, read_run
+from cipo_fast.provenance import recorded
 
 MARKDOWN, JSON = "results.md", "results.json"
 BEYOND = 0.02  # of a budget of tokens: evaluations are apart by more than answers' lengths vary

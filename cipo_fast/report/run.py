@@ -61,6 +61,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Files]:
         "phases": phases(rows),
         "alarms": alarms(rows),
         "evaluations": evaluations,
+        "others": other_evaluations(files),
         "curves": curves(rows, most=600),
     }
     return run, files
@@ -159,6 +160,19 @@ def read_evaluations(files: Files) -> list[Point]:
             "figures": {name: [v, *_interval(figures, name)] for name, v in values.items() if v is not None},
         }
     return [found[step] for step in sorted(found)]
+
+
+def other_evaluations(files: Files) -> list[dict[str, Any]]:
+    """{name, figures as above} of those that `python -m cipo_fast.evaluate` has left in the run's folder."""
+    names = [name.split("/")[1] for name in files.of_format("evaluations/*/results.json")]
+    found = []
+    for name in names:
+        figures = files.json(f"evaluations/{name}/results.json").get("figures")
+        if not re.fullmatch(r"step-\d{5}", name) and isinstance(figures, dict):
+            values = {key: number(figure.get("value")) for key, figure in figures.items() if isinstance(figure, dict)}
+            known = {key: [v, *_interval(figures, key)] for key, v in values.items() if v is not None}
+            found.append({"name": name, "figures": known})
+    return found
 
 
 def _interval(figures: Any, name: str) -> list[float | None]:

@@ -141,13 +141,16 @@ class LocalEngine:
         if own:
             raise UserError(
                 f"model.path: {type(self.model).__name__} brings code of its own for {own[0]}; rollout.engine=local "
-                "samples with transformers' alone"
+                "samples with transformers' alone, rollout.engine=vllm with vLLM's"
             )
         asked = self._request(Sampling(1.0, 1.0, 1))
         wanted = {**GenerationConfig._get_default_generation_params(), **_set(asked)}
         prepared = _set(self.model._prepare_generation_config(asked)[0])
         if left := sorted(key for key in prepared if prepared[key] != wanted.get(key)):
-            raise UserError(f"model.path: {type(self.model).__name__} sets {', '.join(left)} for every answer")
+            raise UserError(
+                f"model.path: {type(self.model).__name__} sets {', '.join(left)} for every answer, which is not what a "
+                "run asks for; use rollout.engine=vllm"
+            )
 
     def _room(self, prompt: list[int], sampling: Sampling) -> int:
         """Most tokens of an answer to `prompt`."""
@@ -205,7 +208,10 @@ class LocalEngine:
             if "probability tensor contains" not in str(error):
                 raise
             version = self.policy_version
-            raise PolicyBroken(f"policy version {version} gives probabilities that are not finite") from None
+            raise PolicyBroken(
+                f"policy version {version} gives probabilities that are not finite; the newest checkpoint is the state "
+                "to go on from"
+            ) from None
         if not isinstance(output, Tensor) or len(output) != len(rooms):
             raise RuntimeError(f"transformers' generate returned {type(output).__name__}, not {len(rooms)} answers")
         tokens = output[:, width:]  # [len(prompts) * n, L]

@@ -147,4 +147,4 @@ def _gathered(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
 
 
 def _no_publisher(version: int) -> None:
-    raise TrainingStopped("the engine was lost, and there is nobody to give a fresh one its weights")
+    raise TrainingStopped("the engine was lost, and there is nobody to give a fresh one its weights; start again")

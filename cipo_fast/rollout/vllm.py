@@ -205,7 +205,9 @@ def check_version() -> None:
         ) from None
     if not vllm.__version__.startswith(VERSIONS):
         lines = ", ".join(f"{version}x" for version in VERSIONS)
-        raise UserError(f"rollout.engine: vLLM {vllm.__version__} is installed; this trainer is tested with {lines}")
+        raise UserError(
+            f"rollout.engine: vLLM {vllm.__version__} is installed; this trainer is tested with {lines}, install that"
+        )
 
 
 def refuse_unknown(names: Iterable[str], engine: Mapping[str, int], config: Config) -> None:

@@ -235,7 +235,8 @@ class VllmServerEngine:
             return
         if strangers := sorted(label for label in labels if not label.startswith(f"{self.claim}/")):
             raise TrainingStopped(
-                f"{self.http.url} sampled with weights of another trainer ({strangers[0]!r}): a server serves one run"
+                f"{self.http.url} sampled with weights of another trainer ({strangers[0]!r}): a server serves one run, "
+                "start one for each"
             )
         raise EngineFailure(f"{self.http.url} sampled with weights {sorted(labels)}, not {self.policy_version}")
 
@@ -290,7 +291,9 @@ class VllmServerEngine:
             (model,) = self.http.get("v1/models")["data"]
             name, length = model["id"], model["max_model_len"]
         except (KeyError, TypeError, ValueError):
-            raise TrainingStopped(f"{self.http.url}: what answers there is no vLLM server") from None
+            raise TrainingStopped(
+                f"{self.http.url}: what answers there is no vLLM server; see rollout.server.url"
+            ) from None
         self.http.check()  # the name is ours alone, but it can have ended since
         if name != self.address.name:
             raise TrainingStopped(
@@ -304,7 +307,9 @@ class VllmServerEngine:
     def _check_settings(self, length: int) -> None:
         version = str(self.http.get("version").get("version"))
         if not version.startswith(VERSIONS):
-            raise TrainingStopped(f"{self.http.url} runs vLLM {version}; tested with {', '.join(VERSIONS)}x")
+            raise TrainingStopped(
+                f"{self.http.url} runs vLLM {version}; tested with {', '.join(VERSIONS)}x: install that there"
+            )
         if length != self.wanted_len:
             raise TrainingStopped(
                 f"{self.http.url} holds sequences of {length} tokens, this run's are of {self.wanted_len}: start "
@@ -316,7 +321,9 @@ class VllmServerEngine:
         host, _, rest = self._holder().partition(":")
         pid = rest.partition(":")[0]
         if host == socket.gethostname() and pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists():
-            raise TrainingStopped(f"{self.http.url} serves the run of process {pid} on {host}: a server serves one run")
+            raise TrainingStopped(
+                f"{self.http.url} serves the run of process {pid} on {host}: end that run, or start another server"
+            )
         self._label(f"{self.claim}/start")
         self.taken = True
 

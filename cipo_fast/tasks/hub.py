@@ -86,7 +86,8 @@ def _online(datasets: Any, name: str, repository: str, config: str | None) -> An
 def _refuse_without_network(name: str, datasets: Any) -> None:
     """`datasets` would retry for half a minute a request."""
     if datasets.config.HF_HUB_OFFLINE:
-        raise UserError(f"{name}: not in the cache ({datasets.config.HF_DATASETS_CACHE}), and HF_HUB_OFFLINE is set")
+        cache = datasets.config.HF_DATASETS_CACHE
+        raise UserError(f"{name}: not in the cache ({cache}), and HF_HUB_OFFLINE is set: unset it, or give a file")
     if any(os.environ.get(key) for key in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
         return  # only the proxy knows
     address = urlsplit(datasets.config.HF_ENDPOINT)

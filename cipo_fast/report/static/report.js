@@ -122,6 +122,7 @@ function overview() {
   if (RUNS.length === 1) about.append(tiles(RUNS[0]));
   const figures = figuresTable();
   if (figures) about.append(el("h3", {}, "Held-out problems, before and after"), ...figures);
+  about.append(...otherEvaluations());
   if (RUNS.length === 1) { about.append(runAbout(RUNS[0])); return; }
   about.append(...differing());
   for (const run of RUNS) about.append(el("details", {}, el("summary", {}, visible(run.name),
@@ -159,13 +160,23 @@ function tiles(run) {
   return el("div", {class: "tiles"}, ...found);
 }
 
+const cell = (figure) => (figure ? [share(figure[0]), el("span", {class: "range"}, range(figure[1], figure[2]))] : "–");
+const namesIn = (evaluations) => [...new Set(evaluations.flatMap((e) => Object.keys(e.figures)))];
+const firstOf = (all) => FIRST.map((n) => (n === "pass" ? largestPass(all) : n)).filter((n) => all.includes(n));
+
+// What `python -m cipo_fast.evaluate` has left in the runs' folders.
+function otherEvaluations() {
+  const found = RUNS.flatMap((run) => run.others.map((e) => ({...e, name: RUNS.length > 1 ? `${run.name}: ${e.name}` : e.name})));
+  if (!found.length) return [];
+  const names = firstOf(namesIn(found));
+  return [el("h3", {}, "Evaluated since"), table(["", ...names.map(nameOf)], found.map((e) => [visible(e.name), ...names.map((n) => cell(e.figures[n]))]))];
+}
+
 function figuresTable() {
   const shown = RUNS.filter((run) => run.evaluations.length);
   if (!shown.length) return null;
-  const all = [...new Set(shown.flatMap((run) => run.evaluations.flatMap((e) => Object.keys(e.figures))))];
-  const pass = largestPass(all);
-  const first = FIRST.map((n) => (n === "pass" ? pass : n)).filter((n) => all.includes(n));
-  const cell = (figure) => (figure ? [share(figure[0]), el("span", {class: "range"}, range(figure[1], figure[2]))] : "–");
+  const all = namesIn(shown.flatMap((run) => run.evaluations));
+  const first = firstOf(all);
   const change = (f) => (f ? [signed(f[0]), el("span", {class: "range"}, range(f[1], f[2], signed))] : "–");
   const several = shown.length > 1;
   const head = ["", ...shown.flatMap((run) => {
@@ -601,18 +612,49 @@ function scaleOf(c) {
 function nodeOf(answer, name, ...more) {
   const good = right(answer);
   return el("div", {class: "node"},
-    el("span", {class: `badge ${good ? "right" : "wrong"}`}, `${good ? "✓" : "✗"} ${visible(answer.verdict)}`), name,
+    el("span", {class: `badge ${good ? "right" : "wrong"}`}, `${good ? "✓" : "✗"} ${visible(answer.verdict)}`), el("span", {}, name),
     answer.advantage !== null ? el("span", {title: "advantage in the loss"}, `advantage ${answer.advantage ? signed(answer.advantage) : "0"}`) : "",
-    answer.tokens ? `${count(answer.tokens)} tokens` : "", answer.truncated ? el("span", {class: "badge wrong"}, "cut off") : "",
-    answer.hint !== undefined ? `with hint ${Number(answer.hint) + 1}` : "",
+    answer.tokens ? el("span", {}, `${count(answer.tokens)} tokens`) : "", answer.truncated ? el("span", {class: "badge wrong"}, "cut off") : "",
+    answer.hint !== undefined ? el("span", {}, `with hint ${Number(answer.hint) + 1}`) : "",
     ...more, answer.why ? el("span", {class: "why"}, visible(answer.why)) : "");
 }
 
 function textOf(answer) {
+  if (colour && answer[colour]) return tokensOf(answer);
   const box = el("div", {class: "text", tabindex: answer.text.length > 1500 ? "0" : null});
-  if (colour && answer[colour]) return filled(box, tokenChunks(answer));
   return filled(box, answer.text ? plainChunks(answer.text) : [[el("span", {class: "muted"}, "(nothing)")]]);
 }
+
+/* Coloured tokens; a token's values are said on touch, and for the arrow keys, not to a mouse alone. */
+function tokensOf(answer) {
+  const said = el("p", {class: "hint", role: "status"});
+  let at = null;
+  const choose = (token) => {
+    if (!token) return;
+    at?.removeAttribute("class");
+    at = token;
+    at.className = "chosen";
+    at.scrollIntoView({block: "nearest"});
+    said.textContent = `token ${[...box.children].indexOf(at) + 1} “${at.textContent}”: ${at.title}`;
+  };
+  const box = el("div", {
+    class: "text", tabindex: "0", "aria-label": "tokens: left and right go through them",
+    onclick: (event) => choose(event.target.closest(".text > span[title]")),
+    onkeydown: (event) => {
+      if (event.key !== "ArrowRight" && event.key !== "ArrowLeft") return;
+      event.preventDefault();
+      const next = event.key === "ArrowRight" ? at?.nextElementSibling : at?.previousElementSibling;
+      choose(at ? next?.title && next : box.firstElementChild);
+    },
+  });
+  filled(box, tokenChunks(answer));
+  const both = document.createDocumentFragment();
+  both.append(box, said);
+  return both;
+}
+
+const valuesOf = (answer, i) => [["log-prob", answer.logp], ["gap", answer.gap], ["entropy", answer.entropy]]
+  .filter(([, values]) => values).map(([name, values]) => `${name} ${values[i] ?? "–"}`).join(", ");
 
 function* tokenChunks(answer, size = 800) {
   const c = COLOURS[colour], rgb = css(c.rgb), below = c.below ? css(c.below) : rgb;
@@ -620,9 +662,7 @@ function* tokenChunks(answer, size = 800) {
     yield answer.pieces.slice(at, at + size).map((piece, i) => {
       const v = answer[colour][at + i];
       const alpha = v === null ? 0 : Math.max(0, Math.min(1, c.of(v))) * 0.6;
-      const said = [["log-prob", answer.logp], ["gap", answer.gap], ["entropy", answer.entropy]].filter(([, values]) => values)
-        .map(([name, values]) => `${name} ${values[at + i] ?? "–"}`).join(", ");
-      return el("span", {title: said, style: alpha > 0.01 ? `background:rgb(${v > 0 && c.below ? below : rgb}, ${alpha.toFixed(2)})` : null}, visible(piece));
+      return el("span", {title: valuesOf(answer, at + i), style: alpha > 0.01 ? `background:rgb(${v > 0 && c.below ? below : rgb}, ${alpha.toFixed(2)})` : null}, visible(piece));
     });
   }
 }
