@@ -105,7 +105,7 @@ start before in `server.before.log`: look there first.
   started with the files and settings of that run: `python -m cipo_fast.serve`.
 
 Without vLLM `rollout.engine=local` samples from any model, slowly. More: [Rollouts by
-vLLM](../README.md#rollouts-by-vllm).
+vLLM](running.md#rollouts-by-vllm).
 
 ### The engine is not the policy
 
