@@ -290,7 +290,8 @@ GROUPS: list[tuple[str, tuple[str, ...], str]] = [
         "A function of yours that cannot be called or that returns neither true nor false, a row that its verifier "
         "cannot judge, a worker that was lost, and plain verdicts (`no verdict within 10 s`). Without `error:` it "
         "stands behind `could not be judged` or `do not verify`, or in an answer's `why`. "
-        "[quickstart.md](quickstart.md#your-own-verifier) has a function that works; [Answers that nobody can judge](#answers-that-nobody-can-judge).",
+        "[quickstart.md](quickstart.md#your-own-verifier) has a function that works; "
+        "[Answers that nobody can judge](#answers-that-nobody-can-judge).",
     ),
     (
         "Mathematics",
