@@ -347,11 +347,11 @@ def test_equals_fp64_for_heads(heads, head_dim):
 
 
 @either_dtype
-@pytest.mark.parametrize("group", [2, 3, 5, 6, 7, 8, 40])
-def test_programs_that_begin_and_end_within_a_query_equal_fp64(group, dtype):
-    """Their rows are queries of all heads of a key head, 128 or, in fp32 on a GPU, 32 of them."""
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (10, 2), (12, 2), (14, 2), (16, 2), (40, 1)], ids=str)
+def test_programs_that_begin_and_end_within_a_query_equal_fp64(heads, dtype):
+    """Their rows are queries of all heads of a key head, 128 or, in fp32 on a GPU, 32 of them: not all heads of one."""
     tree = TreeLayout.from_parents([70, 131, 5, 1, 33, 64, 17], [-1, 0, 1, 1, 0, 4, -1])
-    assert_right(tree, attention_inputs(tree, (2 * group, 2), 24, dtype))
+    assert_right(tree, attention_inputs(tree, heads, 24, dtype))
 
 
 @pytest.mark.parametrize("head_dim", [16, 128])  # 64 and 96 in test_low_precision_stays_near_fp64
@@ -407,7 +407,7 @@ def test_low_precision_stays_near_fp64(dtype, head_dim):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the interpreter's tiles")
 @pytest.mark.parametrize("config", [(128, 64, 8, 3, False), (64, 32, 4, 3, False), (32, 32, 8, 1, False)])
-@pytest.mark.parametrize("heads", [(2, 1), (3, 1), (40, 1)], ids=["groups 2", "groups 3", "groups 40"])
+@pytest.mark.parametrize("heads", [(2, 1), (3, 1)], ids=["groups 2", "groups 3"])
 def test_every_tile_shape_agrees(monkeypatch, heads, config):
     tree = TreeLayout.from_parents(*STREAMS["short after long"])
     inputs = attention_inputs(tree, heads, head_dim=32)

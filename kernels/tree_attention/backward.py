@@ -16,10 +16,10 @@ from .tiles import (
     LOG2_E,
     dot,
     full_tile,
-    into_tile,
     load_queries,
     load_rows,
     masked_tile,
+    step_first,
     store_rows,
     unseen_steps,
     visible,
@@ -74,7 +74,7 @@ def dq_kernel(
 
     tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first, full_stop):
-        k0 = tile0 + into_tile(i, TILE, STEP)
+        k0 = step_first(tile0, i, TILE, STEP)
         next_tile0 = full_tile(full, i + 1, TILE, STEP)
         k_tile = load_rows(k, kv_head, k0, T, STEP, D, DP, TMA)
         v_tile = load_rows(v, kv_head, k0, T, STEP, D, DP, TMA)
@@ -84,7 +84,7 @@ def dq_kernel(
 
     tile0, k_stop = masked_tile(masked, masked_first, TILE, STEP)
     for i in range(masked_first, masked_stop):
-        k0 = tile0 + into_tile(i, TILE, STEP)
+        k0 = step_first(tile0, i, TILE, STEP)
         next_tile0, next_k_stop = masked_tile(masked, i + 1, TILE, STEP)
         key = k0 + tl.arange(0, STEP)
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
@@ -128,7 +128,7 @@ def dkdv_kernel(
     tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first * GROUP, full_stop * GROUP):
         head = kv_head * GROUP + i % GROUP
-        q0 = tile0 + into_tile(i // GROUP, TILE, STEP)
+        q0 = step_first(tile0, i // GROUP, TILE, STEP)
         next_tile0 = full_tile(full, (i + 1) // GROUP, TILE, STEP)
         row = head * T + q0 + tl.arange(0, STEP)
         q_tile = load_rows(q, head, q0, T, STEP, D, DP, TMA)
@@ -142,7 +142,7 @@ def dkdv_kernel(
     tile0, q_stop = masked_tile(masked, masked_first, TILE, STEP)
     for i in range(masked_first * GROUP, masked_stop * GROUP):
         head = kv_head * GROUP + i % GROUP
-        q0 = tile0 + into_tile(i // GROUP, TILE, STEP)
+        q0 = step_first(tile0, i // GROUP, TILE, STEP)
         next_tile0, next_q_stop = masked_tile(masked, (i + 1) // GROUP, TILE, STEP)
         query = q0 + tl.arange(0, STEP)
         row = head * T + query

@@ -14,10 +14,10 @@ from .tiles import (
     LOG2_E,
     dot,
     full_tile,
-    into_tile,
     load_queries,
     load_rows,
     masked_tile,
+    step_first,
     store_rows,
     unseen_steps,
     visible,
@@ -53,7 +53,7 @@ def forward_kernel(
 
     tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first, full_stop):
-        k0 = tile0 + into_tile(i, TILE, STEP)
+        k0 = step_first(tile0, i, TILE, STEP)
         next_tile0 = full_tile(full, i + 1, TILE, STEP)
         k_tile = load_rows(k, kv_head, k0, T, STEP, D, DP, TMA)
         v_tile = load_rows(v, kv_head, k0, T, STEP, D, DP, TMA)
@@ -62,7 +62,7 @@ def forward_kernel(
 
     tile0, k_stop = masked_tile(masked, masked_first, TILE, STEP)
     for i in range(masked_first, masked_stop):
-        k0 = tile0 + into_tile(i, TILE, STEP)
+        k0 = step_first(tile0, i, TILE, STEP)
         next_tile0, next_k_stop = masked_tile(masked, i + 1, TILE, STEP)
         key = k0 + tl.arange(0, STEP)
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
