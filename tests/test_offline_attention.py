@@ -18,14 +18,17 @@ from test_offline_loss import table_in_results, write_table
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # PTX of the tensor cores.
 MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-OWN = {"forward": ["q"], "dq": ["q", "o", "do"], "dkdv": ["k", "v"]}
+OWN = {"forward": [], "dq": [], "dkdv": ["k", "v"]}  # by descriptor, where there is TMA
+BY_POINTER = {"forward": ["q"], "dq": ["q", "o", "do"], "dkdv": []}
 STREAMED = {"forward": ["k", "v"], "dq": ["k", "v"], "dkdv": ["q", "do"]}
 KERNELS = ("forward", "dq", "dkdv", "dkdv, few keys")
 # sm, kernel, head dim, dtype, query heads a key head.
 CASES = [(cc, name, D, "bf16", 4) for cc in (80, 90, 100) for D in (64, 96, 128) for name in KERNELS]
 # Not in the table.
-OTHER_CASES = [(90, name, D, "bf16", group) for D in (64, 128) for group in (1, 2, 7) for name in KERNELS]
-OTHER_CASES += [(cc, name, 128, "bf16", group) for cc in (80, 100) for group in (1, 2) for name in ("forward", "dq")]
+GROUPS = (1, 2, 3, 5, 6, 7, 8)
+OTHER_CASES = [(cc, name, 128, "bf16", group) for cc in (80, 90, 100) for group in GROUPS for name in ("forward", "dq")]
+OTHER_CASES += [(90, name, D, "bf16", group) for D in (64, 128) for group in (1, 7) for name in KERNELS[2:]]
+OTHER_CASES += [(90, name, 64, "bf16", group) for group in (1, 7) for name in KERNELS[:2]]
 OTHER_CASES += [(90, name, 64, "fp32", 4) for name in KERNELS]
 # sm, kernel of the merge, head dim, parts, dtype.
 MERGE_CASES = [(cc, name, 128, n, "bf16") for cc in (80, 90, 100) for n in (2, 3, 6) for name in ("merge", "add")]
@@ -43,10 +46,11 @@ def signature(kernel, name, config, constants, dtype):
     types |= dict.fromkeys(("o", "dq", "dk", "dv"), f"*{dtype}")
     types |= dict.fromkeys(("scale", "scale2"), "fp32")
     types |= {"subtree_end": "*i64"}
-    blocks = (OWN[name], constants.get("HEADS", 1), constants["OWN"]), (STREAMED[name], 1, config.step)
-    for names, heads, tokens in blocks:
-        descriptor = f"tensordesc<{dtype}[{heads},{tokens},{constants['DP']}]>"
-        types |= dict.fromkeys(names, descriptor if config.tma else (f"*{dtype}", "i32", "i32"))
+    pointer = (f"*{dtype}", "i32", "i32")
+    for names, tokens in ((OWN[name], config.own), (STREAMED[name], config.step)):
+        descriptor = f"tensordesc<{dtype}[1,{tokens},{constants['DP']}]>"
+        types |= dict.fromkeys(names, descriptor if config.tma else pointer)
+    types |= dict.fromkeys(BY_POINTER[name], pointer)
     types |= dict.fromkeys(constants, "constexpr")
     types = {argument: types[argument] for argument in kernel.arg_names}
     multiples = {}
@@ -67,7 +71,7 @@ def compile_case(cc, name, head_dim, dtype, group):
     kernel_name, few_keys = name.partition(",")[::2]
     kernel, config = ops.KERNELS[kernel_name], ops.config(kernel_name, torch_dtype, head_dim, cc)
     config, own_tile = (ops.few_keys(config), ops.TILE) if few_keys else (config, ops.OWN_TILE)
-    constants = ops.constants(kernel_name, config, head_dim, group, own_tile)
+    constants = ops.constants(config, head_dim, group, own_tile)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages", "enable_fp_fusion")}
     types, multiples = signature(kernel, kernel_name, config, constants, dtype)
     compiled = compile_kernel(cc, kernel, types, constants, multiples, options)

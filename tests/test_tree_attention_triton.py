@@ -196,18 +196,17 @@ def steps(tiles, config):
 
 
 def slots_by_query(work, config, group):
-    """Score slots that forward or dQ computes a head, and those of them with a mask."""
-    own, item = config.own // triton_ops.heads_together("forward", group), work.item
-    first, stop = item[:, Item.FIRST], item[:, Item.STOP]
+    """Score slots that forward or dQ computes a query head, and those of them with a mask."""
+    n = work.item[:, Item.STOP] - work.item[:, Item.FIRST]
     full, masked = steps(work, config)
     slots, with_mask = 0, 0
-    for part in range(OWN_TILE // own):
-        wanted = first + part * own < stop
-        q_stop = stop.minimum(first + (part + 1) * own)
-        after = (stop - first + TILE - 1) // TILE * (TILE // config.step) - -(-(q_stop - first) // config.step)
-        slots += own * config.step * int((full + masked - after)[wanted].sum())
-        with_mask += own * config.step * int((masked - after)[wanted].sum())
-    return slots, with_mask
+    for row in range(0, OWN_TILE * group, config.own):  # a program's first, of the rows of a tile and key head
+        wanted = row < n * group
+        last = n.clamp(max=(row + config.own - 1) // group + 1)  # the number of queries up to that of its last row
+        unseen = -(-n // TILE) * (TILE // config.step) - -(-last // config.step)
+        slots += config.own * config.step * int((full + masked - unseen)[wanted].sum())
+        with_mask += config.own * config.step * int((masked - unseen)[wanted].sum())
+    return slots / group, with_mask / group
 
 
 def slots_by_key(work, config):
@@ -233,36 +232,44 @@ USED_CONFIGS = sorted(
 )
 
 
-@pytest.mark.parametrize(
-    ("stream", "group", "most_slots", "most_masked"),
-    [
-        (cipo_tree(512, 1024, 64, 1024, n_rollouts=8, n_corrections=4), 4, (1.03, 1.05), 0.10),
-        (ragged_cipo_trees(512, 1024, 64, n_trees=8), 4, (1.08, 1.08), 0.10),
-        (ragged_cipo_trees(512, 1024, 64, n_trees=8), 2, (1.08, 1.08), 0.10),
-        (ragged_cipo_trees(512, 300, 64, n_trees=8), 4, (1.2, 1.2), 0.19),
-        (ragged_cipo_trees(512, 300, 64, n_trees=8), 2, (1.2, 1.2), 0.19),
-        (ragged_cipo_trees(512, 1024, 64, n_trees=8), 7, (1.13, 1.08), 0.12),  # no heads to share a program
-        (ragged_cipo_trees(512, 300, 64, n_trees=8), 7, (1.34, 1.2), 0.21),
-    ],
-    ids=[
-        "multiples of the tile",
-        "about 1024, groups of 4",
-        "about 1024, groups of 2",
-        "about 300, groups of 4",
-        "about 300, groups of 2",
-        "about 1024, groups of 7",
-        "about 300, groups of 7",
-    ],
-)
-def test_masks_are_few(stream, group, most_slots, most_masked):
-    """Slots computed a visible pair, by query and by key, and the share of those with a mask."""
-    tree = TreeLayout.from_parents(*stream)
+# Mean answer -> slots computed a visible pair, and the share of them with a mask, at most.
+RAGGED = {1024: (1.08, 0.1), 300: (1.2, 0.19)}
+RAGGED_ALONE = {1024: (1.13, 0.11), 300: (1.34, 0.2)}  # by query, no other head having the same keys
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("answer", RAGGED)
+def test_masks_are_few_by_query(answer, group):
+    tree = TreeLayout.from_parents(*ragged_cipo_trees(512, answer, 64, n_trees=8))
+    work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent).by_query
+    most_slots, most_masked = (RAGGED if group > 1 else RAGGED_ALONE)[answer]
+    for kernel, config in USED_CONFIGS:
+        if kernel != "dkdv":
+            slots, masked = slots_by_query(work, config, group)
+            assert slots < most_slots * tree.visible_pairs()
+            assert masked < most_masked * slots
+
+
+@pytest.mark.parametrize("answer", RAGGED)
+def test_masks_are_few_by_key(answer):
+    tree = TreeLayout.from_parents(*ragged_cipo_trees(512, answer, 64, n_trees=8))
+    work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
+    most_slots, most_masked = RAGGED[answer]
+    for kernel, config in USED_CONFIGS:
+        if kernel == "dkdv":
+            slots, masked = slots_by_key(work, config)
+            assert slots < most_slots * tree.visible_pairs()
+            assert masked < most_masked * slots
+
+
+def test_masks_are_few_where_segments_fill_their_tiles():
+    tree = TreeLayout.from_parents(*cipo_tree(512, 1024, 64, 1024, n_rollouts=8, n_corrections=4))
     work = tree_work(tree.start, tree.end, tree.subtree_end, tree.parent)
     for kernel, config in USED_CONFIGS:
         by_key = kernel == "dkdv"
-        slots, masked = slots_by_key(work, config) if by_key else slots_by_query(work.by_query, config, group)
-        assert slots < most_slots[by_key] * tree.visible_pairs()
-        assert masked < most_masked * slots
+        slots, masked = slots_by_key(work, config) if by_key else slots_by_query(work.by_query, config, 4)
+        assert slots < (1.05 if by_key else 1.03) * tree.visible_pairs()
+        assert masked < 0.1 * slots
 
 
 def test_work_is_longest_first_and_its_largest_share_bounded():
@@ -339,6 +346,14 @@ def test_equals_fp64_for_heads(heads, head_dim):
     assert_right(tree, attention_inputs(tree, heads, head_dim), scale=0.2)
 
 
+@either_dtype
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (10, 2), (12, 2), (14, 2), (16, 2), (40, 1)], ids=str)
+def test_programs_that_begin_and_end_within_a_query_equal_fp64(heads, dtype):
+    """Their rows are queries of all heads of a key head, 128 or, in fp32 on a GPU, 32 of them: not all heads of one."""
+    tree = TreeLayout.from_parents([70, 131, 5, 1, 33, 64, 17], [-1, 0, 1, 1, 0, 4, -1])
+    assert_right(tree, attention_inputs(tree, heads, 24, dtype))
+
+
 @pytest.mark.parametrize("head_dim", [16, 128])  # 64 and 96 in test_low_precision_stays_near_fp64
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1), (7, 1)], ids=["groups 1", "groups 2", "groups 7"])
 def test_bf16_is_as_good_as_ideal_for_heads(heads, head_dim):
@@ -392,9 +407,10 @@ def test_low_precision_stays_near_fp64(dtype, head_dim):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of the interpreter's tiles")
 @pytest.mark.parametrize("config", [(128, 64, 8, 3, False), (64, 32, 4, 3, False), (32, 32, 8, 1, False)])
-def test_every_tile_shape_agrees(monkeypatch, config):
+@pytest.mark.parametrize("heads", [(2, 1), (3, 1)], ids=["groups 2", "groups 3"])
+def test_every_tile_shape_agrees(monkeypatch, heads, config):
     tree = TreeLayout.from_parents(*STREAMS["short after long"])
-    inputs = attention_inputs(tree, head_dim=32)
+    inputs = attention_inputs(tree, heads, head_dim=32)
     expected = run(tree, *inputs)
     monkeypatch.setattr(triton_ops, "INTERPRETER_CONFIG", triton_ops.Config(*config))
     actual = run(tree, *inputs)

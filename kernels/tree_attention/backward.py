@@ -4,8 +4,8 @@
     p = exp(s - lse)      delta = sum_d do o      ds = p (<do, v> - delta)
     dq = scale sum_k ds k      dk = scale sum_q ds q      dv = sum_q p do
 
-with fp32 sums. dQ: a program owns a tile of queries of HEADS heads. dK/dV: a tile of keys of one key head, whose query
-heads take turns on each streamed step; tiles that are split (TreeWork.partial) leave fp32 partial results, which a last
+with fp32 sums. dQ: a program owns rows of a tile of queries. dK/dV: a tile of keys of one key head, whose query heads
+take turns on each streamed step; tiles that are split (TreeWork.partial) leave fp32 partial results, which a last
 kernel adds up. Nothing is atomic: every sum has a fixed order. After FlashAttention-2 (arXiv 2307.08691).
 """
 
@@ -16,10 +16,10 @@ from .tiles import (
     LOG2_E,
     dot,
     full_tile,
-    into_tile,
-    load_heads,
+    load_queries,
     load_rows,
     masked_tile,
+    step_first,
     store_rows,
     unseen_steps,
     visible,
@@ -52,31 +52,29 @@ def dq_kernel(
     delta,  # [H, T], written here for dkdv_kernel
     dq,  # [T, H, D]
     scale, scale2,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
     OWN_TILE: tl.constexpr, TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, tile_first, tile_stop, q0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
-        items, H // HEADS, OWN_TILE, TILE, OWN, STEP
+    kv_head, tile_first, tile_stop, row0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
+        items, H // GROUP, GROUP, OWN_TILE, TILE, OWN, STEP
     )
-    if q0 >= q_stop:
+    if row0 >= (tile_stop - tile_first) * GROUP:
         return
     masked_stop -= unseen_steps(tile_first, tile_stop, q_stop, TILE, STEP)
-    head *= HEADS
-    kv_head = head // GROUP
-    row = tl.arange(0, HEADS * OWN)
-    query, head_of_row = q0 + row % OWN, head + row // OWN
-    q_tile = load_heads(q, head, q0, T, HEADS, OWN, D, DP, TMA)
-    do_tile = load_heads(do, head, q0, T, HEADS, OWN, D, DP, TMA)
-    o_tile = load_heads(o, head, q0, T, HEADS, OWN, D, DP, TMA)
+    row = row0 + tl.arange(0, OWN)
+    query, head = tile_first + row // GROUP, kv_head * GROUP + row % GROUP
+    q_tile = load_queries(q, kv_head, tile_first, q_stop, row, GROUP, D, DP)
+    do_tile = load_queries(do, kv_head, tile_first, q_stop, row, GROUP, D, DP)
+    o_tile = load_queries(o, kv_head, tile_first, q_stop, row, GROUP, D, DP)
     delta_row = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
-    in_lse = head_of_row.to(tl.int64) * T + query
+    in_lse = head.to(tl.int64) * T + query
     tl.store(delta + in_lse, delta_row, mask=query < q_stop)
     lse2 = tl.load(lse + in_lse, mask=query < q_stop, other=0.0) * LOG2_E
-    acc = tl.zeros((HEADS * OWN, DP), tl.float32)
+    acc = tl.zeros((OWN, DP), tl.float32)
 
     tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first, full_stop):
-        k0 = tile0 + into_tile(i, TILE, STEP)
+        k0 = step_first(tile0, i, TILE, STEP)
         next_tile0 = full_tile(full, i + 1, TILE, STEP)
         k_tile = load_rows(k, kv_head, k0, T, STEP, D, DP, TMA)
         v_tile = load_rows(v, kv_head, k0, T, STEP, D, DP, TMA)
@@ -86,7 +84,7 @@ def dq_kernel(
 
     tile0, k_stop = masked_tile(masked, masked_first, TILE, STEP)
     for i in range(masked_first, masked_stop):
-        k0 = tile0 + into_tile(i, TILE, STEP)
+        k0 = step_first(tile0, i, TILE, STEP)
         next_tile0, next_k_stop = masked_tile(masked, i + 1, TILE, STEP)
         key = k0 + tl.arange(0, STEP)
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
@@ -97,7 +95,7 @@ def dq_kernel(
         acc = dot(ds.to(k_tile.dtype), k_tile, acc)
         tile0, k_stop = next_tile0, next_k_stop
 
-    store_rows(dq, acc * scale, head_of_row[:, None], query, q_stop, H, D, DP)
+    store_rows(dq, acc * scale, head[:, None], query, q_stop, H, D, DP)
 
 
 @triton.jit(do_not_specialize=["T", "n_slots"])
@@ -114,9 +112,10 @@ def dkdv_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
     OWN_TILE: tl.constexpr, TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    kv_head, tile_first, _, k0, k_stop, full_first, full_stop, masked_first, masked_stop, slot = work_item(
-        items, H, OWN_TILE, TILE, OWN, STEP
+    kv_head, tile_first, _, row0, k_stop, full_first, full_stop, masked_first, masked_stop, slot = work_item(
+        items, H, 1, OWN_TILE, TILE, OWN, STEP
     )
+    k0 = tile_first + row0
     if k0 >= k_stop:
         return
     key = k0 + tl.arange(0, OWN)
@@ -129,7 +128,7 @@ def dkdv_kernel(
     tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first * GROUP, full_stop * GROUP):
         head = kv_head * GROUP + i % GROUP
-        q0 = tile0 + into_tile(i // GROUP, TILE, STEP)
+        q0 = step_first(tile0, i // GROUP, TILE, STEP)
         next_tile0 = full_tile(full, (i + 1) // GROUP, TILE, STEP)
         row = head * T + q0 + tl.arange(0, STEP)
         q_tile = load_rows(q, head, q0, T, STEP, D, DP, TMA)
@@ -143,7 +142,7 @@ def dkdv_kernel(
     tile0, q_stop = masked_tile(masked, masked_first, TILE, STEP)
     for i in range(masked_first * GROUP, masked_stop * GROUP):
         head = kv_head * GROUP + i % GROUP
-        q0 = tile0 + into_tile(i // GROUP, TILE, STEP)
+        q0 = step_first(tile0, i // GROUP, TILE, STEP)
         next_tile0, next_q_stop = masked_tile(masked, (i + 1) // GROUP, TILE, STEP)
         query = q0 + tl.arange(0, STEP)
         row = head * T + query

@@ -4,7 +4,7 @@
     lse = log sum_k exp(s)      o = sum_k exp(s - lse) v
 
 by FlashAttention-2's recurrence (arXiv 2307.08691) with fp32 sums: tiles of keys raise a query's running maximum m,
-and rescale what is summed up so far by exp(m - m_new). A program owns a tile of queries of HEADS heads.
+and rescale what is summed up so far by exp(m - m_new). A program owns rows of a tile of queries.
 """
 
 import triton
@@ -14,10 +14,10 @@ from .tiles import (
     LOG2_E,
     dot,
     full_tile,
-    into_tile,
-    load_heads,
+    load_queries,
     load_rows,
     masked_tile,
+    step_first,
     store_rows,
     unseen_steps,
     visible,
@@ -34,28 +34,26 @@ def forward_kernel(
     o,  # [T, H, D]
     lse,  # [H, T]
     scale2,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TMA: tl.constexpr,
     OWN_TILE: tl.constexpr, TILE: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    head, tile_first, tile_stop, q0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
-        items, H // HEADS, OWN_TILE, TILE, OWN, STEP
+    kv_head, tile_first, tile_stop, row0, q_stop, full_first, full_stop, masked_first, masked_stop, _ = work_item(
+        items, H // GROUP, GROUP, OWN_TILE, TILE, OWN, STEP
     )
-    if q0 >= q_stop:
+    if row0 >= (tile_stop - tile_first) * GROUP:
         return
     masked_stop -= unseen_steps(tile_first, tile_stop, q_stop, TILE, STEP)
-    head *= HEADS
-    kv_head = head // GROUP
-    row = tl.arange(0, HEADS * OWN)
-    query, head_of_row = q0 + row % OWN, head + row // OWN
-    q_tile = load_heads(q, head, q0, T, HEADS, OWN, D, DP, TMA)
+    row = row0 + tl.arange(0, OWN)
+    query, head = tile_first + row // GROUP, kv_head * GROUP + row % GROUP
+    q_tile = load_queries(q, kv_head, tile_first, q_stop, row, GROUP, D, DP)
     # Finite, so that a row whose first tiles are all masked gets exp2(-inf - m) = 0, not nan.
-    m = tl.full((HEADS * OWN,), -1e30, tl.float32)
-    total = tl.zeros((HEADS * OWN,), tl.float32)
-    acc = tl.zeros((HEADS * OWN, DP), tl.float32)
+    m = tl.full((OWN,), -1e30, tl.float32)
+    total = tl.zeros((OWN,), tl.float32)
+    acc = tl.zeros((OWN, DP), tl.float32)
 
     tile0 = full_tile(full, full_first, TILE, STEP)
     for i in range(full_first, full_stop):
-        k0 = tile0 + into_tile(i, TILE, STEP)
+        k0 = step_first(tile0, i, TILE, STEP)
         next_tile0 = full_tile(full, i + 1, TILE, STEP)
         k_tile = load_rows(k, kv_head, k0, T, STEP, D, DP, TMA)
         v_tile = load_rows(v, kv_head, k0, T, STEP, D, DP, TMA)
@@ -64,7 +62,7 @@ def forward_kernel(
 
     tile0, k_stop = masked_tile(masked, masked_first, TILE, STEP)
     for i in range(masked_first, masked_stop):
-        k0 = tile0 + into_tile(i, TILE, STEP)
+        k0 = step_first(tile0, i, TILE, STEP)
         next_tile0, next_k_stop = masked_tile(masked, i + 1, TILE, STEP)
         key = k0 + tl.arange(0, STEP)
         key_end = tl.load(subtree_end + key, mask=key < k_stop, other=0).to(tl.int32)
@@ -75,8 +73,8 @@ def forward_kernel(
         m, total, acc = _softmax_step(s, v_tile, m, total, acc, scale2)
         tile0, k_stop = next_tile0, next_k_stop
 
-    store_rows(o, acc / total[:, None], head_of_row[:, None], query, q_stop, H, D, DP)
-    tl.store(lse + head_of_row.to(tl.int64) * T + query, (m + tl.log2(total)) / LOG2_E, mask=query < q_stop)
+    store_rows(o, acc / total[:, None], head[:, None], query, q_stop, H, D, DP)
+    tl.store(lse + head.to(tl.int64) * T + query, (m + tl.log2(total)) / LOG2_E, mask=query < q_stop)
 
 
 @triton.jit

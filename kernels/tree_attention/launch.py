@@ -1,14 +1,14 @@
 """Tree attention in Triton: which configuration a kernel runs with, its launch, and the operators that torch sees.
 
-The kernels are in forward.py and backward.py. A program owns a tile of one head and streams what worklist.py lists for
-it: full tiles, where nothing is masked, then masked ones. There are no atomics: every sum has a fixed order, so results
-are bitwise reproducible. The schedule is ours.
+The kernels are in forward.py and backward.py. A program owns rows of a tile, keys of one head or queries of the heads
+that share one, and streams what worklist.py lists for it: full tiles, where nothing is masked, then masked ones. There
+are no atomics: every sum has a fixed order, so results are bitwise reproducible. The schedule is ours; rows of several
+heads are FlashAttention-3's pack_gqa.
 
 What a query does not see has no weight in its sums: masked scores are replaced. A nan or inf of a tile may still reach
 other queries of that tile, as 0 times it is nan; an update with one is dropped whole.
 """
 
-from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,6 @@ from .tiles import LOG2_E
 from .worklist import OWN_TILE, TILE, TileWork, TreeWork
 
 MAX_HEAD_DIM = 128
-MAX_HEADS = 4  # a program's: fewer queries a tile gain next to nothing
 ADD_BLOCK = 4096
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
 
@@ -33,7 +32,7 @@ KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
 
 
 class Config(NamedTuple):
-    own: int  # rows of the own tile: tokens, of each of the program's heads
+    own: int  # rows of a program: keys, or queries of all heads that share a key head
     step: int  # tokens of a streamed step
     num_warps: int
     num_stages: int  # num_stages - 1 steps' tiles are under way
@@ -70,18 +69,10 @@ def few_keys(config: Config) -> Config:
     return config._replace(own=own, num_warps=config.num_warps * own // config.own)
 
 
-def heads_together(kernel: str, group: int) -> int:
-    """Heads that share a program. dK/dV: each key head has keys of its own."""
-    return 1 if kernel == "dkdv" else gcd(group, MAX_HEADS)
-
-
-def constants(kernel: str, config: Config, head_dim: int, group: int, own_tile: int) -> dict[str, int]:
+def constants(config: Config, head_dim: int, group: int, own_tile: int) -> dict[str, int]:
     """The compile-time arguments and options of a kernel; own_tile: of the items, at most."""
     shape = {"GROUP": group, "D": head_dim, "DP": _padded(head_dim), "TMA": config.tma}
-    heads = heads_together(kernel, group)
-    if kernel != "dkdv":
-        shape["HEADS"] = heads
-    tiles = {"OWN_TILE": own_tile, "TILE": TILE, "OWN": config.own // heads, "STEP": config.step}
+    tiles = {"OWN_TILE": own_tile, "TILE": TILE, "OWN": config.own, "STEP": config.step}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return shape | tiles | options
 
@@ -117,12 +108,12 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _input(x: Tensor, tokens: int, tma: bool, heads: int = 1) -> TensorDescriptor | tuple[Tensor, int, int]:
-    """x [T, H, D] as the kernels' `load_rows` and `load_heads` take it."""
+def _input(x: Tensor, tokens: int, tma: bool) -> TensorDescriptor | tuple[Tensor, int, int]:
+    """x [T, H, D] as the kernels' `load_rows` and, without TMA, `load_queries` take it."""
     if not tma:
         return x, x.stride(0), x.stride(1)
     x = x.transpose(0, 1)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [heads, tokens, _padded(x.shape[2])])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, _padded(x.shape[2])])
 
 
 def _launch(
@@ -134,18 +125,18 @@ def _launch(
     own_tile: int,
     **rest: Any,
 ) -> None:
-    """Runs a kernel of KERNELS with one program an item, part of its tile, and HEADS of the `own` tensors."""
+    """Runs a kernel of KERNELS: a program has Config.own rows of an item's tile."""
     first = next(iter(own.values()))
     T, H, D = first.shape
     cfg = _config(name, first)
     cfg = few_keys(cfg) if own_tile == TILE else cfg
-    heads, compiled = heads_together(name, group), constants(name, cfg, D, group, own_tile)
-    inputs = {argument: _input(x, compiled["OWN"], cfg.tma, heads) for argument, x in own.items()}
+    by_key = name == "dkdv"  # rows of queries are no block of a descriptor, whose sizes are powers of two
+    inputs = {argument: _input(x, cfg.own, cfg.tma and by_key) for argument, x in own.items()}
     inputs |= {argument: _input(x, cfg.step, cfg.tma) for argument, x in streamed.items()}
     lists = {"items": work.item, "full": work.full, "masked": work.masked}
-    grid = (len(work.item) * (own_tile // compiled["OWN"]) * (H // heads),)
+    grid = (len(work.item) * (own_tile // cfg.own) * H,)
     with torch.cuda.device_of(first):
-        KERNELS[name][grid](**inputs, **lists, T=T, H=H, **rest, **compiled)
+        KERNELS[name][grid](**inputs, **lists, T=T, H=H, **rest, **constants(cfg, D, group, own_tile))
 
 
 # ---- operators
