@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Sequence[str]) -> None:
+    if {"-h", "--help"} & set(args):
+        put((__doc__ or "").strip())
+        return
     config = parse_args(args)
     from cipo_fast.rollout.vllm import check_version, engine_arguments
 

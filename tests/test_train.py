@@ -1,5 +1,6 @@
 """The command, end to end, on a smaller embedded model."""
 
+import importlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from run_on_ranks import generate_by_prompt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cipo_fast.config import configs_dir, load_config
+from cipo_fast.config import comparison, configs_dir, load_config
 from cipo_fast.embedded.model import embedded_tokenizer, new_model
 from cipo_fast.embedded.prepare import digest
 from cipo_fast.errors import TrainingStopped
@@ -378,6 +379,27 @@ def test_help_says_how_and_where_files_are_looked_for(capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "torchrun cipo_fast/train.py [configs/x.yaml ...] [key.path=value ...]" in printed
     assert f"the recipe of that name in {configs_dir()}.\n" in printed
+
+
+@pytest.mark.parametrize("module", ["embedded.__main__", "serve"])
+def test_commands_beside_it_have_help(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    assert importlib.import_module(f"cipo_fast.{module}").main() == 0
+    assert "[configs/x.yaml ...] [key.path=value ...]" in capsys.readouterr().out
+
+
+def test_what_a_run_compares_and_its_control(tmp_path: Path) -> None:
+    (tmp_path / "my.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+
+    def control(*args: str) -> str:
+        return comparison(load_config([], list(args)))[-1]
+
+    assert control().endswith("python -m cipo_fast.experiment headline.yaml")
+    for other in (f"data.train={tmp_path}/my.jsonl", "data.task=sort"):
+        assert control(other).endswith("grpo_2g.yaml (rollouts instead of corrections)")
+    assert control("correction.lambda_corr=0").startswith("compared: ")
 
 
 def test_dry_run_prints_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,9 @@ def _check_loss(loss: LossConfig) -> None:
         raise UserError("loss.n_step multiplies the ratios of tokens under PPO's clip: it needs clip=ppo, ratio=token")
 
 
+HEADLINE = "python -m cipo_fast.experiment headline.yaml"
+
+
 def comparison(config: Config) -> list[str]:
     """What a run's figures compare, and where its control is: a line each, to be said at the start."""
     corrects = config.correction.lambda_corr > 0
@@ -158,11 +161,10 @@ def comparison(config: Config) -> list[str]:
     checks = ", and what each answer becomes when it is shown back to be checked" if config.eval.checks else ""
     what = f"{config.train.steps} steps of {said}, {answers + corrections} answers each"
     lines = [f"compared: held-out problems before and after {what}: accuracy{checks}"]
-    if corrects and config.model.path == "embedded":
-        lines.append(
-            "its control: the same command with grpo.yaml, or grpo_2g.yaml (rollouts instead of corrections); all at "
-            "once, with seeds and intervals: python -m cipo_fast.experiment headline.yaml"
-        )
+    if corrects:
+        control = "its control: the same command with grpo.yaml, or grpo_2g.yaml (rollouts instead of corrections)"
+        default = config.model.path == "embedded" and not config.data.train and config.data.task == "trace"
+        lines.append(f"{control}{'; all at once, with seeds and intervals: ' + HEADLINE if default else ''}")
     return lines
 
 

@@ -17,6 +17,10 @@ def main() -> int:
 
 
 def run() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        if starts_first():
+            put(__doc__ or "")
+        return
     with prepared_group(checked) as (mesh, config):
         folder = prepare(config, mesh, lambda line: note(line) if is_main() else None).model.path
         if is_main():
