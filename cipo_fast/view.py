@@ -27,6 +27,7 @@ from cipo_fast.errors import note, stop_printing, visible
 from cipo_fast.evaluation.figures import Difference, Figure
 from cipo_fast.evaluation.report import interval, number
 
+WIDTH = 160  # of a step's line
 SECONDS_BETWEEN_LINES = 10.0  # of `Steps`, where there is no terminal
 BLOCKS = " ▁▂▃▄▅▆▇█"
 PHASES = ("generate", "verify", "old_logp", "train", "sync", "probe", "idle")
@@ -164,28 +165,25 @@ class View:
 
 
 def step_line(m: Metrics, total: int) -> str:
-    """One step on one line."""
-    parts = [f"step {m['step']:>4}/{total}", f"accuracy {_share(m['rollout/accuracy'])}"]
+    """One step on one line of at most `WIDTH` columns; what is rare stands last, so that the rest is aligned."""
+    parts = [f"step {m['step']:>4}/{total}", f"accuracy {_share(m['rollout/accuracy']):>5}"]
     if m.get("correction/wrong_to_right") is not None or m.get("correction/retention") is not None:
         parts += [
-            f"wrong>right {_share(m['correction/wrong_to_right'])}",
-            f"right>wrong {_share(m['correction/right_to_wrong'])}",
-            f"gap {_share(m['correction/gap'], sign=True)}",
-            f"rho {_share(m['replay/rho'])}",
+            f"wrong>right {_share(m['correction/wrong_to_right']):>5}",
+            f"right>wrong {_share(m['correction/right_to_wrong']):>5}",
+            f"gap {_share(m['correction/gap'], sign=True):>6}",
+            f"rho {_share(m['replay/rho']):>5}",
         ]
-    if m.get("verify/timeout"):
-        parts.append(f"timeout {_share(m['verify/timeout'])}")
-    if m.get("verify/failed"):
-        parts.append(f"not judged {m['verify/failed']}")
-    if m.get("train/skipped"):
-        parts.append(f"skipped {m['train/skipped']}")
     parts += [
-        f"loss {_number(m['loss/total'], '+.4f')}",
+        f"loss {_number(m['loss/total'], '+.4f'):>7}",
         f"{m['time/step_s']:6.2f}s (generate {m['time/generate_s']:6.2f} train {m['time/train_s']:6.2f})",
     ]
-    if on := alarms_of(m):
-        parts.append(f"alarm {','.join(on)}")
-    return "  ".join(parts)
+    rare = [f"skipped {m['train/skipped']}"] if m.get("train/skipped") else []
+    rare += [f"not judged {m['verify/failed']}"] if m.get("verify/failed") else []
+    rare += alarms_of(m)
+    rare += [f"timeout {_share(m['verify/timeout'])}"] if m.get("verify/timeout") else []
+    line = "  ".join([*parts, ", ".join(rare)]).rstrip()
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
 
 
 def alarms_of(m: Metrics) -> list[str]:

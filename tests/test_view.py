@@ -85,20 +85,22 @@ def test_no_color_is_honoured(no_color: bool, monkeypatch: pytest.MonkeyPatch) -
     assert any(re.search(r"[\[;](3[0-8]|9[0-7])", code) for code in colours) != no_color
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_a_plain_line_fits_160_columns_and_is_aligned(large: bool) -> None:
+def test_a_plain_line_fits_160_columns_and_is_aligned() -> None:
     rates = dict.fromkeys(("correction/wrong_to_right", "correction/right_to_wrong", "correction/gap"), 0.5)
-    small = METRICS | rates | {"correction/retention": 0.5, "replay/rho": 0.3}
-    big = small | {
-        "step": 9999,
-        "loss/total": -0.9,
-        "time/step_s": 999.5,
-        "time/train_s": 444.0,
-        "correction/gap": -0.5,
-    }
-    line = step_line(big if large else small, 9999)
-    assert len(line) <= 160
-    assert line.index("generate") == step_line(small, 9999).index("generate")
+    usual = METRICS | rates | {"correction/retention": 0.5, "replay/rho": 0.3}
+    large = {"step": 9999, "loss/total": -0.9, "time/step_s": 999.5, "time/train_s": 444.0, "correction/gap": -0.5}
+    unknown = {"correction/right_to_wrong": None, "correction/gap": None, "replay/rho": None}
+    rare = {"verify/timeout": 0.01, "verify/failed": 3, "train/skipped": 1, "alarm/copies": 1, "alarm/mismatch": 1}
+    plain = step_line(usual, 9999)
+    for other in (large, unknown, rare, large | rare):
+        line = step_line(usual | other, 9999)
+        assert len(line) <= 160
+        for column in ("accuracy", "right>wrong", "gap", "rho", "loss", "(generate", "train"):
+            assert line.index(column) == plain.index(column), column
+    assert plain.endswith(")")
+    assert step_line(usual | {"alarm/copies": 1}, 9999) == f"{plain}  copies"
+    assert step_line(usual | {"train/skipped": 1}, 9999) == f"{plain}  skipped 1"
+    assert step_line(usual | large | rare, 9999).endswith("…")
 
 
 def test_a_table_takes_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
