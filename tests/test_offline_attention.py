@@ -28,6 +28,7 @@ CASES = [(cc, name, D, "bf16", 4) for cc in (80, 90, 100) for D in (64, 96, 128)
 GROUPS = (1, 2, 3, 5, 6, 7, 8)
 OTHER_CASES = [(cc, name, 128, "bf16", group) for cc in (80, 90, 100) for group in GROUPS for name in ("forward", "dq")]
 OTHER_CASES += [(90, name, D, "bf16", group) for D in (64, 128) for group in (1, 7) for name in KERNELS[2:]]
+OTHER_CASES += [(cc, name, 128, "bf16", group) for cc in (80, 100) for group in (1, 7) for name in KERNELS[2:]]
 OTHER_CASES += [(90, name, 64, "bf16", group) for group in (1, 7) for name in KERNELS[:2]]
 OTHER_CASES += [(90, name, 64, "fp32", 4) for name in KERNELS]
 # sm, kernel of the merge, head dim, parts, dtype.

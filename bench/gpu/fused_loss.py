@@ -275,14 +275,15 @@ def own_bytes(method: str, n: int, width: int) -> int:
     """Bytes of all that runs beside the GEMMs.
 
     `logits`: the pass reads fp32 logits twice and writes bf16 once. `exp`: fp32 sums of S' and T' for every 64 columns,
-    written once and read once, S' twice; room for the x of rows to repeat (2 a number). Both: x gathered (2 + 2),
+    written once and read once, S' twice; x and W[target] read for the anchor (2 + 2 a number), room for the x of rows
+    to repeat (2), d(hidden) scaled in place (4 + 4), x scaled for dW (2 + 2). Both: x gathered (2 + 2),
     d(hidden) filled with 0 (4), added to (4 + 8) and rounded (4 + 2); dW rounded (4 + 2). `log_probs`: m, s and t of
     every 256 columns, written once and read once, m twice; x gathered. What GEMMs read and write (W three times a
     chunk, dW in fp32 read and written once a chunk, but not read in the first) is within them.
     """
     if method == "log_probs":
         return 7 * 4 * n * -(-VOCAB // 256) + 4 * n * width
-    logits = {"logits": 10 * n * VOCAB, "exp": (2 + 3) * 4 * n * -(-VOCAB // 64) + 2 * n * width}[method]
+    logits = {"logits": 10 * n * VOCAB, "exp": (2 + 3) * 4 * n * -(-VOCAB // 64) + 18 * n * width}[method]
     return logits + (4 + 4 + 12 + 6) * n * width + 6 * VOCAB * width
 
 

@@ -143,7 +143,9 @@ class Gradients:
             rows = self.head.pred_index[start : start + len(x)]
             self.d_hidden.index_add_(0, rows, dx)  # a branch point repeats its hidden row
         if self.d_weight is not None:
-            gemm(self.d_weight, dz.T, x if scale is None else (x * scale[:, None]).to(x.dtype), beta=self.beta)
+            # rounded as it is written: a product of its own would be an fp32 tensor
+            scaled = x if scale is None else torch.mul(x, scale[:, None], out=torch.empty_like(x))
+            gemm(self.d_weight, dz.T, scaled, beta=self.beta)
             self.beta = 1
         if self.d_bias is not None and scale is None:
             self.d_bias.add_(dz.sum(0, dtype=self.head.dtype))

@@ -66,7 +66,7 @@ def config(kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> C
 def few_keys(config: Config) -> Config:
     """For items of at most TILE tokens: no larger a tile, and as much work a warp."""
     own = min(config.own, TILE)
-    return config._replace(own=own, num_warps=config.num_warps * own // config.own)
+    return config._replace(own=own, num_warps=max(1, config.num_warps * own // config.own))
 
 
 def constants(config: Config, head_dim: int, group: int, own_tile: int) -> dict[str, int]:

@@ -41,8 +41,8 @@ class Item(IntEnum):
 
 
 class TileWork(NamedTuple):
-    """One item a program and head, longest first. `full` and `masked` hold the streamed tiles of all items, and a last
-    one that no item has: programs look one ahead."""
+    """An item a tile, or a part of a split one, longest first; one or more programs a key head take it. `full` and
+    `masked` hold the streamed tiles of all items, and a last one that no item has: programs look one ahead."""
 
     item: Tensor  # int32 [n, len(Item)]
     full: Tensor  # int32 [n_full + 1] first token
