@@ -158,7 +158,7 @@ def train(config: Config, mesh: DeviceMesh, signals: StopSignals) -> None:
         config = gather([pinned_date(config, folder.resume)])[0]  # one day on all ranks, recorded with the run
         given = config  # what is recorded; `embedded` is a folder from here on
         if config.model.path == "embedded":
-            config = prepare(config, mesh, view.note)
+            config = prepare(config, mesh, view.note, signals.check)
         signals.check()
         run, progress = build(config, mesh, view, open_files, folder.resume)
         run.signals = signals

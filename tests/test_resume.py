@@ -40,6 +40,36 @@ ENDLESS = "train.steps=1000000"
 # ----------------------------------------------------------------------------------------------- real ends of processes
 
 
+def test_a_warm_start_ends_between_its_steps(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    args = command(folder, "train.steps=1", "model.embedded.warm_steps=100000", "model.embedded.warm_accuracy=1")
+    with subprocess.Popen(args, env=environment(), stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("warm start: "):
+                break
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=100)[1]
+    assert process.returncode == Preempted.exit_code
+    assert "stopped by SIGTERM; the same command goes on\n" in said
+
+
+def test_a_warm_start_that_falls_short_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And a function's name is looked for before it."""
+    folder = tmp_path / "run"
+    assert train(folder, "train.steps=0", "model.embedded.warm_steps=5", "model.embedded.warm_accuracy=1") == 0
+    assert (
+        "warm start: its steps are over, and 0.000 is below model.embedded.warm_accuracy=1" in capsys.readouterr().out
+    )
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 9)
+    (tmp_path / "v.py").write_text("def right(response, row):\n    return True\n")
+    own = (f"data.train={tmp_path}/a.jsonl", f"data.verifier={tmp_path}/v.py:rihgt")
+    assert train(tmp_path / "own", *own) == 2
+    printed = capsys.readouterr()
+    assert "warm start" not in printed.out
+    assert printed.err == f"error: verifier {tmp_path}/v.py:rihgt: {tmp_path}/v.py defines no function rihgt\n"
+
+
 def test_sigterm_ends_the_step_and_the_same_command_goes_on(
     tmp_path: Path, warm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

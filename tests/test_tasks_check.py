@@ -91,6 +91,19 @@ def test_every_fixture_verifies_against_itself(capsys: pytest.CaptureFixture[str
     assert " 0 do not, 2 rows have none" in said, said  # LiveCodeBench has tests and no solution
 
 
+def test_answers_are_tried_by_a_function_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"an even number, {i}", "answer": str(i)} for i in range(4)]
+    file = write(tmp_path / "a.jsonl", *rows, {"prompt": "x", "anwser": "2"}, {"prompt": "y", "answer": "two"})
+    (tmp_path / "v.py").write_text("def even(response, row):\n    return int(response) % 2 == 0\n")
+    assert main(["check", str(file), f"data.verifier={tmp_path}/v.py:even"]) == 0
+    said = capsys.readouterr().out
+    assert "answers taken as responses, by functions of your own: 2 right, 3 not, 1 rows have none" in said
+    assert f"  {file}:2: wrong\n  {file}:4: wrong\n  {file}:6: not judged (" in said
+    assert main(["check", str(file), f"data.verifier={tmp_path}/v.py:evn"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: verifier {tmp_path}/v.py:evn: {tmp_path}/v.py defines no function evn\n"
+
+
 def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
         (["check"], "name a file"),

@@ -32,12 +32,13 @@ TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 Say = Callable[[str], None]
 
 
-def prepare(config: Config, mesh: DeviceMesh, note: Say) -> Config:
+def prepare(config: Config, mesh: DeviceMesh, note: Say, check: Callable[[], None] = lambda: None) -> Config:
     """`config` with a model folder for `embedded`, and the task's files where no data is given. The folder is made
-    once, under `<run.dir>/warm_start/`, and named by all that is in it. A collective; raises UserError."""
+    once, under `<run.dir>/warm_start/`, and named by all that is in it. A collective, which `check` may end between
+    steps; raises UserError."""
     folder = config.run_dir / "warm_start" / digest(config)
     if not folder.is_dir():
-        _make(config, mesh, folder, note)
+        _make(config, mesh, folder, note, check)
     prepared = config.model_copy(deep=True)
     prepared.model.path = str(folder)
     if config.data.train is None:
@@ -69,7 +70,7 @@ def digest(config: Config) -> str:
     return hashlib.sha256(repr(key).encode()).hexdigest()[:12]
 
 
-def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
+def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say, check: Callable[[], None]) -> None:
     chat = Chat(embedded_tokenizer(), config.data)
     if config.data.train is None:
         data = config.data
@@ -83,7 +84,7 @@ def _make(config: Config, mesh: DeviceMesh, folder: Path, note: Say) -> None:
     prompts = fitting(prompts, config.data.max_prompt_tokens, "data.train", quiet)
     model = new_model(config, "cipo_tree")
     with build_judges(config, note) as judges:
-        weights = warm_start(model, chat, prompts, config, mesh, note, judges, near_miss, start_of(config))
+        weights = warm_start(model, chat, prompts, config, mesh, note, judges, near_miss, start_of(config), check)
 
     def write() -> None:
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")

@@ -45,10 +45,11 @@ def warm_start(
     judges: Judges,
     near_miss: NearMiss,
     start: Start,
+    check: Callable[[], None],
 ) -> dict[str, Tensor]:
     """`model` brought to what `start` asks for in greedy accuracy on training problems, right attempts kept and wrong
     ones mended, or through its steps: the weights, on every rank. A collective. Every problem has an answer, which is
-    imitated."""
+    imitated. `check` may end it between steps: a collective, too."""
     limit = config.rollout.max_tokens
     twin = twin_of(model, mesh.device_type, torch.float32)
     bare = LocalEngine(twin, chat.end_ids(None), chat.tokenizer.pad_token_id, config.rollout.batch_sequences)
@@ -83,6 +84,14 @@ def warm_start(
             said = f", right attempts kept {kept:.3f}, wrong ones corrected {mended:.3f}"
         seconds = time.perf_counter() - started
         note(f"warm start: {step} supervised steps, greedy accuracy {accuracy:.3f}{said}, {seconds:.0f}s")
+        check()
+    if accuracy < start.accuracy:
+        asked = f"model.embedded.warm_accuracy={start.accuracy}"
+        note(
+            f"warm start: its steps are over, and {accuracy:.3f} is below {asked}; it compares with each row's answer: "
+            "where several are right, see `before training`. If that is near 0, too: easier or shorter answers, or a "
+            "model of your own"
+        )
     return {name: tensor.clone() for name, tensor in policy.full_weights()}
 
 

@@ -14,11 +14,12 @@ import numpy as np
 from cipo_fast.config import Config, load_config
 from cipo_fast.config.settings import HUB_DATA
 from cipo_fast.errors import UserError, put
-from cipo_fast.golds import Gold, judged_golds
+from cipo_fast.golds import AHEAD, Gold, judged_golds
 from cipo_fast.records import Problem
 from cipo_fast.tasks.formats import INSTRUCTION
 from cipo_fast.tasks.problems import Say, read_all
 from cipo_fast.tasks.sources import Role, Source
+from cipo_fast.verify import VerifierFailure
 from cipo_fast.verify.workers.pool import Judges
 
 NAMED = 20  # rows that a line names
@@ -44,7 +45,10 @@ def check(files: Sequence[str], held_out: Sequence[str], overrides: list[str], s
         bad += len(overlap)
     with Judges(config.verify, config.sandbox, say) as judges:
         golds = list(judged_golds([*train, *judged], judges, say))
+        answers = _answers([*train, *judged], judges)
     put(_golds(golds))
+    if answers:
+        put(answers)
     return int(bad > 0 or any(gold.state == "bad" for gold in golds))
 
 
@@ -129,6 +133,27 @@ def _golds(golds: list[Gold]) -> str:
     wrong = [gold for gold in golds if gold.state in ("bad", "unknown")]
     lines += [f"  {gold.problem.where or gold.problem.id}: {gold.why}" for gold in wrong[:LIST]]
     return "\n".join(lines if len(wrong) <= LIST else [*lines, f"  and {len(wrong) - LIST:,} more"])
+
+
+def _answers(problems: list[Problem], judges: Judges) -> str:
+    """What functions of a user's own say of their rows' answers: an answer need be no response, so nothing is bad."""
+    own = [p for p in problems if ":" in p.verifier]
+    asked = [(p, text) for p in own if isinstance(text := p.fields.get("answer"), str)]
+    wrong: list[str] = []
+    for start in range(0, len(asked), AHEAD):
+        futures = [(p, judges.submit(p.row, text)) for p, text in asked[start : start + AHEAD]]
+        for problem, future in futures:
+            try:
+                verdict: str = future.result().verdict
+            except VerifierFailure as failure:
+                verdict = f"not judged ({failure})"
+            if verdict != "right":
+                wrong.append(f"  {problem.where or problem.id}: {verdict}")
+    if not own:
+        return ""
+    counts = f"{len(asked) - len(wrong):,} right, {len(wrong):,} not, {len(own) - len(asked):,} rows have none"
+    shown = wrong if len(wrong) <= NAMED else [*wrong[:NAMED], f"  and {len(wrong) - NAMED:,} more"]
+    return "\n".join([f"answers taken as responses, by functions of your own: {counts}", *shown])
 
 
 def _places(problems: list[Problem]) -> str:

@@ -14,6 +14,7 @@ from cipo_fast.records import Problem
 from cipo_fast.tasks.fields import Draft, Number, Record, Unusable, hints_field, number_text
 from cipo_fast.tasks.formats import instructed, read_row, recognised
 from cipo_fast.tasks.sources import Role, Source, name_of, read_source, stem
+from cipo_fast.verify.user import check_verifier
 
 Say = Callable[[str], None]
 PROGRESS = 200_000  # rows between two lines of progress
@@ -133,7 +134,9 @@ class _Reader:
         near = self.source.parent if isinstance(self.source, Path) else Path()
         for path in (Path(match["file"]), near / match["file"]):
             if path.is_file():
-                return f"{path.absolute()}:{match['name']}"
+                verifier = f"{path.absolute()}:{match['name']}"
+                check_verifier(verifier)
+                return verifier
         raise UserError(f"{self.source}: verifier {name}: no file {match['file']}")
 
     def _note(self, kind: str, where: str) -> None:

@@ -33,6 +33,7 @@ NOT_GIVEN = ("completion_ids", "completions_ids", "trainer_state", "environments
 _HIDDEN = ("prompt", "completion", "prompts", "completions")  # columns that TRL passes under other names, or not at all
 
 
+@functools.cache
 def check_verifier(verifier: str) -> None:
     """UserError unless the file is there and defines the function with a signature that we call. Runs none of it."""
     fault = _fault(verifier)
