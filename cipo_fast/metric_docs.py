@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 HEAD = """\
 # Metrics
 
-`metrics.jsonl` has a row a step; TensorBoard gets the same. `null` is "nothing to count", never 0. Written by
-`python -m cipo_fast.metric_docs`; a test holds it to what a run writes. `eval.jsonl` has a row an evaluation: the step,
-`tokens/sampled`, `flops/total` and `seconds` so far, and the figures of [evaluation.md](evaluation.md) as `eval/...`.
+`metrics.jsonl` has a row a step; the trackers of `run.trackers` get the same. `null` is "nothing to count", never 0.
+Written by `python -m cipo_fast.metric_docs`; a test holds it to what a run writes. `eval.jsonl` has a row an
+evaluation: the step, `tokens/sampled`, `flops/total` and `seconds` so far, and the figures of
+[evaluation.md](evaluation.md) as `eval/...`.
 
 STREAM is `rollout` or `correction`. Log-probs and entropies are in nats, at the sampling temperature, a token's mean
 unless said otherwise. Healthy: what a run that learns shows; it is a hint, not a bound."""
