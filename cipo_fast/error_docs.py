@@ -62,7 +62,8 @@ fault ends the run: exit code 2, and a line that is listed under [Every message]
    `problems.jsonl` beside it what they were judged by.
 3. Accuracy stays at 0. Unreadable answers: the prompt asks for another form than the verifier reads. Answers cut off:
    raise `rollout.max_tokens`. Answers that look right: is the gold what you think? `python -m cipo_fast.tasks check
-   FILE` judges each gold by its own verifier.
+   FILE data.verifier=...` judges each gold by its own verifier. The embedded model: if `before training` says 0, its
+   warm start has not learned the task from your answers; take easier or shorter ones, or a model of your own.
 4. Accuracy is neither 0 nor 1, and flat. `rollout/no_variance` near 1: prompts teach nothing whose answers are all
    right or all wrong; take problems of medium difficulty, or more `rollout.samples_per_prompt`. `sync/changed` below 1
    or `grad/norm` near 0: raise `optim.lr`. `rollout/approx_kl` or `rollout/clip_fraction` that jumps: lower it.
