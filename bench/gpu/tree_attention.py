@@ -55,14 +55,12 @@ from cipo_kernels.rates import RATES_FILE, both_directions
 from cipo_kernels.tree_attention import launch, tree_attention, tree_attention_reference
 from cipo_kernels.tree_attention.layout import TreeLayout
 from cipo_kernels.tree_attention.rectangles import read_varlen_work
+from records import BACKENDS, OURS, ROWS, step_ratios, write
 from sweep import save, sweep
 
 # The interpreter has no bf16 products.
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 BLOCK = 128  # of the FlexAttention block mask
-BACKENDS = ("triton", "flash")  # what `auto` chooses from
-OURS = (*BACKENDS, "flash_fa3", "flash_fa4")
-ROWS = ("varlen", "varlen_fa3", "varlen_fa4", "cudnn")
 PACKAGES = {
     "fa3": "flash_attn_interface",
     "fa4": "flash_attn.cute",
@@ -617,11 +615,6 @@ def main():
     write(results, records)
 
 
-def write(files, value):
-    for file in files:
-        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def run_cases(shape):
     right = []
     for name in ATTENTIONS:
@@ -676,18 +669,6 @@ def rates_of(record, tflops):
 
 def rounded(x):
     return float(f"{x:.4g}")
-
-
-def step_ratios(records):
-    """By R and back-end: time of a layer's step with the fastest rows over that with trees."""
-    ms = {(r["R"], r["implementation"]): r["ms"] for r in records if r["case"] == "layer" and "error" not in r}
-    ratios = {}
-    for (R, name), trees in ms.items():
-        rows = {other: ms[R, other] for other in ROWS if (R, other) in ms}
-        if name in OURS and rows:
-            fastest = min(rows, key=rows.get)
-            ratios[f"{R} {name} against {fastest}"] = rows[fastest] / trees
-    return ratios
 
 
 if __name__ == "__main__":
