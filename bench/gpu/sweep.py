@@ -47,7 +47,8 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 
 def save(script: str, device: str, folder: str | None, smoke: bool) -> None:
-    """launch_configs(), and where they come from, to the package's file, unless it is a smoke test, and to `folder`."""
+    """launch_configs(), and where they come from, to the package's file, unless it is a smoke test, and to `folder`.
+    After each kernel: the next one's sweep may be cut."""
     configs = launch_configs()
     source = f"{time.strftime('%F')}, torch {torch.__version__}, triton {triton.__version__}"
     configs[device_key(torch.device(device))].setdefault("source", {})[script] = source
