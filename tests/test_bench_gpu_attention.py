@@ -32,7 +32,7 @@ def test_smoke(tmp_path):
     checked = {r["implementation"]: r for r in records if r["case"] == "correctness"}
     skipped = {name: r["skipped"] for name, r in checked.items() if "skipped" in r}
     assert skipped == dict.fromkeys(("flash_fa3", "flash_fa4", "flex_flash", "varlen_fa3", "varlen_fa4"), "needs a GPU")
-    ran = ("triton", "flash", "flex", "varlen", "cudnn")
+    ran = ("varlen", "cudnn", "triton", "flash", "flex")
     assert [name for name, r in checked.items() if r.get("ok")] == list(ran)
     for name in ran:
         assert ("dq" in checked[name]) == (name != "flex")  # which has no backward on CPU
@@ -107,6 +107,38 @@ def test_what_is_wrong_is_reported_and_not_timed(bench, monkeypatch):
         "flash": True, "varlen": False, "cudnn": True
     }  # fmt: skip
     assert {r["implementation"] for r in records if "ok" not in r} == {"flash", "cudnn", "linear"}
+
+
+def test_layers_come_before_what_compiles_long(bench, monkeypatch):
+    """And at the time limit everything that is left says so."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(bench, "missing", lambda name: None)
+    monkeypatch.setattr(bench, "run_case", lambda *_: {"ok": True})
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: bench.START + next(clock)))
+    monkeypatch.setattr(bench, "LIMIT_S", 63)  # cases
+    names = (*bench.ROWS, *bench.OURS)
+    shape = {"R": (2, 1)}
+    records = list(bench.run_cases(shape))
+    order = [("correctness", name, None, None) for name in names]
+    for R in shape["R"]:
+        order += [("attention", name, R, True) for name in names]
+        order += [("layer", name, R, None) for name in ("linear", *names)]
+    found = [(r["case"], r["implementation"], r.get("R"), r.get("ragged")) for r in records]
+    assert found[: len(order)] == order
+    assert {r["case"] for r in records[len(order) :]} == {"attention", "correctness"}
+    flex = [r["implementation"] for r in records].index("flex")
+    assert all(r["implementation"].startswith("flex") for r in records[flex:])
+    late = [i for i, r in enumerate(records) if "error" in r]
+    assert late == list(range(64, len(records))) != []
+    assert records[-1]["error"] == "not run: 63 s were over"
+
+
+def test_a_sweep_is_saved_after_each_kernel(bench, monkeypatch):
+    saved = []
+    monkeypatch.setattr(bench, "sweep", lambda kernel, *_: iter([kernel]))
+    monkeypatch.setattr(bench, "save", lambda *_: saved.append(len(saved)))
+    assert [len(saved) for _ in bench.sweep_cases(bench.SMOKE, smoke=True)] == [0, 1, 2]
+    assert len(saved) == 3
 
 
 def test_readme_holds_the_predictions(bench):

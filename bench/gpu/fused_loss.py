@@ -1,6 +1,6 @@
 """The fused loss on one GPU: is it right, how fast, in how much memory. One process, one JSON line a case.
 
-    python bench/gpu/fused_loss.py            # under 6 minutes; torch and triton, peers where they are installed
+    python bench/gpu/fused_loss.py            # 3 minutes; torch and triton, peers where they are installed
     python bench/gpu/fused_loss.py --sweep    # other tiles, warps and stages of our kernels: launch_configs.json
     python bench/gpu/fused_loss.py --smoke    # tiny shapes, on CPU under Triton's interpreter: a check of this file
 
@@ -49,6 +49,7 @@ from loss_accuracy import (  # noqa: E402
     step,
     within,
 )
+from records import LIMIT_S  # noqa: E402
 from sweep import save, sweep  # noqa: E402
 
 VOCAB = 300 if SMOKE else 151936
@@ -57,7 +58,6 @@ CHECKED = (12, 64) if SMOKE else (1024, 2560)
 SAMPLED = 4 if SMOKE else 64  # rows of d(hidden) and of dW that a large shape is checked in
 ROUNDS = 1 if SMOKE else 5
 SEQUENCE = 4 if SMOKE else 1024  # targets a row, which have one advantage
-LIMIT_S = 330  # no case begins later
 OURS = ("logits", "exp")
 GEMM_TILES = [
     {"group": 8}, {"group": 32}, {"stages": 3}, {"k": 128, "stages": 2}, {"n": 128}, {"n": 128, "warps": 4},
@@ -360,7 +360,7 @@ def sweep_lines() -> Iterator[dict]:
     for kernel, (candidates, run) in runs.items():
         tried = candidates[-2:] if SMOKE else candidates
         yield from sweep(kernel, tried, run, lambda run: median(milliseconds(run) for _ in range(ROUNDS)), DEVICE)
-    save(Path(__file__).name, DEVICE, os.environ.get("OUT"), SMOKE)
+        save(Path(__file__).name, DEVICE, os.environ.get("OUT"), SMOKE)
 
 
 def results_path() -> Path:

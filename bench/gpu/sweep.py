@@ -1,6 +1,5 @@
 """Launch configurations of a kernel tried one by one, for `--sweep` of the scripts here."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 import triton
 from cipo_kernels.launch_configs import CONFIGS_FILE, device_key, launch_configs
+from records import write
 from torch import Tensor
 
 
@@ -47,9 +47,9 @@ def same(found: Tensor, expected: Tensor) -> bool:
 
 
 def save(script: str, device: str, folder: str | None, smoke: bool) -> None:
-    """launch_configs(), and where they come from, to the package's file, unless it is a smoke test, and to `folder`."""
+    """launch_configs(), and where they come from, to the package's file, unless it is a smoke test, and to `folder`.
+    After each kernel: the next one's sweep may be cut."""
     configs = launch_configs()
     source = f"{time.strftime('%F')}, torch {torch.__version__}, triton {triton.__version__}"
     configs[device_key(torch.device(device))].setdefault("source", {})[script] = source
-    for file in [*([] if smoke else [CONFIGS_FILE]), *([Path(folder) / CONFIGS_FILE.name] if folder else [])]:
-        file.write_text(json.dumps(configs, indent=2) + "\n", encoding="utf-8")
+    write([*([] if smoke else [CONFIGS_FILE]), *([Path(folder) / CONFIGS_FILE.name] if folder else [])], configs)

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from records import ROWS, step_ratios
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "bench" / "results"
@@ -70,7 +72,7 @@ def _loss_name(method: str, width: int) -> str:
 
 
 def _attention_rows(lines: list[dict]) -> Iterator[tuple[str, str]]:
-    for name, ratio in next((line["rows_over_trees"] for line in lines if line["case"] == "summary"), {}).items():
+    for name, ratio in step_ratios(lines).items():
         length, ours, _, rows = name.split(" ")
         yield f"a layer's step, trees on `{ours}`, answers of {int(length):,}", f"{ratio:.2f} times `{rows}`"
 
@@ -88,7 +90,7 @@ def predicted() -> dict[str, str]:
     for ours in TREES:
         for length in R:
             job = attention.Job(R=length, **attention.REAL["tree"])
-            known = [name for name in attention.ROWS if name in attention.PREDICTED]
+            known = [name for name in ROWS if name in attention.PREDICTED]
             ms = {name: attention.predict_layer(attention.REAL, job, name) for name in known}
             rows_name = min(ms, key=lambda name: ms[name])
             ratio = ms[rows_name] / attention.predict_layer(attention.REAL, job, ours)

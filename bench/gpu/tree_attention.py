@@ -5,13 +5,14 @@
     python bench/gpu/tree_attention.py --sweep      other tiles, warps and stages of our kernels: launch_configs.json
     python bench/gpu/tree_attention.py --predict    what we expect of an H100, as the tables of kernels/README.md
 
-First errors against fp64: what is wrong is reported, and not timed. Then each attention alone, forward and backward;
-then a decoder layer of Qwen3-4B's shape, forward and backward. At the end the rates of this device go into
+First errors against fp64: what is wrong is reported, and not timed. Then for each R the attention alone on ragged
+lengths and a decoder layer of Qwen3-4B's shape, both forward and backward; then the attention on aligned lengths, and
+FlexAttention, which compiles for every shape. No case begins after LIMIT_S. At the end the rates of this device go into
 kernels/device_rates.json (and $OUT).
 
 Shapes: a prompt of P tokens, G rollouts of R; below each of F rollouts I tokens of glue and K corrections of R.
-Attention alone also runs with `ragged` lengths of these means: lognormal, a fixed draw. They end inside tiles, as real
-ones do, and theirs are the rates kept.
+`ragged` lengths have these means: lognormal, a fixed draw. They end inside tiles, as real ones do, and theirs are the
+rates kept.
 Peers get what a trainer without the tree kernel would run: FlexAttention on the same stream, or one causal row a
 conversation, packed (varlen, no padding) or as dense batches of equal rows (cuDNN). `flash` and varlen are torch's
 FlashAttention-2; a name that ends in _fa3 or _fa4 has that version activated in its place, and flex_flash is
@@ -35,6 +36,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+START = time.perf_counter()
+
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,14 +58,12 @@ from cipo_kernels.rates import RATES_FILE, both_directions
 from cipo_kernels.tree_attention import launch, tree_attention, tree_attention_reference
 from cipo_kernels.tree_attention.layout import TreeLayout
 from cipo_kernels.tree_attention.rectangles import read_varlen_work
+from records import BACKENDS, LIMIT_S, OURS, ROWS, step_ratios, write
 from sweep import save, sweep
 
 # The interpreter has no bf16 products.
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 BLOCK = 128  # of the FlexAttention block mask
-BACKENDS = ("triton", "flash")  # what `auto` chooses from
-OURS = (*BACKENDS, "flash_fa3", "flash_fa4")
-ROWS = ("varlen", "varlen_fa3", "varlen_fa4", "cudnn")
 PACKAGES = {
     "fa3": "flash_attn_interface",
     "fa4": "flash_attn.cute",
@@ -579,6 +580,7 @@ def sweep_cases(shape, smoke):
 
         name = launch.config_name(kernel, shape["d"])
         yield from sweep(name, TILES[-2:] if smoke else TILES, run, milliseconds, DEVICE)
+        save(Path(__file__).name, DEVICE, os.environ.get("OUT"), smoke)
 
 
 # ---- the run
@@ -607,7 +609,6 @@ def main():
         print(json.dumps(records[-1]), flush=True)
         write(results, records)
     if sweeps:
-        save(Path(__file__).name, DEVICE, out, smoke)
         return
     entry = rates_entry(records, shape)
     if entry is not None:
@@ -617,25 +618,33 @@ def main():
     write(results, records)
 
 
-def write(files, value):
-    for file in files:
-        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def run_cases(shape):
-    right = []
-    for name in ATTENTIONS:
-        lacks = missing(name)
-        result = {"skipped": lacks} if lacks else run_case(check, shape, name, {})
-        if result.get("ok"):
-            right.append(name)
-        yield {"case": "correctness", "implementation": name, **result}
-    lengths = [{"R": R, "ragged": ragged} for R in shape["R"] for ragged in (False, True)]
-    cases = [("attention", time_attention, name, arguments) for arguments in lengths for name in right]
-    layers = ["linear", *(name for name in right if not name.startswith("flex"))]
-    cases += [("layer", time_layer, name, {"R": R}) for R in shape["R"] for name in layers]
+    """What table.py and the rates need first; in each part rows before ours, so that a ratio is one to all rows."""
+    flex = [name for name in ATTENTIONS if name.startswith("flex")]
+    others = [name for name in (*ROWS, *OURS) if name in ATTENTIONS]
+    cases = [("correctness", check, name, {}) for name in others]
+    for R in shape["R"]:
+        cases += [("attention", time_attention, name, {"R": R, "ragged": True}) for name in others]
+        cases += [("layer", time_layer, name, {"R": R}) for name in ("linear", *others)]
+    cases += [("attention", time_attention, name, {"R": R, "ragged": False}) for R in shape["R"] for name in others]
+    cases += [("correctness", check, name, {}) for name in flex]
+    lengths = [{"R": R, "ragged": ragged} for R in shape["R"] for ragged in (True, False)]
+    cases += [("attention", time_attention, name, arguments) for arguments in lengths for name in flex]
+    right = {"linear"}
     for case, function, name, arguments in cases:
-        yield {"case": case, "implementation": name, **arguments, **run_case(function, shape, name, arguments)}
+        checks = case == "correctness"
+        if not checks and name not in right:
+            continue
+        lacks = missing(name) if checks else None
+        if lacks:
+            result = {"skipped": lacks}
+        elif time.perf_counter() - START > LIMIT_S:
+            result = {"error": f"not run: {LIMIT_S} s were over"}
+        else:
+            result = run_case(function, shape, name, arguments)
+        if checks and result.get("ok"):
+            right.add(name)
+        yield {"case": case, "implementation": name, **arguments, **result}
 
 
 def run_case(function, shape, name, arguments):
@@ -676,18 +685,6 @@ def rates_of(record, tflops):
 
 def rounded(x):
     return float(f"{x:.4g}")
-
-
-def step_ratios(records):
-    """By R and back-end: time of a layer's step with the fastest rows over that with trees."""
-    ms = {(r["R"], r["implementation"]): r["ms"] for r in records if r["case"] == "layer" and "error" not in r}
-    ratios = {}
-    for (R, name), trees in ms.items():
-        rows = {other: ms[R, other] for other in ROWS if (R, other) in ms}
-        if name in OURS and rows:
-            fastest = min(rows, key=rows.get)
-            ratios[f"{R} {name} against {fastest}"] = rows[fastest] / trees
-    return ratios
 
 
 if __name__ == "__main__":
