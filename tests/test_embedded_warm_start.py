@@ -110,7 +110,7 @@ def test_of_two_runs_that_make_the_same_start_at_once_the_first_one_counts(tmp_p
     folder = tmp_path / "warm_start" / digest(config)
 
     def finish_first(_: str) -> None:  # the other run, while this one still computes
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "theirs").touch()
 
     with process_group() as mesh:

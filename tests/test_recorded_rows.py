@@ -186,14 +186,14 @@ def test_a_row_is_in_memory_once_and_no_longer_than_it_is_used(run: Path) -> Non
 @pytest.mark.parametrize("function", [False, True])
 def test_held_out_problems_are_problems_again(path: Path, function: bool, run: Path, tmp_path: Path) -> None:
     """Of every data set, by its own verifier and by a user's function."""
-    (tmp_path / "own.py").write_text("")
+    (tmp_path / "own.py").write_text("def judge(response, row):\n    return True\n")
     data = DataConfig(verifier=f"{tmp_path / 'own.py'}:judge" if function else None)
     same(read_problems(path, quiet, data), run)
 
 
 def test_held_out_problems_ask_what_they_asked(run: Path, tmp_path: Path) -> None:
     """A function gets its row without what was added to the prompt."""
-    (tmp_path / "own.py").write_text("")
+    (tmp_path / "own.py").write_text("def judge(response, row):\n    return True\n")
     row = {"prompt": "a", "verifier": "own.py:judge", "words": 3}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (problem,) = read_problems(tmp_path / "rows.jsonl", quiet, DataConfig(instruction="Be brief."))
@@ -204,7 +204,7 @@ def test_held_out_problems_ask_what_they_asked(run: Path, tmp_path: Path) -> Non
 
 
 def test_held_out_problems_of_every_verifier_are_problems_again(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("")
+    (tmp_path / "own.py").write_text("def judge(response, row):\n    return True\n")
     suite = {"entry_point": "f", "test": "def check(candidate):\n    assert candidate(1)"}
     rows = [
         {"prompt": "a", "answer": 4.50},

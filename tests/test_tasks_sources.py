@@ -115,7 +115,7 @@ def test_who_says_which_verifier(tmp_path: Path) -> None:
 
 
 def test_a_users_function_gets_the_row_as_it_stands(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("")
+    (tmp_path / "own.py").write_text("def judge(response, row):\n    return True\n")
     row = {"prompt": "a", "words": 3, "share": 0.5, "nested": {"n": [1, 2.5, None, True]}, "answer": 4}
     path = write(tmp_path / "a.jsonl", {**row, "verifier": "own.py:judge"})
     (problem,) = read_problems(path)  # the file beside the row's own
@@ -130,7 +130,7 @@ def test_a_users_function_gets_the_row_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_what_a_run_writes_of_its_problems_is_read_again(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("")
+    (tmp_path / "own.py").write_text("def judge(response, row):\n    return True\n")
     stub = "def f(x):\n    ...\n"
     rows = [
         {"prompt": stub, "entry_point": "f", "test": "def check(candidate): assert candidate(1)", "verifier": "code"},
